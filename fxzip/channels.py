@@ -1,0 +1,176 @@
+"""The values that describe channels: where they lie (`Site`, `MergePoint`) and what must move together.
+
+A *channel space* is a set of channels that must share one merge map. Its channels touch parameters at
+*sites*. Spaces may be split into blocks (groups of a grouped convolution, attention heads): maps of such a
+space move whole blocks and act inside them. The blocks are themselves the channels of another space, its
+``parent``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Role = Literal["produce", "contract"]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place where a space's channels touch a parameter or a buffer.
+
+    Attributes:
+        parameter: Qualified name of the parameter in the traced module.
+        axis: The axis of the parameter along which the channels lie.
+        role: ``produce`` (the merge matrix M goes there) or ``contract`` (the unmerge matrix U goes there).
+        index: Positions on the axis, int64 of shape (channels, copies). Channel ``c`` lies at every position
+            ``index[c]``; copies of different channels correspond by their order.
+        rows: None, or the positions on axis 0 at which the channels of each block lie, int64 of shape
+            (blocks, rows): a grouped convolution contracts block ``k`` in ``rows[k]`` only. The channels are
+            then ordered by block.
+    """
+
+    parameter: str
+    axis: int
+    role: Role
+    index: Tensor
+    rows: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"{self.parameter}[{self.axis}]:{self.role}"
+
+
+@dataclass(frozen=True, eq=False)
+class MergePoint:
+    """A tensor whose activations decide a space's map: an output of a node, read along some of its axes.
+
+    Attributes:
+        node: Name of the node in the (first) traced graph.
+        axes: Axes of the node's output over which the channels lie, mostly ``(1,)``.
+        index: Positions in the row-major product of those axes, int64 of shape (channels, copies); further
+            copies of a channel are further samples of it.
+    """
+
+    node: str
+    axes: tuple[int, ...]
+    index: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelSpace:
+    """Channels that must share one merge map.
+
+    Attributes:
+        name: The module (or parameter) that produces the channels first.
+        size: Number of channels.
+        sites: Where they touch parameters.
+        parent: Name of the space of blocks that these channels lie in, if they do.
+        block: For each channel the channel of ``parent`` that it moves with, int64 (size,); ascending.
+    """
+
+    name: str
+    size: int
+    sites: tuple[Site, ...]
+    parent: str | None = None
+    block: Tensor | None = None
+
+    def __repr__(self) -> str:
+        inside = f", in {self.parent}" if self.parent else ""
+        return f"ChannelSpace({self.name!r}, size={self.size}, sites={len(self.sites)}{inside})"
+
+
+@dataclass(frozen=True)
+class FrozenSpace:
+    """Channels that may not be permuted, and why."""
+
+    name: str
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which channel each label is.
+
+    Attributes:
+        space: For each label the number of its space in `ChannelSpec.spaces`, -1 if it is in none; (labels,).
+        channel: For each label the number of the channel in its space; (labels,).
+        factors: For each node with a tensor output the label tensors of that output.
+    """
+
+    space: Tensor
+    channel: Tensor
+    factors: dict[str, tuple[Tensor, ...]] = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelSpec:
+    """The channel spaces of a traced network, as `fxzip.analyse` finds them.
+
+    Attributes:
+        spaces: The spaces, in the order in which the network produces them.
+        frozen: Channels that an operation keeps in place, each with the reason.
+        coverage: Share of the weight elements that lie in a space, 0 to 1.
+        consumers: Names of the nodes whose weights contract each space, in graph order, by space name.
+        layout: Which channel lies where in which tensor.
+    """
+
+    spaces: tuple[ChannelSpace, ...]
+    frozen: tuple[FrozenSpace, ...]
+    coverage: float
+    layout: Layout = field(repr=False)
+
+    def __getitem__(self, name: str) -> ChannelSpace:
+        """The space of that name; raises KeyError naming the spaces that there are."""
+        for space in self.spaces:
+            if space.name == name:
+                return space
+        raise KeyError(f"no channel space {name!r}; there are: {', '.join(s.name for s in self.spaces)}")
+
+    def children(self, name: str) -> tuple[ChannelSpace, ...]:
+        """The spaces whose channels lie in blocks of this one."""
+        return tuple(space for space in self.spaces if space.parent == name)
+
+    def locate(self, node: str) -> tuple[tuple[ChannelSpace, tuple[int, ...], Tensor], ...]:
+        """The spaces in a node's output: each with the axes and the (channels, copies) index of a `MergePoint`."""
+        found = []
+        for factor in self.layout.factors.get(node, ()):
+            axes = tuple(a for a, size in enumerate(factor.shape) if size > 1)
+            flat = factor.reshape(-1)
+            owner, channel = self.layout.space[flat], self.layout.channel[flat]
+            for number in owner[owner >= 0].unique().tolist():
+                space = self.spaces[number]
+                here = (owner == number).nonzero().flatten()
+                index = group(channel[here], here)
+                if len(index) == space.size:
+                    found.append((space, axes, index))
+        return tuple(found)
+
+    def describe(self, node: str) -> Tensor | None:
+        """For a node's single factor: which elements have no space, as a mask of the factor's shape."""
+        factors = self.layout.factors.get(node, ())
+        return (self.layout.space[factors[0]] < 0) if len(factors) == 1 else None
+
+    def __str__(self) -> str:
+        from fxzip.report import spec_table
+
+        return spec_table(self)
+
+
+def group(keys: Tensor, values: Tensor) -> Tensor:
+    """Values in rows by ascending key, each row in ascending order; int64 (distinct keys, values per key).
+
+    Every key must come equally often, as channels of one space do.
+    """
+    order = torch.argsort(values)
+    keys, values = keys[order], values[order]
+    order = torch.argsort(keys, stable=True)
+    return values[order].reshape(int(keys.unique().numel()), -1)
+
+
+def names(spaces: Sequence[ChannelSpace]) -> list[str]:
+    """The names of spaces."""
+    return [space.name for space in spaces]

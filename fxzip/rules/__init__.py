@@ -1,0 +1,17 @@
+"""Rules of operations, by kind; importing this package registers them all."""
+
+from fxzip.rules import contractions, elementwise, movement, norms, reductions
+from fxzip.rules.registry import RuleContext, Unsupported, find_rule, register_rule, unregister_rule
+
+__all__ = [
+    "RuleContext",
+    "Unsupported",
+    "contractions",
+    "elementwise",
+    "find_rule",
+    "movement",
+    "norms",
+    "reductions",
+    "register_rule",
+    "unregister_rule",
+]

@@ -1,0 +1,71 @@
+"""Operations that act on each element: labels pass, and are united where operands meet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fxzip.labels import Labelled
+from fxzip.rules.movement import cut_in_half
+from fxzip.rules.registry import RuleContext, register_rule
+
+NAMES = """
+abs add addcdiv addcmul and bernoulli bitwise_and bitwise_not bitwise_or celu ceil clamp clamp_max clamp_min clip clone
+cos deg2rad div dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout elu eq erf erfc exp exp2 expm1 floor
+floor_divide floordiv frac ge gelu gt hardsigmoid hardswish hardtanh invert isfinite isinf isnan le leaky_relu lerp log
+log10 log1p log2 logical_and logical_not logical_or logsigmoid lt masked_fill maximum minimum mish mod mul multiply nan_to_num
+ne neg negative not or pos positive pow reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign silu sin
+softplus softshrink softsign sqrt square sub subtract tan tanh tanhshrink threshold true_divide truediv trunc where xor
+""".split()
+
+MODULES = [
+    nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.LeakyReLU,
+    nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Softplus, nn.Softsign, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.LogSigmoid,
+    nn.Threshold, nn.RReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+    nn.Identity,
+]  # fmt: skip
+
+
+@register_rule(*NAMES)
+def elementwise(ctx: RuleContext, *args: Any, **kwargs: Any) -> Labelled:
+    """All operands meet; ``out``, shapes and numbers say nothing."""
+    return ctx.elementwise(*args, *kwargs.values())
+
+
+@register_rule(*MODULES)
+def elementwise_module(ctx: RuleContext, module: nn.Module, x: Labelled) -> Labelled:
+    """Activations and dropout."""
+    return ctx.elementwise(x)
+
+
+@register_rule("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full")
+def constant(ctx: RuleContext, *args: Any, **kwargs: Any) -> Labelled:
+    """A constant of one value."""
+    return Labelled(ctx.shape, uniform=True)
+
+
+@register_rule(nn.PReLU)
+def prelu_module(ctx: RuleContext, module: nn.PReLU, x: Labelled) -> Labelled:
+    """A slope for each channel, or one for all."""
+    slope = ctx.own("weight")
+    assert slope is not None
+    return prelu(ctx, x, slope)
+
+
+@register_rule("prelu")
+def prelu(ctx: RuleContext, input: Labelled, weight: Labelled) -> Labelled:
+    """A slope for each channel, or one for all."""
+    return ctx.elementwise(input, ctx.per_channel(weight, 1, like=input))
+
+
+@register_rule("glu")
+def glu(ctx: RuleContext, input: Labelled, dim: int = -1) -> Labelled:
+    """The second half gates the first."""
+    return ctx.elementwise(*cut_in_half(input, dim))
+
+
+@register_rule(nn.GLU)
+def glu_module(ctx: RuleContext, module: nn.GLU, x: Labelled) -> Labelled:
+    """The second half gates the first."""
+    return glu(ctx, x, module.dim)

@@ -1,0 +1,173 @@
+"""The rules of operations: what each does to labels, and through the sites that it declares to weights.
+
+A rule is a small function ``rule(ctx, *args, **kwargs)`` that gets the operation's own arguments, tensors as
+`Labelled`, and returns what the analysis knows of the result. It is registered for a module class, for a
+function, or for the name that functions, methods and ATen operators of PyTorch share (``"softmax"``).
+
+To add your own::
+
+    @fxzip.register_rule(MyScale)                     # a module class, a function, or a torch.Tensor method
+    def my_scale(ctx, module, x):
+        return ctx.elementwise(x, ctx.per_channel("scale", axis=1, like=x))
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import BuiltinFunctionType, MethodDescriptorType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxzip import labels
+from fxzip.errors import OptionError
+from fxzip.labels import LabelGraph, Labelled
+
+Rule = Callable[..., Any]
+_RULES: dict[object, Rule] = {}
+_NATIVE = ("torch", "_operator", "math", "builtins", "einops")
+
+
+class Unsupported(Exception):
+    """Raised by a rule that does not cover the arguments it got: what it touches is frozen."""
+
+
+@dataclass(eq=False)
+class RuleContext:
+    """What a rule can use.
+
+    Attributes:
+        graph: The labels found so far.
+        node: The node of the traced graph.
+        outputs: The node's value with fake tensors at batch 1.
+        module: The module, at a call_module node.
+    """
+
+    graph: LabelGraph
+    node: fx.Node
+    outputs: Any
+    module: nn.Module | None = None
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self.node.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the result, batch 1."""
+        return tuple(self.outputs.shape)
+
+    def own(self, name: str) -> Labelled | None:
+        """The module's parameter or buffer of that name; None if it has none."""
+        tensor = getattr(self.module, name, None)
+        if tensor is None:
+            return None
+        return Labelled(tuple(tensor.shape), parameter=f"{self.node.target}.{name}")
+
+    def elementwise(self, *values: Any) -> Labelled:
+        """The result of an elementwise operation on values (with broadcasting)."""
+        known = [as_labelled(v) for v in values if isinstance(v, (Labelled, Tensor))]
+        result = self.graph.opened(known[0])
+        for other in known[1:]:
+            result = labels.meet(self.graph, self.name, result, other)
+        return Labelled(result.shape, result.factors, uniform=result.uniform)
+
+    def per_channel(self, parameter: Labelled | str | None, axis: int, like: Labelled) -> Labelled | None:
+        """A parameter vector, laid along an axis of a value."""
+        if isinstance(parameter, str):
+            parameter = self.own(parameter)
+        if parameter is None:
+            return None
+        parameter = self.graph.opened(parameter)
+        rank = len(like.shape)
+        size = [1] * (axis % rank) + list(parameter.shape) + [1] * (rank - len(parameter.shape) - axis % rank)
+        return Labelled(tuple(size), tuple(f.reshape(_spread(f, axis % rank, rank)) for f in parameter.factors))
+
+    def reduce(self, value: Labelled, axes: Any = None, keepdim: bool = False) -> Labelled:
+        """The result of a symmetric reduction over axes (all of them for None)."""
+        rank = len(value.shape)
+        axes = range(rank) if axes is None or axes == () else [axes] if isinstance(axes, int) else axes
+        return labels.reduce(self.graph, self.name, value, list(axes), keepdim)
+
+    def freeze(self, value: Any, why: str) -> None:
+        """Keep in place all channels that a value carries."""
+        if isinstance(value, Labelled):
+            for factor in self.graph.opened(value).factors:
+                self.graph.freeze(factor, why)
+
+    def positional(self) -> Any:
+        """The result, with no channels in it."""
+        return fx.node.map_aggregate(
+            self.outputs, lambda v: Labelled(tuple(v.shape)) if isinstance(v, Tensor) else v
+        )
+
+
+def _spread(factor: Tensor, axis: int, rank: int) -> list[int]:
+    return [1] * axis + list(factor.shape) + [1] * (rank - factor.dim() - axis)
+
+
+def as_labelled(value: Labelled | Tensor) -> Labelled:
+    """A constant as a labelled value: positional, or uniform if all its elements are equal."""
+    if isinstance(value, Labelled):
+        return value
+    same = value.numel() == 1 or (value.numel() > 0 and bool((value == value.reshape(-1)[0]).all()))
+    return Labelled(tuple(value.shape), uniform=same)
+
+
+def key_of(target: object) -> object:
+    """What a rule for this target is found under: PyTorch's own functions go by their bare name."""
+    if isinstance(target, type) or isinstance(target, nn.Module):
+        return target
+    if isinstance(target, str):
+        return _bare(target)
+    if isinstance(target, torch._ops.OpOverload):
+        return _bare(target.overloadpacket.__name__)
+    native = str(getattr(target, "__module__", None) or "torch").split(".")[0] in _NATIVE
+    if native or isinstance(target, (BuiltinFunctionType, MethodDescriptorType)):
+        return _bare(getattr(target, "__name__", str(target)))
+    return target
+
+
+def _bare(name: str) -> str:
+    name = name.strip("_")
+    for prefix in ("r", "i"):
+        if name.startswith(prefix) and hasattr(operator, f"__{name[1:]}__") and not hasattr(Tensor, name):
+            return name[1:]
+    return name
+
+
+def register_rule(*targets: object) -> Callable[[Rule], Rule]:
+    """Register a rule for module classes, functions, methods of torch.Tensor, or names of PyTorch operators.
+
+    Raises:
+        OptionError: A rule for one of the targets exists already.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for key in dict.fromkeys(key_of(target) for target in targets):
+            if key in _RULES:
+                raise OptionError(f"a rule for {key!r} is registered already: {_RULES[key].__qualname__}")
+            _RULES[key] = rule
+        return rule
+
+    return register
+
+
+def unregister_rule(target: object) -> None:
+    """Forget the rule of a target, so that another can be registered; raises KeyError if there is none."""
+    del _RULES[key_of(target)]
+
+
+def find_rule(target: object) -> Rule | None:
+    """The rule for a node's target: a function, a method's name, or a module (looked up by its class)."""
+    if isinstance(target, nn.Module):
+        return next((_RULES[c] for c in type(target).__mro__ if c in _RULES), None)
+    try:
+        exact = _RULES.get(target)
+    except TypeError:
+        return None
+    return exact or _RULES.get(key_of(target))

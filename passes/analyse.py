@@ -1,0 +1,220 @@
+"""Analyse: find the channel spaces of a traced network by running its graph on labels.
+
+1. Shapes are propagated with fake tensors at batch 1.
+2. Each node's rule (`fxzip.rules`) turns the labels of its inputs into those of its output, and records which
+   labels are one channel, which move as blocks and which must stay in place.
+3. An operation without a rule, or with arguments that its rule does not cover, freezes what it touches.
+4. The labels are partitioned into channel spaces (`fxzip.partition`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxzip.batches import with_batch_size
+from fxzip.channels import ChannelSpec, Layout
+from fxzip.errors import FrozenSpaceWarning
+from fxzip.labels import FIRST, LabelGraph, Labelled
+from fxzip.partition import partition
+from fxzip.rules import RuleContext, Unsupported, find_rule
+
+
+def analyse_graph(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ChannelSpec:
+    """The channel spaces of a traced network.
+
+    Args:
+        module: The network; its outputs keep their channels in place.
+        args: Positional inputs of a batch of any size.
+        kwargs: Keyword inputs.
+
+    Warns:
+        FrozenSpaceWarning: An operation is not known; the warning names its node.
+    """
+    args, kwargs = with_batch_size(args, dict(kwargs), 1)
+    shapes = propagate_shapes(module, args, kwargs)
+    flow = Flow(module, shapes)
+    flow.run()
+    spaces, frozen, layout = partition(flow.graph)
+    layout = Layout(layout.space, layout.channel, flow.factors())
+    return ChannelSpec(spaces, frozen, _coverage(module, flow.graph, layout), layout)
+
+
+class _Shapes(fx.Interpreter):
+    """Keeps every value that it computes."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.values[n.name] = value
+        return value
+
+
+def propagate_shapes(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Every node's value, tensors as fake tensors."""
+    interpreter = _Shapes(module)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(value: Any) -> Any:
+        return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+    with mode, torch.no_grad():
+        interpreter.run(*in_order(module, tuple(map(fake, args)), {k: fake(v) for k, v in kwargs.items()}))
+    return interpreter.values
+
+
+def in_order(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The inputs in the order of the graph's placeholders; trailing ones without a value keep their default."""
+    names = [node.target for node in module.graph.find_nodes(op="placeholder")]
+    given = list(args)
+    for node in module.graph.find_nodes(op="placeholder")[len(args) :]:
+        if node.target in kwargs:
+            given.append(kwargs[str(node.target)])
+        elif node.args:
+            given.append(node.args[0])
+    unknown = set(kwargs) - set(names)
+    if unknown:
+        raise TypeError(f"the model takes no input {', '.join(sorted(unknown))}; it takes {', '.join(map(str, names))}")
+    return tuple(given)
+
+
+@dataclass(eq=False)
+class Flow:
+    """Runs a graph on labels.
+
+    Attributes:
+        module: The network.
+        shapes: Each node's value as fake tensors.
+        graph: The labels found so far.
+        values: Each node's value as the analysis sees it: `Labelled`, a real tensor for a constant, or a number.
+    """
+
+    module: fx.GraphModule
+    shapes: dict[str, Any]
+    graph: LabelGraph = field(default_factory=LabelGraph)
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._state = set(self.module.state_dict(keep_vars=True))
+
+    def run(self) -> None:
+        """Visit every node in order."""
+        for node in self.module.graph.nodes:
+            if node.op == "output":
+                self._freeze_outputs(node)
+            else:
+                self.values[node] = self._visit(node)
+
+    def _visit(self, node: fx.Node) -> Any:
+        out = self.shapes[node.name]
+        if node.op == "placeholder":
+            return _positional(out)
+        if node.op == "get_attr":
+            return self._attribute(str(node.target))
+        if not _holds_tensor(out):
+            return out
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        if node.op != "call_module" and not _any(args, kwargs, Labelled):
+            return _constant(node, args, kwargs, out)
+        return self._apply_rule(node, args, kwargs, out)
+
+    def _attribute(self, name: str) -> Any:
+        value: Any = self.module
+        for part in name.split("."):
+            value = getattr(value, part)
+        if isinstance(value, Tensor) and name in self._state and value.is_floating_point():
+            return Labelled(tuple(value.shape), parameter=name)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def _apply_rule(self, node: fx.Node, args: Any, kwargs: Any, out: Any) -> Any:
+        module = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        ctx = RuleContext(self.graph, node, out, module)
+        rule = find_rule(module if module is not None else node.target)
+        if rule is None:
+            return self._freeze(ctx, args, kwargs, "no rule for it")
+        own = () if module is None else (module,)
+        try:
+            return rule(ctx, *own, *args, **kwargs)
+        except Unsupported as error:
+            return self._freeze(ctx, args, kwargs, str(error))
+        except Exception as error:
+            return self._freeze(ctx, args, kwargs, f"its rule failed: {error}")
+
+    def _freeze(self, ctx: RuleContext, args: Any, kwargs: Any, why: str) -> Any:
+        node = ctx.node
+        what = type(ctx.module).__name__ if ctx.module is not None else getattr(node.target, "__name__", node.target)
+        reason = f"{node.name} ({what}): {why}"
+        fx.node.map_aggregate((args, kwargs), lambda v: ctx.freeze(v, reason))
+        if ctx.module is not None:
+            for name, tensor in ctx.module.named_parameters():
+                for axis in range(tensor.dim()):
+                    known = self.graph.axes.get((f"{node.target}.{name}", axis))
+                    if known is not None:
+                        self.graph.freeze(known.labels, reason)
+        warnings.warn(f"channels are kept in place at {reason}", FrozenSpaceWarning, stacklevel=6)
+        return ctx.positional()
+
+    def _freeze_outputs(self, node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            fx.node.map_aggregate(
+                self.values[source],
+                lambda v: [self.graph.freeze(f, "output") for f in v.factors] if isinstance(v, Labelled) else None,
+            )
+
+    def factors(self) -> dict[str, tuple[Tensor, ...]]:
+        """The label tensors of each node with a single tensor as output."""
+        return {n.name: v.factors for n, v in self.values.items() if isinstance(v, Labelled)}
+
+
+def _positional(out: Any) -> Any:
+    return fx.node.map_aggregate(out, lambda v: Labelled(tuple(v.shape)) if isinstance(v, Tensor) else v)
+
+
+def _holds_tensor(value: Any) -> bool:
+    return _any(value, {}, Tensor)
+
+
+def _any(args: Any, kwargs: Any, kind: type) -> bool:
+    found: list[object] = []
+    fx.node.map_aggregate((args, kwargs), lambda v: found.append(v) if isinstance(v, kind) else None)
+    return bool(found)
+
+
+def _constant(node: fx.Node, args: Any, kwargs: Any, out: Any) -> Any:
+    """What depends on no input and no parameter is computed."""
+    try:
+        with torch.no_grad():
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            assert callable(node.target)
+            return node.target(*args, **kwargs)
+    except Exception:
+        return _positional(out)
+
+
+def _coverage(module: nn.Module, graph: LabelGraph, layout: Layout) -> float:
+    """Share of the elements of all parameters that lie in a space along at least one axis."""
+    total = covered = 0.0
+    by_name: dict[str, list[float]] = {}
+    for (name, _), axis in graph.axes.items():
+        free = (layout.space[axis.labels] < 0).double().mean()
+        by_name.setdefault(name, []).append(float(free))
+    for name, parameter in module.named_parameters():
+        outside = 1.0
+        for share in by_name.get(name, []):
+            outside *= share
+        total += parameter.numel()
+        covered += parameter.numel() * (1 - outside)
+    return covered / total if total else 1.0
+
+
+__all__ = ["FIRST", "Flow", "analyse_graph", "in_order", "propagate_shapes"]

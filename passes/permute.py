@@ -1,0 +1,78 @@
+"""Permute: move the channels of all spaces of a network, which leaves its function as it is.
+
+This is the oracle of the analysis: a space with a site too few, a site too many or channels in the wrong order
+changes the outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Generator, Tensor, nn
+
+from fxzip.channels import ChannelSpace, ChannelSpec, Site
+
+
+def random_permutations(spec: ChannelSpec, generator: Generator | None = None) -> dict[str, Tensor]:
+    """For each space a random order of its channels that keeps blocks whole; (size,) source channels by name."""
+    found: dict[str, Tensor] = {}
+    for space in by_depth(spec):
+        if space.parent is None or space.block is None:
+            found[space.name] = torch.randperm(space.size, generator=generator)
+            continue
+        width = space.size // len(found[space.parent])
+        inner = torch.stack([torch.randperm(width, generator=generator) for _ in found[space.parent]])
+        found[space.name] = (found[space.parent][:, None] * width + inner).reshape(-1)
+    return found
+
+
+def by_depth(spec: ChannelSpec) -> list[ChannelSpace]:
+    """The spaces, those of blocks before those that lie in them."""
+    depth: dict[str, int] = {}
+
+    def of(space: ChannelSpace) -> int:
+        if space.name not in depth:
+            depth[space.name] = 0 if space.parent is None else 1 + of(spec[space.parent])
+        return depth[space.name]
+
+    return sorted(spec.spaces, key=of)
+
+
+def permute(spec: ChannelSpec, model: nn.Module, orders: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the network with its channels in another order.
+
+    Args:
+        spec: The network's channel spaces.
+        model: The network; its parameters have the names that the sites give.
+        orders: For each space the source channel of each new channel, (size,).
+
+    Raises:
+        KeyError: The network has no parameter of a site's name.
+    """
+    model = copy.deepcopy(model)
+    state = model.state_dict(keep_vars=True)
+    sites = [(site, orders[space.name]) for space in spec.spaces for site in space.sites]
+    with torch.no_grad():
+        for site, order in sorted(sites, key=lambda pair: pair[0].rows is not None):
+            tensor = state[site.parameter]
+            tensor.copy_(_moved(tensor, site, order.to(tensor.device)))
+    return model
+
+
+def _moved(tensor: Tensor, site: Site, order: Tensor) -> Tensor:
+    """The parameter with one site's channels moved."""
+    index = site.index.to(tensor.device)
+    if site.rows is None:
+        source = tensor.index_select(site.axis, index[order].reshape(-1))
+        return tensor.index_copy(site.axis, index.reshape(-1), source)
+    result = tensor.clone()
+    width = len(index) // len(site.rows)
+    for block, rows in enumerate(site.rows.to(tensor.device)):
+        here = slice(block * width, (block + 1) * width)
+        part = tensor[rows]
+        result[rows] = part.index_copy(
+            site.axis, index[here].reshape(-1), part.index_select(site.axis, index[order[here]].reshape(-1))
+        )
+    return result
