@@ -8,12 +8,11 @@ space move whole blocks and act inside them. The blocks are themselves the chann
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor, nn
 
 Role = Literal["produce", "contract"]
 
@@ -98,12 +97,16 @@ class Layout:
     Attributes:
         space: For each label the number of its space in `ChannelSpec.spaces`, -1 if it is in none; (labels,).
         channel: For each label the number of the channel in its space; (labels,).
+        frozen: For each label whether an operation keeps its channel in place; (labels,).
         factors: For each node with a tensor output the label tensors of that output.
+        bundles: The nodes whose output is a collection of tensors with channels.
     """
 
     space: Tensor
     channel: Tensor
-    factors: dict[str, tuple[Tensor, ...]] = field(repr=False)
+    frozen: Tensor
+    factors: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    bundles: frozenset[str] = field(default=frozenset(), repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,14 +117,15 @@ class ChannelSpec:
         spaces: The spaces, in the order in which the network produces them.
         frozen: Channels that an operation keeps in place, each with the reason.
         coverage: Share of the weight elements that lie in a space, 0 to 1.
-        consumers: Names of the nodes whose weights contract each space, in graph order, by space name.
         layout: Which channel lies where in which tensor.
+        example: Example inputs (args, kwargs) of the network.
     """
 
     spaces: tuple[ChannelSpace, ...]
     frozen: tuple[FrozenSpace, ...]
     coverage: float
     layout: Layout = field(repr=False)
+    example: tuple[tuple[Any, ...], dict[str, Any]] = field(default=((), {}), repr=False)
 
     def __getitem__(self, name: str) -> ChannelSpace:
         """The space of that name; raises KeyError naming the spaces that there are."""
@@ -149,10 +153,20 @@ class ChannelSpec:
                     found.append((space, axes, index))
         return tuple(found)
 
-    def describe(self, node: str) -> Tensor | None:
-        """For a node's single factor: which elements have no space, as a mask of the factor's shape."""
-        factors = self.layout.factors.get(node, ())
-        return (self.layout.space[factors[0]] < 0) if len(factors) == 1 else None
+    def permute(self, model: nn.Module, generator: Generator | None = None) -> nn.Module:
+        """A copy of the network with the channels of every space in a random order; it computes the same function.
+
+        Args:
+            model: The network that was analysed, or another of the same architecture.
+            generator: The source of randomness; None for PyTorch's own.
+
+        Returns:
+            A copy of the module; a traced GraphModule where weights had to be folded first (weight-standardised
+            convolutions, say).
+        """
+        from fxzip.passes.permute import permuted
+
+        return permuted(self, model, generator)
 
     def __str__(self) -> str:
         from fxzip.report import spec_table
@@ -170,7 +184,3 @@ def group(keys: Tensor, values: Tensor) -> Tensor:
     order = torch.argsort(keys, stable=True)
     return values[order].reshape(int(keys.unique().numel()), -1)
 
-
-def names(spaces: Sequence[ChannelSpace]) -> list[str]:
-    """The names of spaces."""
-    return [space.name for space in spaces]

@@ -200,7 +200,10 @@ class _Builder:
         channel = np.zeros(self.classes.count, dtype=np.int64)
         for number, found in enumerate(ordered):
             space[found], channel[found] = number, np.arange(len(found))
-        layout = Layout(torch.from_numpy(space[self.classes.of]), torch.from_numpy(channel[self.classes.of]), {})
+        why = np.zeros(self.classes.count, dtype=bool)
+        why[[c for c, reason in self.classes.reason.items() if not reason.startswith(SILENT)]] = True
+        of = self.classes.of
+        layout = Layout(*(torch.from_numpy(by_class[of]) for by_class in (space, channel, why)))
         layout.space[:FIRST] = -1
         sites = self._sites(layout)
         titles = self._titles(ordered, sites)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from fxzip.channels import ChannelSpec, Layout
 from fxzip.errors import FrozenSpaceWarning
 from fxzip.labels import FIRST, LabelGraph, Labelled
 from fxzip.partition import partition
-from fxzip.rules import RuleContext, Unsupported, find_rule
+from fxzip.rules import RuleContext, Unsupported, find_rule, target_of
 
 
 def analyse_graph(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ChannelSpec:
@@ -37,13 +37,13 @@ def analyse_graph(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping
     Warns:
         FrozenSpaceWarning: An operation is not known; the warning names its node.
     """
-    args, kwargs = with_batch_size(args, dict(kwargs), 1)
-    shapes = propagate_shapes(module, args, kwargs)
+    example = (args, dict(kwargs))
+    shapes = propagate_shapes(module, *with_batch_size(*example, 1))
     flow = Flow(module, shapes)
     flow.run()
     spaces, frozen, layout = partition(flow.graph)
-    layout = Layout(layout.space, layout.channel, flow.factors())
-    return ChannelSpec(spaces, frozen, _coverage(module, flow.graph, layout), layout)
+    layout = replace(layout, factors=flow.factors(), bundles=flow.bundles())
+    return ChannelSpec(spaces, frozen, _coverage(module, flow.graph, layout), layout, example)
 
 
 class _Shapes(fx.Interpreter):
@@ -136,9 +136,10 @@ class Flow:
         return value.detach() if isinstance(value, Tensor) else value
 
     def _apply_rule(self, node: fx.Node, args: Any, kwargs: Any, out: Any) -> Any:
-        module = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        target = target_of(self.module, node)
+        module = target if node.op == "call_module" else None
         ctx = RuleContext(self.graph, node, out, module)
-        rule = find_rule(module if module is not None else node.target)
+        rule = find_rule(target)
         if rule is None:
             return self._freeze(ctx, args, kwargs, "no rule for it")
         own = () if module is None else (module,)
@@ -173,6 +174,12 @@ class Flow:
     def factors(self) -> dict[str, tuple[Tensor, ...]]:
         """The label tensors of each node with a single tensor as output."""
         return {n.name: v.factors for n, v in self.values.items() if isinstance(v, Labelled)}
+
+    def bundles(self) -> frozenset[str]:
+        """The nodes whose output is a collection of tensors with channels."""
+        return frozenset(
+            n.name for n, v in self.values.items() if not isinstance(v, Labelled) and _any(v, {}, Labelled)
+        )
 
 
 def _positional(out: Any) -> Any:

@@ -13,6 +13,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fxzip.channels import ChannelSpace, ChannelSpec, Site
+from fxzip.passes.canonicalise import canonicalise
+from fxzip.passes.trace import trace
 
 
 def random_permutations(spec: ChannelSpec, generator: Generator | None = None) -> dict[str, Tensor]:
@@ -38,6 +40,18 @@ def by_depth(spec: ChannelSpec) -> list[ChannelSpace]:
         return depth[space.name]
 
     return sorted(spec.spaces, key=of)
+
+
+def permuted(spec: ChannelSpec, model: nn.Module, generator: Generator | None = None) -> nn.Module:
+    """A copy of a network with all its spaces permuted at random; traced again if its weights must be folded."""
+    orders = random_permutations(spec, generator)
+    state = model.state_dict()
+    if all(site.parameter in state for space in spec.spaces for site in space.sites) and not isinstance(
+        model, nn.DataParallel
+    ):
+        return permute(spec, model, orders)
+    args, kwargs = spec.example
+    return permute(spec, canonicalise(trace(model, args, kwargs)), orders)
 
 
 def permute(spec: ChannelSpec, model: nn.Module, orders: Mapping[str, Tensor]) -> nn.Module:

@@ -39,13 +39,13 @@ def _contract(ctx: RuleContext, x: Labelled, axis: int, columns: torch.Tensor) -
         ctx.graph.unite(columns.reshape(-1), labels)
 
 
-@register_rule(nn.Linear)
+@register_rule(nn.Linear, kind="layer")
 def linear_module(ctx: RuleContext, module: nn.Linear, x: Labelled) -> Labelled:
     """y = x Wᵀ + b over the last axis."""
     return linear(ctx, x, _weight(ctx), ctx.own("bias"))
 
 
-@register_rule("linear")
+@register_rule("linear", kind="layer")
 def linear(ctx: RuleContext, input: Labelled, weight: Labelled, bias: Any = None) -> Labelled:
     """y = x Wᵀ + b over the last axis."""
     name, (rows, columns) = _name(weight), weight.shape
@@ -57,13 +57,13 @@ def linear(ctx: RuleContext, input: Labelled, weight: Labelled, bias: Any = None
     return _with_bias(ctx, Labelled((*input.shape[:-1], rows), (*kept, factor)), bias, last)
 
 
-@register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+@register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, kind="layer")
 def conv_module(ctx: RuleContext, module: Any, x: Labelled) -> Labelled:
     """Convolution over channels (axis 1) and neighbouring pixels."""
     return _conv(ctx, x, _weight(ctx), ctx.own("bias"), module.groups, module.stride)
 
 
-@register_rule("conv1d", "conv2d", "conv3d")
+@register_rule("conv1d", "conv2d", "conv3d", kind="layer")
 def conv(
     ctx: RuleContext, input: Labelled, weight: Labelled, bias: Any = None, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1,
@@ -72,13 +72,13 @@ def conv(
     return _conv(ctx, input, weight, bias, groups, stride)
 
 
-@register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+@register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, kind="layer")
 def conv_transpose_module(ctx: RuleContext, module: Any, x: Labelled, output_size: Any = None) -> Labelled:
     """Transposed convolution: the weight's axis 0 is the input's channels."""
     return _conv_transpose(ctx, x, _weight(ctx), ctx.own("bias"), module.groups)
 
 
-@register_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@register_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", kind="layer")
 def conv_transpose(
     ctx: RuleContext, input: Labelled, weight: Labelled, bias: Any = None, stride: Any = 1, padding: Any = 0,
     output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
@@ -184,7 +184,7 @@ def _contracted_by(ctx: RuleContext, value: Labelled, axis: int) -> None:
             found.role = "contract"
 
 
-@register_rule("matmul", "bmm", "mm")
+@register_rule("matmul", "bmm", "mm", kind="layer")
 def matmul(ctx: RuleContext, input: Any, other: Any) -> Labelled:
     """A product summed over the inner axis: the operands meet there, then it is reduced."""
     x, y = ctx.graph.opened(as_labelled(input)), ctx.graph.opened(as_labelled(other))
@@ -216,7 +216,7 @@ def attention(
     return matmul(ctx, logits, value)
 
 
-@register_rule("einsum")
+@register_rule("einsum", kind="layer")
 def einsum(ctx: RuleContext, equation: str, *operands: Any) -> Labelled:
     """A product over named axes: operands meet, then what is not in the result is reduced."""
     values = operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
@@ -253,13 +253,13 @@ def _arranged(value: Labelled, term: str, order: str) -> Labelled:
     return Labelled(lay(value.shape), factors, uniform=value.uniform)
 
 
-@register_rule(nn.Embedding)
+@register_rule(nn.Embedding, kind="layer")
 def embedding_module(ctx: RuleContext, module: nn.Embedding, x: Any) -> Labelled:
     """Rows of a table: the vocabulary is fixed, the columns are channels."""
     return embedding(ctx, x, _weight(ctx))
 
 
-@register_rule("embedding")
+@register_rule("embedding", kind="layer")
 def embedding(ctx: RuleContext, input: Any, weight: Labelled, *args: Any, **kwargs: Any) -> Labelled:
     """Rows of a table: the vocabulary is fixed, the columns are channels."""
     if not (isinstance(weight, Labelled) and weight.parameter):

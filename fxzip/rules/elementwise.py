@@ -27,13 +27,13 @@ MODULES = [
 ]  # fmt: skip
 
 
-@register_rule(*NAMES)
+@register_rule(*NAMES, kind="pointwise")
 def elementwise(ctx: RuleContext, *args: Any, **kwargs: Any) -> Labelled:
     """All operands meet; ``out``, shapes and numbers say nothing."""
     return ctx.elementwise(*args, *kwargs.values())
 
 
-@register_rule(*MODULES)
+@register_rule(*MODULES, kind="pointwise")
 def elementwise_module(ctx: RuleContext, module: nn.Module, x: Labelled) -> Labelled:
     """Activations and dropout."""
     return ctx.elementwise(x)

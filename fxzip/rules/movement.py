@@ -28,7 +28,7 @@ MODULES = [
 ]  # fmt: skip
 
 
-@register_rule(*NAMES)
+@register_rule(*NAMES, kind="passive")
 def move(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     """Views, permutations, concatenations, slices, padding... on labels."""
     target = ctx.node.target
@@ -40,7 +40,7 @@ def move(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     return run(ctx, lambda a, k: target(*a, **k), args, kwargs)
 
 
-@register_rule(*MODULES)
+@register_rule(*MODULES, kind="passive")
 def move_module(ctx: RuleContext, module: nn.Module, x: Labelled) -> Any:
     """Modules that only move data."""
     return run(ctx, lambda a, k: module(*a), (x,), {})
@@ -120,7 +120,7 @@ def cut_in_half(value: Labelled, axis: int) -> tuple[Labelled, Labelled]:
     )
 
 
-@register_rule("fold", "col2im", nn.Fold)
+@register_rule("fold", "col2im", nn.Fold, kind="passive")
 def fold(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     """Patches back into an image: overlapping patches are summed, so labels must agree wherever they meet."""
     module, x = (args[0], args[1]) if isinstance(args[0], nn.Module) else (None, as_labelled(args[0]))
@@ -140,13 +140,13 @@ def fold(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     return Labelled(ctx.shape, tuple(f for f in factors if f is not None))
 
 
-@register_rule(F.interpolate, F.upsample, "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d")
+@register_rule(F.interpolate, F.upsample, "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", kind="passive")
 def interpolate(ctx: RuleContext, input: Labelled, *args: Any, **kwargs: Any) -> Labelled:
     """Resizing acts on each channel alone."""
     return spatial(ctx, input, range(2, len(input.shape)))
 
 
-@register_rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+@register_rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, kind="passive")
 def interpolate_module(ctx: RuleContext, module: nn.Module, x: Labelled) -> Labelled:
     """Resizing acts on each channel alone."""
     return spatial(ctx, x, range(2, len(x.shape)))

@@ -13,7 +13,7 @@ from fxzip.rules.registry import RuleContext, Unsupported, register_rule
 
 @register_rule(
     "mean", "sum", "amax", "amin", "std", "var", "prod", "all", "any", "logsumexp", "norm", "vector_norm", "nansum",
-    "linalg_vector_norm",
+    "linalg_vector_norm", kind="passive",
 )  # fmt: skip
 def reduce(ctx: RuleContext, input: Labelled, *args: Any, **kwargs: Any) -> Labelled:
     """Symmetric functions of the elements along some axes."""
@@ -94,9 +94,9 @@ def _register_pools() -> None:
             return _pooled(ctx, x, dims)
 
         names = [f"{pool}{dims}d" for pool in _POOLS]
-        register_rule(*names, f"max_pool{dims}d_with_indices", f"boolean_dispatch{dims}")(function)
+        register_rule(*names, f"max_pool{dims}d_with_indices", kind="passive")(function)
         classes = [f"{kind}{dims}d" for kind in ("AvgPool", "MaxPool", "LPPool", "AdaptiveAvgPool", "AdaptiveMaxPool")]
-        register_rule(*(getattr(nn, name) for name in classes if hasattr(nn, name)))(module)
+        register_rule(*(getattr(nn, name) for name in classes if hasattr(nn, name)), kind="passive")(module)
 
 
 _register_pools()

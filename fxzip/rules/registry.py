@@ -17,7 +17,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import BuiltinFunctionType, MethodDescriptorType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,7 +27,9 @@ from fxzip.errors import OptionError
 from fxzip.labels import LabelGraph, Labelled
 
 Rule = Callable[..., Any]
+Kind = Literal["layer", "passive", "pointwise"]
 _RULES: dict[object, Rule] = {}
+_KINDS: dict[Rule, Kind] = {}
 _NATIVE = ("torch", "_operator", "math", "builtins", "einops")
 
 
@@ -140,8 +142,14 @@ def _bare(name: str) -> str:
     return name
 
 
-def register_rule(*targets: object) -> Callable[[Rule], Rule]:
+def register_rule(*targets: object, kind: Kind | None = None) -> Callable[[Rule], Rule]:
     """Register a rule for module classes, functions, methods of torch.Tensor, or names of PyTorch operators.
+
+    Args:
+        targets: What the rule is for.
+        kind: ``layer``: weights contract channels. ``pointwise``: it acts on each element alone. ``passive``: it
+            hands on the values of its input, moved or pooled, so that the activations that decide a merge map
+            are those before it. None: anything else.
 
     Raises:
         OptionError: A rule for one of the targets exists already.
@@ -152,9 +160,22 @@ def register_rule(*targets: object) -> Callable[[Rule], Rule]:
             if key in _RULES:
                 raise OptionError(f"a rule for {key!r} is registered already: {_RULES[key].__qualname__}")
             _RULES[key] = rule
+        if kind is not None:
+            _KINDS[rule] = kind
         return rule
 
     return register
+
+
+def target_of(module: nn.Module, node: fx.Node) -> Any:
+    """What a node calls, as rules are found by it: the submodule itself at a call_module node."""
+    return module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+
+
+def kind_of(target: object) -> Kind | None:
+    """The kind that the rule of a node's target (or module) was registered with."""
+    rule = find_rule(target)
+    return None if rule is None else _KINDS.get(rule)
 
 
 def unregister_rule(target: object) -> None:

@@ -1,0 +1,139 @@
+"""What users call: `zip` in one go, or `prepare`, `observe` and `convert` step by step, and `analyse`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from fxzip.batches import model_inputs, to_device
+from fxzip.channels import ChannelSpec
+from fxzip.errors import AlignmentError, CalibrationError, OptionError
+from fxzip.loops import device_of
+from fxzip.merged import ZippedModel
+from fxzip.passes.align import align
+from fxzip.passes.analyse import analyse_graph
+from fxzip.passes.canonicalise import canonicalise
+from fxzip.passes.cut import Cut, find_cuts
+from fxzip.passes.points import Which
+from fxzip.passes.trace import trace
+from fxzip.prepared import Prepared, check_method, check_models, task_names
+
+Loader = Iterable[Any]
+
+
+def zip(
+    *models: Any,
+    loader: Loader | None = None,
+    cut: Cut = None,
+    method: str = "zip",
+    alpha: float | None = None,
+    beta: float | None = None,
+    names: Iterable[str] | None = None,
+    points: Which = "last",
+    progress: bool = True,
+) -> ZippedModel:
+    """Merge trained networks of one architecture into one with a shared trunk and a head for each.
+
+        zipped = fxzip.zip(model_a, model_b, loader)
+        logits_a, logits_b = zipped(images)
+
+    Args:
+        models: Two networks or more, then the loader. They are left as they are.
+        loader: Images like those that the networks were trained on, of all tasks, no labels needed: it gives tensors,
+            tuples or lists whose first element is the input, or dicts of keyword inputs. It is read more than once.
+        cut: The module or node that the heads begin at, a share (0 to 1) of the layers for the trunk, or None for
+            everything up to where the models part or their classifiers begin.
+        method: ``zip``, ``permute``, ``average`` or ``optimal`` (see `fxzip.matching`).
+        alpha: For ``zip``: how readily merged channels merge again (arXiv 2305.03053, section 4.3), 0 to 1.
+        beta: For ``zip``: budget of merges within one model, 0 to 1.
+        names: Names of the tasks; ``task0``, ``task1`` ... without.
+        points: One merge point for each space (``last``), or ``all`` of them pooled.
+        progress: Show bars.
+
+    Raises:
+        TraceError, AlignmentError, CutError, CalibrationError, OptionError: see `fxzip.errors`.
+    """
+    given, loader = _models_and_loader(models, loader)
+    check_models(given)
+    check_method(method, alpha, beta)
+    prepared = prepare(*given, example_inputs=_first_batch(loader), names=names)
+    prepared.place(cut)
+    prepared.observe(loader, points=points, progress=progress)
+    return prepared.convert(cut=cut, method=method, alpha=alpha, beta=beta, progress=progress)
+
+
+def prepare(*models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None) -> Prepared:
+    """Trace and analyse networks, so that they can be observed once and merged many times.
+
+        prepared = fxzip.prepare(model_a, model_b, example_inputs=images)
+        prepared.observe(loader)
+        zipped = prepared.convert(cut="layer2", method="permute")
+
+    Args:
+        models: Two networks or more; modules or GraphModules.
+        example_inputs: What one of them takes: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        names: Names of the tasks.
+
+    Raises:
+        TraceError: A model cannot be traced.
+        AlignmentError: The models share nothing, or are on different devices.
+        OptionError: Fewer than two models, something that is no module, or unusable names.
+    """
+    check_models(models)
+    tasks = task_names(names, len(models))
+    args, kwargs = _example(example_inputs)
+    alignment = align([canonicalise(trace(model, args, kwargs)) for model in models])
+    if not alignment.shared_parameters():
+        raise AlignmentError(f"the models share no layer: {alignment.parting}")
+    example = to_device(args, kwargs, device_of(alignment.modules[0]))
+    spec = analyse_graph(alignment.modules[0], *example)
+    return Prepared(tasks, alignment, spec, find_cuts(alignment, spec))
+
+
+def analyse(model: nn.Module, example_inputs: Any) -> ChannelSpec:
+    """The channel spaces of one network; ``analyse(model, x).permute(model)`` computes what ``model`` does.
+
+    Args:
+        model: A module or GraphModule; it is left as it is.
+        example_inputs: As for `prepare`.
+
+    Raises:
+        TraceError: The model cannot be traced.
+    """
+    args, kwargs = _example(example_inputs)
+    traced = canonicalise(trace(model, args, kwargs))
+    return analyse_graph(traced, *to_device(args, kwargs, device_of(traced)))
+
+
+def _example(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs, of which a user may give either or one tensor."""
+    if isinstance(given, tuple | list):
+        return tuple(given), {}
+    return model_inputs(given)
+
+
+def _models_and_loader(given: tuple[Any, ...], loader: Loader | None) -> tuple[tuple[nn.Module, ...], Loader]:
+    if loader is None:
+        if not given or isinstance(given[-1], nn.Module):
+            raise OptionError("no loader: call fxzip.zip(model_a, model_b, loader)")
+        *given_models, loader = given
+        given = tuple(given_models)
+    assert loader is not None
+    return given, loader
+
+
+def _first_batch(loader: Loader) -> tuple[Any, ...] | dict[str, Any]:
+    """The first batch, as example inputs."""
+    try:
+        iterator = iter(loader)
+    except TypeError:
+        kind = type(loader).__name__
+        raise CalibrationError(f"the loader is a {kind}, which gives no batches; use a DataLoader or a list") from None
+    if iterator is loader:
+        raise CalibrationError("the loader can be read only once, and it is read several times: use a DataLoader or a list")
+    for batch in iterator:
+        args, kwargs = model_inputs(batch)
+        return kwargs or args
+    raise CalibrationError("the loader is empty: it gave no batch")

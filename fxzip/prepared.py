@@ -1,0 +1,200 @@
+"""`Prepared`: traced and analysed networks, to be observed once and merged as often as wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxzip.batches import with_batch_size
+from fxzip.channels import ChannelSpec
+from fxzip.errors import AlignmentError, CalibrationError, CutError, OptionError
+from fxzip.matching import MergeMap, match, options
+from fxzip.merged import ZippedModel
+from fxzip.moments import Moments
+from fxzip.passes.align import Alignment
+from fxzip.passes.cut import Cut, Cuts
+from fxzip.passes.match import match_spaces
+from fxzip.passes.observe import observe
+from fxzip.passes.points import Which, merge_points
+from fxzip.passes.recalibrate import recalibrate
+from fxzip.passes.split import split
+from fxzip.report import Cost, Report, SpaceRow
+
+
+class Prepared:
+    """Networks that `fxzip.prepare` has traced, aligned and analysed.
+
+    Attributes:
+        names: The tasks.
+        alignment: The traced networks and the nodes that they share.
+        spec: The channel spaces.
+        moments: What was observed, by space; empty before `observe`.
+    """
+
+    def __init__(self, names: Sequence[str], alignment: Alignment, spec: ChannelSpec, cuts: Cuts) -> None:
+        self.names = tuple(names)
+        self.alignment = alignment
+        self.spec = spec
+        self.moments: dict[str, Moments] = {}
+        self._cuts = cuts
+        self._loader: Iterable[Any] | None = None
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The valid cuts, by the module that the heads begin at, in the order of execution."""
+        return self._cuts.names
+
+    def place(self, cut: Cut) -> int:
+        """The number of shared nodes in the trunk of a cut.
+
+        Raises:
+            CutError: The cut is unknown or invalid, or has layers before it that share no channel space.
+        """
+        place = self._cuts.resolve(cut)
+        layers = any(layer < place for layer in self._cuts.layers)
+        if layers and not self._spaces_before(place):
+            frozen = "; ".join(f"{f.name}: {f.reason}" for f in self.spec.frozen[:3])
+            raise CutError(f"cut={cut!r}: the layers before it share no channel space that can be merged; {frozen}")
+        return place
+
+    def _spaces_before(self, place: int) -> set[str]:
+        nodes = self.alignment.trunk_names(0)[:place]
+        return {space.name for node in nodes for space, _, _ in self.spec.locate(node)}
+
+    def observe(self, loader: Iterable[Any], *, points: Which = "last", progress: bool = True) -> Prepared:
+        """Record the moments of all models' channels over a loader; replaces what was observed before.
+
+        Args:
+            loader: As for `fxzip.zip`. `convert` reads it again to reset BatchNorm statistics.
+            points: One merge point for each space (``last``), or ``all`` of them pooled.
+            progress: Show a bar.
+
+        Raises:
+            CalibrationError: The loader is empty, gives the wrong thing, or activations are not finite.
+        """
+        module = self.alignment.modules[0]
+        nodes = self.alignment.trunk_names(0)[: self._cuts.default]
+        where = merge_points(module, self.spec, nodes, points)
+        self.moments = observe(self.alignment, where, loader, progress=progress)
+        self._loader = loader
+        return self
+
+    def convert(
+        self,
+        *,
+        cut: Cut = None,
+        method: str = "zip",
+        alpha: float | None = None,
+        beta: float | None = None,
+        reset_batch_norm: bool = True,
+        progress: bool = True,
+    ) -> ZippedModel:
+        """Merge the networks, from what was observed.
+
+        Args:
+            cut: As for `fxzip.zip`.
+            method: As for `fxzip.zip`.
+            alpha: As for `fxzip.zip`.
+            beta: As for `fxzip.zip`.
+            reset_batch_norm: Reset the merged network's BatchNorm statistics on the loader that was observed.
+            progress: Show a bar.
+
+        Raises:
+            CalibrationError: Nothing was observed yet.
+            CutError, OptionError: The cut, the method or its options are not valid.
+        """
+        chosen = check_method(method, alpha, beta)
+        place = self.place(cut)
+        if self._loader is None:
+            raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")
+        maps = match_spaces(
+            self.spec, self.moments, method, len(self.names), self._spaces_before(place), **chosen
+        )
+        parts = split(self.alignment, self.spec, maps, place)
+        heads = dict(zip(self.names, parts.heads, strict=True))
+        report = self._report(parts.trunk, heads, maps, place, cut, method, chosen)
+        zipped = ZippedModel(parts.trunk, heads, report).eval()
+        if reset_batch_norm and any(layer < place for layer in self._cuts.layers):
+            count = recalibrate(zipped, self._loader, progress=progress)
+            zipped.report = report.with_recalibrated(count)
+        return zipped
+
+    def _report(
+        self, trunk: fx.GraphModule, heads: Mapping[str, fx.GraphModule], maps: Mapping[str, MergeMap], place: int,
+        cut: Cut, method: str, chosen: Mapping[str, float],
+    ) -> Report:  # fmt: skip
+        args, kwargs = with_batch_size(*self.spec.example, 1)
+        trunk_cost, crossing = measure_cost(trunk, args, kwargs)
+        shown = ", ".join(f"{key}={value:g}" for key, value in chosen.items())
+        return Report(
+            names=self.names,
+            method=f"{method}({shown})" if shown else method,
+            cut=self._name_of(place) if cut is None or isinstance(cut, float | int) else cut,
+            traced_by=tuple(str(module.meta.get("traced_by")) for module in self.alignment.modules),
+            parting=self.alignment.parting,
+            spaces=tuple(self._row(name, maps[name]) for name in (s.name for s in self.spec.spaces) if name in maps),
+            frozen=tuple(f"{space.name} ({space.size}): {space.reason}" for space in self.spec.frozen),
+            coverage=self.spec.coverage,
+            before=tuple(measure_cost(module, args, kwargs)[0] for module in self.alignment.modules),
+            trunk=trunk_cost,
+            heads=tuple(measure_cost(head, crossing, {})[0] for head in heads.values()),
+        )
+
+    def _row(self, name: str, merge_map: MergeMap) -> SpaceRow:
+        space, seen = self.spec[name], self.moments.get(name)
+        correlation = None if seen is None else merge_map.mean_correlation(seen.correlation)
+        return SpaceRow(name, space.size, len(space.sites), correlation, merge_map.within_share)
+
+    def _name_of(self, place: int) -> str:
+        return next((name for name, at in self._cuts.named.items() if at == place), "the output")
+
+
+def measure_cost(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Cost, Any]:
+    """Parameters and floating-point operations of a module on one example, and what it gives."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        result = module(*args, **kwargs)
+    return Cost(sum(p.numel() for p in module.parameters()), int(counter.get_total_flops())), result
+
+
+def check_models(models: Sequence[Any]) -> None:
+    """Raise what is wrong with the models that a user gave."""
+    for number, model in enumerate(models):
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"model {number} is a {type(model).__name__}, not a torch.nn.Module")
+    if len(models) < 2:
+        raise OptionError(f"{len(models)} model given: merging takes two models or more")
+    devices = [{p.device for p in (*model.parameters(), *model.buffers())} for model in models]
+    for number, found in enumerate(devices):
+        if len(found) > 1:
+            raise AlignmentError(f"model {number} lies on several devices: {', '.join(sorted(map(str, found)))}")
+        if found != devices[0] and found and devices[0]:
+            ours, peers = found.pop(), devices[0].pop()
+            raise AlignmentError(f"model {number} is on {ours}, model 0 is on {peers}; move them to one device")
+
+
+def task_names(names: Iterable[str] | None, count: int) -> tuple[str, ...]:
+    """The tasks' names: the given ones, or task0, task1 ..."""
+    if names is None:
+        return tuple(f"task{number}" for number in range(count))
+    found = tuple(names)
+    if len(found) != count or len(set(found)) != count:
+        raise OptionError(f"names={found}: give one name for each of the {count} models, all different")
+    for name in found:
+        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise OptionError(f"{name!r} cannot be the name of a task; use a word without dots")
+    return found
+
+
+def check_method(method: str, alpha: float | None, beta: float | None) -> dict[str, float]:
+    """The options to pass to a matcher.
+
+    Raises:
+        OptionError: The method is unknown, or an option is out of range or not one of its own.
+    """
+    chosen = {key: value for key, value in (("alpha", alpha), ("beta", beta)) if value is not None}
+    match(method, torch.eye(2), n_models=2, **chosen)
+    return {**options(method), **chosen}

@@ -1,0 +1,154 @@
+"""Reports: values that print as tables."""
+
+from __future__ import annotations
+
+import io
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fxzip.channels import ChannelSpec
+
+
+@dataclass(frozen=True)
+class SpaceRow:
+    """How one channel space was merged.
+
+    Attributes:
+        name: The space.
+        size: Channels of each model in it.
+        sites: How many parameters' axes it lies on.
+        correlation: Mean correlation of the matched pairs of channels; None if it was not observed.
+        within: Share of the matched pairs that lie within one model.
+    """
+
+    name: str
+    size: int
+    sites: int
+    correlation: float | None
+    within: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and floating-point operations (a multiply-add counts two) for one example."""
+
+    params: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was merged, and what it costs; printed as a table.
+
+    Attributes:
+        names: The tasks.
+        method: The matcher, with its options.
+        cut: Where the heads begin, as the user named it.
+        traced_by: How each model was traced.
+        parting: Where and why the models part; None if they do not.
+        spaces: The merged channel spaces.
+        frozen: Names of the spaces in the trunk that an operation keeps in place, with the reasons.
+        coverage: Share of the first model's weight elements that lie in a channel space.
+        before: Cost of each model.
+        trunk: Cost of the trunk.
+        heads: Cost of each head.
+        recalibrated: BatchNorm layers whose statistics were reset.
+    """
+
+    names: tuple[str, ...]
+    method: str
+    cut: str
+    traced_by: tuple[str, ...]
+    parting: str | None
+    spaces: tuple[SpaceRow, ...]
+    frozen: tuple[str, ...]
+    coverage: float
+    before: tuple[Cost, ...]
+    trunk: Cost
+    heads: tuple[Cost, ...]
+    recalibrated: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+    def with_recalibrated(self, count: int) -> Report:
+        """The same report, with the number of BatchNorm layers that were reset."""
+        return replace(self, recalibrated=count)
+
+    @property
+    def params_before(self) -> int:
+        """Parameters of all models."""
+        return sum(cost.params for cost in self.before)
+
+    @property
+    def params_after(self) -> int:
+        """Parameters of the trunk and all heads."""
+        return self.trunk.params + sum(cost.params for cost in self.heads)
+
+    @property
+    def flops_before(self) -> int:
+        """Floating-point operations of all models on one example."""
+        return sum(cost.flops for cost in self.before)
+
+    @property
+    def flops_after(self) -> int:
+        """Floating-point operations of the trunk and all heads on one example."""
+        return self.trunk.flops + sum(cost.flops for cost in self.heads)
+
+    def __str__(self) -> str:
+        title = f"{' + '.join(self.names)}: {self.method}, cut at {self.cut}"
+        spaces = _table(title, "space", "channels", "sites", "correlation", "within models")
+        for row in self.spaces:
+            shown = "-" if row.correlation is None else f"{row.correlation:.3f}"
+            spaces.add_row(row.name, str(row.size), str(row.sites), shown, f"{row.within:.1%}")
+        costs = _table("", "", "before", "after", "ratio")
+        for label, before, after, unit, scale in (
+            ("parameters", self.params_before, self.params_after, "M", 1e6),
+            ("FLOPs", self.flops_before, self.flops_after, "G", 1e9),
+        ):
+            ratio = f"{after / before:.3f}" if before else "-"
+            costs.add_row(label, f"{before / scale:.3f} {unit}", f"{after / scale:.3f} {unit}", ratio)
+        lines = [f"kept in place: {name}" for name in self.frozen]
+        lines += [f"the models part: {self.parting}"] if self.parting else []
+        lines += [f"BatchNorm layers reset: {self.recalibrated}", *self.notes]
+        return render(spaces, costs) + "\n".join(lines) + "\n"
+
+
+def spec_table(spec: ChannelSpec) -> str:
+    """The channel spaces of a network as a table."""
+    title = f"{len(spec.spaces)} channel spaces cover {spec.coverage:.2%} of the weights"
+    table = _table(title, "space", "channels", "sites", "in blocks of")
+    for space in spec.spaces:
+        table.add_row(space.name, str(space.size), str(len(space.sites)), space.parent or "")
+    text = render(table)
+    if spec.frozen:
+        frozen = _table("kept in place", "channels of", "number", "why")
+        for row in spec.frozen:
+            frozen.add_row(row.name, str(row.size), row.reason)
+        text += render(frozen)
+    return text
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title or None, box=SIMPLE_HEAD, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def render(*tables: Any, width: int = 110) -> str:
+    """Tables as plain text."""
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(file=out, width=width)
+    for table in tables:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+

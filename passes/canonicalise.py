@@ -1,0 +1,123 @@
+"""Canonicalise: give every weight that is computed from parameters alone the value that it has.
+
+Weight-standardised convolutions, spectral norm, scaled weights, biases made of parts, tables of position biases
+that are looked up: whatever depends on parameters and on no input is computed once, in eval mode, and becomes a
+parameter of its own. A map between channels then acts on the weights that the network really uses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+def canonicalise(module: fx.GraphModule) -> fx.GraphModule:
+    """Fold the parts of a traced network that depend on parameters only; the module is changed and returned.
+
+    A folded value takes the name of the one parameter that it was made from, where there is just one that
+    nothing else uses; else it is named after its node.
+    """
+    state = {name for name, value in module.state_dict(keep_vars=True).items() if value.is_floating_point()}
+    learned = _learned(module, state)
+    edge = [n for n in learned if n.op != "get_attr" and any(user not in learned for user in n.users)]
+    if not edge:
+        return module
+    values = _evaluate(module, learned)
+    for node in edge:
+        _replace(module, node, values[node], learned[node])
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    _drop_unused(module, state)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def _learned(module: fx.GraphModule, state: set[str]) -> dict[fx.Node, frozenset[str]]:
+    """The nodes that depend on parameters (or buffers that are saved) and on nothing else, with their names."""
+    constant: set[fx.Node] = set()
+    learned: dict[fx.Node, frozenset[str]] = {}
+    for node in module.graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr":
+            constant.add(node)
+            learned[node] = frozenset({str(node.target)} & state)
+        elif node.op in ("call_function", "call_method") and all(n in constant for n in inputs):
+            if node.is_impure() or str(getattr(node.target, "__name__", node.target)).startswith("rand"):
+                continue
+            constant.add(node)
+            learned[node] = frozenset().union(*(learned[n] for n in inputs))
+    return {node: names for node, names in learned.items() if names or node.op == "get_attr"}
+
+
+def _evaluate(module: fx.GraphModule, learned: dict[fx.Node, frozenset[str]]) -> dict[fx.Node, Any]:
+    interpreter = fx.Interpreter(module)
+    needed = set(learned)
+    for node in reversed(module.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    with torch.no_grad():
+        for node in module.graph.nodes:
+            if node in needed:
+                interpreter.env[node] = interpreter.run_node(node)
+    return interpreter.env
+
+
+def _replace(module: fx.GraphModule, node: fx.Node, value: Any, names: frozenset[str]) -> None:
+    if not isinstance(value, Tensor):
+        return
+    target = _new_name(module, node, names)
+    owner, _, leaf = target.rpartition(".")
+    parent = module.get_submodule(owner)
+    if hasattr(parent, leaf):
+        delattr(parent, leaf)
+    if value.is_floating_point():
+        parent.register_parameter(leaf, nn.Parameter(value.detach().clone(), requires_grad=False))
+    else:
+        parent.register_buffer(leaf, value.detach().clone())
+    with module.graph.inserting_before(node):
+        folded = module.graph.get_attr(target)
+    folded.meta = dict(node.meta)
+    node.replace_all_uses_with(folded)
+
+
+def _new_name(module: fx.GraphModule, node: fx.Node, names: frozenset[str]) -> str:
+    """The single parameter's own name if it is free to be taken over; else one made from the node's name."""
+    weights = [name for name in names if name.rpartition(".")[2] == "weight"] or list(names)
+    if len(weights) == 1:
+        name = weights[0]
+        readers = [n for n in module.graph.find_nodes(op="get_attr") if n.target == name]
+        others = {user for n in readers for user in n.users}
+        called = {str(n.target) for n in module.graph.find_nodes(op="call_module")}
+        if name.rpartition(".")[0] not in called and all(_leads_only_to(user, node) for user in others):
+            return name
+    return f"{node.name}_folded"
+
+
+def _leads_only_to(start: fx.Node, end: fx.Node) -> bool:
+    pending, seen = [start], set()
+    while pending:
+        node = pending.pop()
+        if node is end or node in seen:
+            continue
+        seen.add(node)
+        if not node.users or node.op == "output":
+            return False
+        pending += node.users
+    return True
+
+
+def _drop_unused(module: fx.GraphModule, state: set[str]) -> None:
+    """Forget the parameters that were folded, so that they are neither counted nor saved."""
+    used = {str(n.target) for n in module.graph.find_nodes(op="get_attr")}
+    called = {str(n.target) for n in module.graph.find_nodes(op="call_module")}
+    for name in state:
+        owner, _, leaf = name.rpartition(".")
+        if name in used or owner in called:
+            continue
+        try:
+            delattr(module.get_submodule(owner), leaf)
+        except AttributeError:
+            continue

@@ -1,0 +1,167 @@
+"""Cut: where the trunk may end and the heads begin.
+
+The cut is a place in the order of the shared nodes, which is the order of execution: any prefix is a trunk.
+A place is valid where every tensor that crosses it can be unmerged, channel by channel, along one axis.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxzip.channels import ChannelSpec
+from fxzip.errors import CutError
+from fxzip.passes.align import Alignment
+from fxzip.rules import find_rule, kind_of, target_of
+
+Cut = str | float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Cuts:
+    """The places where models may be cut.
+
+    Attributes:
+        named: The place of each module and node that heads can begin at, in graph order.
+        valid: The valid places, ascending; a place is the number of shared nodes before it.
+        default: The last valid place before the classifiers and before the models part.
+        layers: The places just before each layer with weights, in the first model's whole graph.
+    """
+
+    named: dict[str, int]
+    valid: tuple[int, ...]
+    default: int
+    layers: tuple[int, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The valid cuts, by the outermost module that begins there."""
+        found: dict[int, str] = {}
+        for name, place in self.named.items():
+            if place in set(self.valid) and place <= self.default:
+                found.setdefault(place, name)
+        return tuple(found.values())
+
+    def resolve(self, cut: Cut) -> int:
+        """The place that a user's cut means.
+
+        Args:
+            cut: Name of the module or node that the heads begin at; a share (0 to 1) of the layers that the trunk
+                has at the most; None for the default.
+
+        Raises:
+            CutError: The name is unknown, or nothing can be cut there; the nearest valid ones are named.
+        """
+        if cut is None:
+            return self.default
+        if isinstance(cut, str):
+            return self._by_name(cut)
+        if isinstance(cut, bool) or not 0 <= cut <= 1:
+            raise CutError(f"cut={cut!r}: a share of the layers lies between 0 and 1")
+        place = min([*self.layers[round(cut * len(self.layers)) :], self.default])
+        return max(p for p in self.valid if p <= place)
+
+    def _by_name(self, cut: str) -> int:
+        if cut not in self.named:
+            near = difflib.get_close_matches(cut, self.names, n=5, cutoff=0.3) or list(self.names[:5])
+            raise CutError(f"cut={cut!r}: no shared module or node of that name; near: {', '.join(near)}")
+        place = self.named[cut]
+        if place in self.valid and place <= self.default:
+            return place
+        near = sorted(self.names, key=lambda name: abs(self.named[name] - place))[:4]
+        where = "channels that are kept in place or bundled cross there"
+        if place > self.default:
+            where = "the models' own classifiers begin before it"
+        raise CutError(f"cut={cut!r}: the trunk cannot end there, {where}; near: {', '.join(near)}")
+
+
+def find_cuts(alignment: Alignment, spec: ChannelSpec) -> Cuts:
+    """All places where aligned models may be cut.
+
+    Raises:
+        CutError: There is none, even before the first layer.
+    """
+    shared = [names[0] for names in alignment.shared]
+    number = {name: i for i, name in enumerate(shared)}
+    nodes = {node.name: node for node in alignment.modules[0].graph.nodes}
+    inputs = sum(nodes[name].op == "placeholder" for name in shared)
+    invalid = set(range(inputs))
+    for i, last in _last_uses(alignment).items():
+        if not _can_cross(spec, shared[i]):
+            invalid.update(range(i + 1, last + 1))
+    valid = tuple(place for place in range(len(shared) + 1) if place not in invalid)
+    if not valid:
+        raise CutError(f"the models cannot be cut anywhere: {alignment.parting or 'no tensor can cross'}")
+    end = min([len(shared), *(number[n.name] for n in classifiers(alignment.modules[0]) if n.name in number)])
+    layers = tuple(
+        number.get(node.name, len(shared)) for node in nodes.values() if is_layer(alignment.modules[0], node)
+    )
+    default = max((place for place in valid if place <= end), default=valid[0])
+    return Cuts(dict(_named(nodes, shared)), valid, default, layers)
+
+
+def _last_uses(alignment: Alignment) -> dict[int, int]:
+    """For each shared node the last shared place that still needs it; beyond the end if a head does."""
+    end = len(alignment.shared)
+    last: dict[int, int] = {}
+    for model, module in enumerate(alignment.modules):
+        number = {names[model]: i for i, names in enumerate(alignment.shared)}
+        for node in module.graph.nodes:
+            if node.name in number and node.op != "get_attr":
+                i = number[node.name]
+                last[i] = max(last.get(i, i), *(number.get(user.name, end) for user in node.users), i)
+    return last
+
+
+def _can_cross(spec: ChannelSpec, node: str) -> bool:
+    if node in spec.layout.bundles:
+        return False
+    for factor in spec.layout.factors.get(node, ()):
+        if sum(size > 1 for size in factor.shape) > 1 or bool(spec.layout.frozen[factor].any()):
+            return False
+    return True
+
+
+def is_layer(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node contracts channels with weights."""
+    if kind_of(target_of(module, node)) != "layer":
+        return False
+    return node.op == "call_module" or any(n.op == "get_attr" for n in node.all_input_nodes)
+
+
+def classifiers(module: fx.GraphModule) -> tuple[fx.Node, ...]:
+    """The last layers: those whose channels are the network's outputs."""
+    pending = list(module.graph.output_node().all_input_nodes)
+    seen, found = set(pending), []
+    while pending:
+        node = pending.pop()
+        unknown = node.op == "call_module" and find_rule(target_of(module, node)) is None
+        if unknown or is_layer(module, node):
+            found.append(node)
+            continue
+        new = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(new)
+        pending += new
+    return tuple(found)
+
+
+def _named(nodes: dict[str, fx.Node], shared: list[str]) -> Iterator[tuple[str, int]]:
+    """Names of modules, outer ones first, and of nodes, each with the place of its first node."""
+    seen: set[str] = set()
+    for place, name in enumerate(shared):
+        node = nodes[name]
+        if node.op == "placeholder":
+            continue
+        path = str(node.target) if node.op == "call_module" else ""
+        parts = path.split(".") if path else []
+        for depth in range(1, len(parts) + 1):
+            prefix = ".".join(parts[:depth])
+            if prefix not in seen:
+                seen.add(prefix)
+                yield prefix, place
+        if name not in seen:
+            seen.add(name)
+            yield name, place

@@ -1,0 +1,78 @@
+"""Points: the merge points of each channel space, the tensors whose activations decide its map."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+from torch import Tensor, fx
+
+from fxzip.channels import ChannelSpace, ChannelSpec, MergePoint
+from fxzip.errors import OptionError
+from fxzip.rules import kind_of, target_of
+
+Which = Literal["last", "all"]
+
+
+def merge_points(
+    module: fx.GraphModule, spec: ChannelSpec, nodes: Sequence[str], points: Which = "last"
+) -> dict[str, tuple[MergePoint, ...]]:
+    """Where to observe each space: the inputs of the operations that its channels end in.
+
+    A channel ends where weights contract it (or a norm over a head, or the end of ``nodes``). Operations that
+    only move or pool are stepped back over, to the activation itself.
+
+    Args:
+        module: The traced network.
+        spec: Its spaces. Spaces of blocks are decided by what lies in the blocks and have no points.
+        nodes: Names of the nodes that may be observed, in graph order.
+        points: ``last`` is the paper's choice (arXiv 2305.03053, section 5: one for each residual stage, its
+            last activation); ``all`` pools every place where the space ends.
+
+    Raises:
+        OptionError: ``points`` is neither.
+    """
+    if points not in ("last", "all"):
+        raise OptionError(f"points={points!r} is unknown; use 'last' or 'all'")
+    allowed = set(nodes)
+    blocks = {space.parent for space in spec.spaces}
+    found: dict[str, list[MergePoint]] = {}
+    for node in module.graph.nodes:
+        if node.name not in allowed:
+            continue
+        for space, _, _ in spec.locate(node.name):
+            if space.name not in blocks and _ends(node, space, spec, allowed):
+                point = _origin(module, node, space, spec)
+                mine = found.setdefault(space.name, [])
+                if all(point.node != other.node for other in mine):
+                    mine.append(point)
+    keep = slice(-1, None) if points == "last" else slice(None)
+    return {name: tuple(mine[keep]) for name, mine in found.items()}
+
+
+def _ends(node: fx.Node, space: ChannelSpace, spec: ChannelSpec, allowed: Collection[str]) -> bool:
+    """Whether some user of the node's output does not hand the space on."""
+    return any(
+        user.name not in allowed or all(other is not space for other, _, _ in spec.locate(user.name))
+        for user in node.users
+    )
+
+
+def _origin(module: fx.GraphModule, node: fx.Node, space: ChannelSpace, spec: ChannelSpec) -> MergePoint:
+    """The activation that a node's output was moved or pooled from."""
+    place = _place(node, space, spec)
+    while node.op not in ("placeholder", "get_attr") and kind_of(target_of(module, node)) == "passive":
+        sources = [(n, _place(n, space, spec)) for n in node.all_input_nodes]
+        sources = [(n, found) for n, found in sources if found is not None]
+        if len(sources) != 1:
+            break
+        node, place = sources[0]
+    assert place is not None
+    return MergePoint(node.name, *place)
+
+
+def _place(node: fx.Node, space: ChannelSpace, spec: ChannelSpec) -> tuple[tuple[int, ...], Tensor] | None:
+    for other, axes, index in spec.locate(node.name):
+        if other is space:
+            return axes, index
+    return None

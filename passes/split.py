@@ -1,0 +1,249 @@
+"""Split: one shared trunk up to the cut, and each model's own rest as a head.
+
+A cut is a place in the shared graph, the number of nodes before it. What crosses it is passed from the trunk to
+the heads, where each model's channels are found again: U is folded into the next linear layers where nothing
+stands between, and is else a gather of channels that is inserted.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxzip.channels import ChannelSpec
+from fxzip.matching import MergeMap
+from fxzip.passes.align import Alignment
+from fxzip.passes.fuse import fuse_parameter, mix, part_of, sites_by_parameter
+from fxzip.rules import kind_of, target_of
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Trunk and heads; a head takes what the trunk gives."""
+
+    trunk: fx.GraphModule
+    heads: tuple[fx.GraphModule, ...]
+
+
+def crossing(alignment: Alignment, cut: int) -> tuple[int, ...]:
+    """Which of the shared nodes before ``cut`` are used after it in some model; ascending."""
+    found: set[int] = set()
+    for model, module in enumerate(alignment.modules):
+        number = {names[model]: i for i, names in enumerate(alignment.shared[:cut])}
+        for node in module.graph.nodes:
+            if node.name in number and node.op != "get_attr" and any(u.name not in number for u in node.users):
+                found.add(number[node.name])
+    return tuple(sorted(found))
+
+
+def split(alignment: Alignment, spec: ChannelSpec, maps: Mapping[str, MergeMap], cut: int) -> Split:
+    """Build trunk and heads.
+
+    Args:
+        alignment: The traced models.
+        spec: The channel spaces of the first one.
+        maps: The maps of the spaces that lie in the trunk.
+        cut: How many of the shared nodes the trunk has.
+    """
+    cross = crossing(alignment, cut)
+    trunk = _trunk(alignment, cut, cross)
+    _write_fused(trunk, alignment, spec, maps, cut)
+    heads = tuple(_head(alignment, spec, maps, cut, cross, model) for model in range(len(alignment.modules)))
+    return Split(trunk, heads)
+
+
+def _trunk(alignment: Alignment, cut: int, cross: Sequence[int]) -> fx.GraphModule:
+    module = alignment.modules[0]
+    keep = {names[0] for names in alignment.shared[:cut]}
+    graph, copies = fx.Graph(), {}
+    for node in module.graph.nodes:
+        if node.name in keep or node.op == "placeholder":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    by_name = {node.name: node for node in copies}
+    graph.output(tuple(copies[by_name[alignment.shared[i][0]]] for i in cross))
+    return _module(module, graph, "Trunk")
+
+
+def _module(root: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A module of its own: it has copies of the parameters that the graph uses, under their old names."""
+    module = fx.GraphModule(root, graph, class_name=name)
+    module.graph.eliminate_dead_code()
+    result = copy.deepcopy(fx.GraphModule(module, module.graph, class_name=name))
+    result.graph.lint()
+    return result.eval()
+
+
+def _write_fused(
+    trunk: fx.GraphModule, alignment: Alignment, spec: ChannelSpec, maps: Mapping[str, MergeMap], cut: int
+) -> None:
+    """Replace the trunk's parameters and buffers by the merged ones."""
+    peers = paired_parameters(alignment, cut)
+    states = [module.state_dict(keep_vars=True) for module in alignment.modules]
+    sites = sites_by_parameter(spec, maps)
+    with torch.no_grad():
+        for name, tensor in trunk.state_dict(keep_vars=True).items():
+            tensors = [state[peer] for state, peer in zip(states, peers[name], strict=True)]
+            tensor.copy_(fuse_parameter(tensors, sites.get(name, ())))
+
+
+def paired_parameters(alignment: Alignment, cut: int) -> dict[str, tuple[str, ...]]:
+    """For each parameter and buffer of the first model's shared nodes its name in every model."""
+    nodes = [{n.name: n for n in module.graph.nodes} for module in alignment.modules]
+    peers: dict[str, tuple[str, ...]] = {}
+    for names in alignment.shared[:cut]:
+        group = [nodes[model][name] for model, name in enumerate(names)]
+        targets = [str(node.target) for node in group]
+        if group[0].op == "get_attr":
+            peers[targets[0]] = tuple(targets)
+        elif group[0].op == "call_module":
+            for key in alignment.modules[0].get_submodule(targets[0]).state_dict():
+                peers[f"{targets[0]}.{key}"] = tuple(f"{target}.{key}" for target in targets)
+    return peers
+
+
+def _head(
+    alignment: Alignment, spec: ChannelSpec, maps: Mapping[str, MergeMap], cut: int, cross: Sequence[int], model: int
+) -> fx.GraphModule:
+    module = alignment.modules[model]
+    before = {names[model]: i for i, names in enumerate(alignment.shared[:cut])}
+    old = {node.name: node for node in module.graph.nodes}
+    graph, copies = fx.Graph(), {}
+    folds: list[Fold] = []
+    gathers: dict[str, Tensor] = {}
+    for i in cross:
+        source = old[alignment.shared[i][model]]
+        copies[source] = graph.placeholder(source.name)
+    for i in cross:
+        source = old[alignment.shared[i][model]]
+        unmerge = Unmerge.of(spec, maps, alignment.shared[i][0], model)
+        found = foldable(alignment, spec, maps, cut, i, model) if unmerge.moves else []
+        if found is None:
+            copies[source] = unmerge.insert(graph, copies[source], gathers)
+        else:
+            folds += found
+    for node in module.graph.nodes:
+        if node not in copies and (node.name not in before or node.op == "get_attr"):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    for name, index in gathers.items():
+        module.register_buffer(name, index)
+    head = _module(module, graph, "Head")
+    for name in gathers:
+        delattr(module, name)
+    for fold in folds:
+        fold.apply(head)
+    return head
+
+
+@dataclass(frozen=True, eq=False)
+class Unmerge:
+    """How one model's channels are found in a merged tensor: a gather for each axis that has channels.
+
+    Attributes:
+        node: The tensor's node in the first model.
+        gathers: (axis, merged position of each of the model's positions) pairs.
+    """
+
+    node: str
+    gathers: tuple[tuple[int, Tensor], ...]
+
+    @classmethod
+    def of(cls, spec: ChannelSpec, maps: Mapping[str, MergeMap], node: str, model: int) -> Unmerge:
+        """From the maps of the spaces that the tensor holds."""
+        by_axis: dict[int, Tensor] = {}
+        for space, axes, index in spec.locate(node):
+            if space.name not in maps:
+                continue
+            (axis,) = axes
+            size = max(f.shape[axis] for f in spec.layout.factors[node])
+            positions = by_axis.setdefault(axis, torch.arange(size))
+            positions[index] = index[part_of(maps[space.name], model, "contract").argmax(0)]
+        return cls(node, tuple(by_axis.items()))
+
+    @property
+    def moves(self) -> bool:
+        """Whether any channel is elsewhere than it was."""
+        return any(not torch.equal(index, torch.arange(len(index))) for _, index in self.gathers)
+
+    def insert(self, graph: fx.Graph, node: fx.Node, buffers: dict[str, Tensor]) -> fx.Node:
+        """Append the gathers to a graph; the indices are added to ``buffers`` under new names."""
+        for axis, index in self.gathers:
+            name = f"unmerge_{self.node}" if len(self.gathers) == 1 else f"unmerge_{self.node}_{axis}"
+            buffers[name] = index
+            node = graph.call_function(torch.index_select, (node, axis, graph.get_attr(name)))
+        return node
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """U folded into the columns of a linear layer or convolution: W U."""
+
+    parameter: str
+    index: Tensor
+    matrix: Tensor
+
+    def apply(self, head: fx.GraphModule) -> None:
+        """Change the head's weight."""
+        weight = head.get_parameter(self.parameter)
+        with torch.no_grad():
+            index = self.index.to(weight.device)
+            part = weight.double().index_select(1, index.reshape(-1)).movedim(1, 0)
+            mixed = mix(self.matrix.to(weight.device), part.reshape(len(index), -1)).reshape(part.shape)
+            weight.index_copy_(1, index.reshape(-1), mixed.movedim(0, 1).to(weight.dtype))
+
+
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def foldable(
+    alignment: Alignment, spec: ChannelSpec, maps: Mapping[str, MergeMap], cut: int, start: int, model: int
+) -> list[Fold] | None:
+    """The folds that undo the merge of one crossing tensor, or None where something else uses it.
+
+    Between the cut and the linear layers only operations that act on each channel alone may stand.
+    """
+    module = alignment.modules[model]
+    first = {names[model]: names[0] for names in alignment.shared}
+    old = {node.name: node for node in module.graph.nodes}
+    calls = [str(n.target) for n in module.graph.find_nodes(op="call_module")]
+    pending, folds = [old[alignment.shared[start][model]]], []
+    before = {names[model] for names in alignment.shared[:cut]}
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user.name in before:
+                continue
+            target = target_of(module, user)
+            if isinstance(target, _LINEAR) and getattr(target, "groups", 1) == 1 and calls.count(str(user.target)) == 1:
+                axis = len(spec.layout.factors[first[node.name]][0].shape) - 1 if isinstance(target, nn.Linear) else 1
+                found = _folds(spec, maps, first[node.name], f"{user.target}.weight", axis, model)
+                if found is None:
+                    return None
+                folds += found
+            elif user.name in first and user.op != "output" and kind_of(target) in ("passive", "pointwise") and (
+                len(user.all_input_nodes) == 1 and _same_spaces(spec, first[node.name], first[user.name])
+            ):
+                pending.append(user)
+            else:
+                return None
+    return folds
+
+
+def _same_spaces(spec: ChannelSpec, left: str, right: str) -> bool:
+    return {s.name for s, _, _ in spec.locate(left)} == {s.name for s, _, _ in spec.locate(right)}
+
+
+def _folds(
+    spec: ChannelSpec, maps: Mapping[str, MergeMap], node: str, parameter: str, axis: int, model: int
+) -> list[Fold] | None:
+    found = []
+    for space, axes, index in spec.locate(node):
+        if axes != (axis,):
+            return None
+        if space.name in maps:
+            found.append(Fold(parameter, index, part_of(maps[space.name], model, "contract")))
+    return found
+
