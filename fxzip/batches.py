@@ -17,8 +17,8 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 def model_inputs(batch: object) -> Inputs:
     """The positional and keyword inputs that a loader's batch stands for.
 
-    A tensor is the input; of a tuple or list the first element is, and the rest (labels) is left alone; a dict
-    holds keyword inputs, all of which are passed.
+    A tensor is the input; of a tuple or list the first element is, and the rest (labels) is left alone; a
+    dict holds keyword inputs, all of which are passed.
 
     Raises:
         CalibrationError: The batch is anything else.
@@ -26,7 +26,9 @@ def model_inputs(batch: object) -> Inputs:
     first = batch
     if isinstance(batch, (tuple, list)):
         if not batch:
-            raise CalibrationError("the loader gave an empty tuple or list; its first element must be the input")
+            raise CalibrationError(
+                "the loader gave an empty tuple or list; its first element must be the input"
+            )
         first = batch[0]
     if isinstance(first, Tensor):
         return (first,), {}
@@ -34,8 +36,8 @@ def model_inputs(batch: object) -> Inputs:
         return (), _keyword_inputs(first)
     where = "" if first is batch else f" whose first element is {_describe(first)}"
     raise CalibrationError(
-        f"the loader gave {_describe(batch)}{where}; a batch must be a tensor, a tuple or list whose first element "
-        "is the input, or a dict of keyword inputs"
+        f"the loader gave {_describe(batch)}{where}; a batch must be a tensor, a tuple or list whose first "
+        "element is the input, or a dict of keyword inputs"
     )
 
 
@@ -45,7 +47,7 @@ def _keyword_inputs(batch: Mapping[Any, Any]) -> dict[str, Any]:
     wrong = [key for key in batch if not isinstance(key, str)]
     if wrong:
         raise CalibrationError(
-            f"the loader gave a dict with the key {wrong[0]!r}; its keys must be the names of the model's inputs"
+            f"the loader gave a dict with the key {wrong[0]!r}; its keys must name the model's inputs"
         )
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(dict(batch))):
         raise CalibrationError(f"the loader gave a dict without a tensor: {sorted(batch)}")
@@ -65,8 +67,10 @@ def _map_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     return changed
 
 
-def to_device(args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device | str) -> Inputs:
-    """The inputs with every tensor on ``device``; what is no tensor is left alone."""
+def to_device(args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device | str | None) -> Inputs:
+    """The inputs with every tensor on ``device``; what is no tensor is left alone, and all of it if None."""
+    if device is None:
+        return tuple(args), dict(kwargs)
     return _map_tensors((args, kwargs), lambda tensor: tensor.to(device))
 
 

@@ -192,6 +192,23 @@ def along(graph: LabelGraph, value: Labelled, axis: int) -> Tensor | None:
     return found[0] if found else None
 
 
+def mixed(graph: LabelGraph, factor: Tensor, axes: Sequence[int], reason: str) -> Tensor | None:
+    """What is left of a factor when positions along ``axes`` are mixed (by a kernel, by a resize).
+
+    Labels that differ along those axes only (subpixels of a channel, after a pixel shuffle) are tied; where
+    nothing else tells channels apart, their order matters and they are frozen: None.
+    """
+    moved = varying(factor) & set(axes)
+    if not moved:
+        return factor
+    if varying(factor) <= moved:
+        graph.freeze(factor, reason)
+        return None
+    known = factor.amax(sorted(moved), keepdim=True)
+    graph.unite(factor, known)
+    return known
+
+
 def meet(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:
     """An elementwise operation of two tensors with broadcasting: labels met at one position are united."""
     x, y = graph.opened(x), graph.opened(y)

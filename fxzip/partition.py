@@ -143,7 +143,7 @@ def _colours(graph: LabelGraph, classes: Classes) -> Ints:
             finer.append((pairs[:, 0], -1 - (colour[pairs[:, 1]] * 2 + 0) - up * 10**12))
             finer.append((pairs[:, 1], -1 - (colour[pairs[:, 0]] * 2 + 1) - down * 10**12))
         new = _recolour(classes.count, finer)
-        if new.max(initial=0) == colour.max(initial=0):
+        if len(np.unique(new)) == len(np.unique(colour)):
             return new
         colour = new
 

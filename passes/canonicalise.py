@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxzip.rules import kind_of, target_of
+
 
 def canonicalise(module: fx.GraphModule) -> fx.GraphModule:
     """Fold the parts of a traced network that depend on parameters only; the module is changed and returned.
@@ -21,7 +23,7 @@ def canonicalise(module: fx.GraphModule) -> fx.GraphModule:
     """
     state = {name for name, value in module.state_dict(keep_vars=True).items() if value.is_floating_point()}
     learned = _learned(module, state)
-    edge = [n for n in learned if n.op != "get_attr" and any(user not in learned for user in n.users)]
+    edge = [n for n in learned if n.op != "get_attr" and _must_fold(module, n, learned)]
     if not edge:
         return module
     values = _evaluate(module, learned)
@@ -50,6 +52,22 @@ def _learned(module: fx.GraphModule, state: set[str]) -> dict[fx.Node, frozenset
             constant.add(node)
             learned[node] = frozenset().union(*(learned[n] for n in inputs))
     return {node: names for node, names in learned.items() if names or node.op == "get_attr"}
+
+
+def _must_fold(module: fx.GraphModule, node: fx.Node, learned: dict[fx.Node, frozenset[str]]) -> bool:
+    """Whether the value is used and is more than a parameter moved about: labels follow those by themselves.
+
+    Weights that a layer contracts with must be parameters as they are.
+    """
+    users = [user for user in node.users if user not in learned]
+    if not users:
+        return False
+    pending, moved = [node], True
+    while pending and moved:
+        source = pending.pop()
+        moved = source.op == "get_attr" or kind_of(source.target) == "passive"
+        pending += source.all_input_nodes
+    return not moved or any(kind_of(target_of(module, user)) == "layer" for user in users)
 
 
 def _evaluate(module: fx.GraphModule, learned: dict[fx.Node, frozenset[str]]) -> dict[fx.Node, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxzip.labels import Labelled, along, meet, reduce, varying
+from fxzip.labels import Labelled, along, meet, mixed, reduce, varying
 from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, register_rule
 
 
@@ -126,13 +126,10 @@ def _result(ctx: RuleContext, kept: list[torch.Tensor], out: torch.Tensor) -> La
 def _off_channels(ctx: RuleContext, x: Labelled, kernel: Any, stride: Any) -> list[torch.Tensor]:
     """The factors that pass a convolution: those that vary over neither channels nor mixed pixels."""
     pointwise = all(k == 1 for k in kernel) and all(s == 1 for s in ([stride] if isinstance(stride, int) else stride))
-    kept = []
-    for f in x.factors:
-        if varying(f) & set(range(2, len(x.shape))) and not pointwise:
-            ctx.graph.freeze(f, f"{ctx.name} depends on the order of channels")
-        elif 1 not in varying(f):
-            kept.append(f)
-    return kept
+    pixels = [] if pointwise else range(2, len(x.shape))
+    reason = f"{ctx.name} depends on the order of channels"
+    kept = [mixed(ctx.graph, f, pixels, reason) for f in x.factors if 1 not in varying(f)]
+    return [f for f in kept if f is not None]
 
 
 def _grouped_inputs(ctx: RuleContext, x: Labelled, name: str, groups: int, rows: int, columns: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxzip.labels import FIXED, VOID, Labelled, compress, varying
+from fxzip.labels import FIXED, VOID, Labelled, compress, mixed, varying
 from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, register_rule
 
 NAMES = """
@@ -154,10 +154,6 @@ def interpolate_module(ctx: RuleContext, module: nn.Module, x: Labelled) -> Labe
 
 def spatial(ctx: RuleContext, x: Labelled, axes: range) -> Labelled:
     """The result of an operation that mixes positions along ``axes`` and leaves the other axes alone."""
-    kept = []
-    for f in x.factors:
-        if varying(f) & set(axes):
-            ctx.graph.freeze(f, f"{ctx.name} depends on the order of channels")
-        else:
-            kept.append(f)
-    return Labelled(ctx.shape, tuple(kept))
+    reason = f"{ctx.name} depends on the order of channels"
+    kept = [mixed(ctx.graph, f, axes, reason) for f in x.factors]
+    return Labelled(ctx.shape, tuple(f for f in kept if f is not None))

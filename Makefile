@@ -1,0 +1,36 @@
+# make demo | test | lint | dev: each makes .venv first where it is missing or older than its inputs.
+
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+STAMP := .venv/.stamp
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint dev format clean
+
+demo: $(STAMP)
+	$(BIN)/fxzip demo $(ARGS)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+dev: $(STAMP)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info fxzip/passes .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The link lets tools that only follow paths see passes/ as fxzip.passes; imports do without it.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	ln -sfn ../passes fxzip/passes
+	touch $@

@@ -1,0 +1,24 @@
+"""The matchers: pure functions from a similarity matrix of channels to a merge map.
+
+A similarity matrix holds the correlations of one channel space over N models of n channels each: shape
+(Σn, Σn) with Σn = N · n, and rows ``[k * n : (k + 1) * n]`` are model k. It is taken as symmetric: only what
+lies above the diagonal is read.
+
+    merge_map = match("zip", similarity, n_models=2, alpha=0.3, beta=0.125)
+
+To add a matcher, decorate a function ``(similarity, n_models, **options) -> assignment`` with
+``@matcher("name")``: it is given a finite, symmetric float64 array and returns, for each of the Σn channels,
+the merged channel (0 to n - 1) that it goes to. Its further parameters are the options it takes.
+
+Dead channels (similarity 0 to every other channel, as zero variance gives) match last in every matcher.
+"""
+
+from fxzip.matching import assign as _assign
+from fxzip.matching import greedy as _greedy
+from fxzip.matching.greedy import zip_merges
+from fxzip.matching.merge_map import MergeMap
+from fxzip.matching.registry import match, matcher, methods, options
+
+del _assign, _greedy  # imported to register their matchers
+
+__all__ = ["MergeMap", "match", "matcher", "methods", "options", "zip_merges"]

@@ -1,0 +1,110 @@
+"""What a fresh graph is freed of, and the GraphModule that holds just what its graph uses."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+_DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+_DROPOUT_FUNCTIONS: set[Any] = {
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    torch.dropout,
+    torch.ops.aten.dropout.default,
+}
+
+
+def clean(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """``graph_module`` in eval mode, without what does nothing there and without dead code.
+
+    Dropouts and identities go, then nodes whose result nobody uses; inputs and nodes that work in place stay.
+    """
+    graph_module.eval()
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if _does_nothing(graph_module, node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not _has_effect(graph_module, node):
+            graph.erase_node(node)
+    attributes = {
+        str(node.target): attribute(graph_module, str(node.target))
+        for node in graph.nodes
+        if node.op in {"get_attr", "call_module"}
+    }
+    cleaned = rebuild(graph_module, graph, attributes)
+    cleaned.meta.update(graph_module.meta)
+    return cleaned
+
+
+def rebuild(model: nn.Module, graph: fx.Graph, attributes: dict[str, Any]) -> fx.GraphModule:
+    """A GraphModule of ``graph`` that holds ``attributes`` and nothing else, in eval mode.
+
+    Buffers that are not in the state dict of ``model`` are not in the result's.
+    """
+    persistent = set(model.state_dict(keep_vars=True))
+    name = type(model).__name__
+    graph_module = fx.GraphModule(
+        attributes, graph, class_name=name if name.isidentifier() else "GraphModule"
+    )
+    for prefix, module in graph_module.named_modules():
+        for key in module._buffers:
+            if (f"{prefix}.{key}" if prefix else key) not in persistent:
+                module._non_persistent_buffers_set.add(key)
+    graph_module.graph.lint()
+    return graph_module.eval()
+
+
+def attribute(module: nn.Module, target: str) -> Any:
+    """What a qualified name stands for in ``module``."""
+    return operator.attrgetter(target)(module)
+
+
+def _does_nothing(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        return isinstance(module, (nn.Identity, *_DROPOUTS)) and len(node.all_input_nodes) == 1
+    if node.op == "call_function" and node.target in _DROPOUT_FUNCTIONS and len(node.all_input_nodes) == 1:
+        position = 2
+        default = node.target is not torch.dropout
+        training = node.kwargs.get("training", node.kwargs.get("train", default))
+        if len(node.args) > position:
+            training = node.args[position]
+        return training is False or _rate(node) == 0
+    return False
+
+
+def _rate(node: fx.Node) -> Any:
+    return node.args[1] if len(node.args) > 1 else node.kwargs.get("p")
+
+
+def _has_effect(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node does more than give a result: it is part of the signature, or it works in place."""
+    if node.op in {"placeholder", "output"}:
+        return True
+    if node.op == "call_module":
+        return getattr(graph_module.get_submodule(str(node.target)), "inplace", False) is True
+    if node.op == "get_attr":
+        return False
+    if node.target is operator.setitem or node.kwargs.get("inplace") is True or "out" in node.kwargs:
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in {"iadd", "isub", "imul", "itruediv"}

@@ -1,0 +1,227 @@
+"""The observe pass: moments of all models' channels, gathered in one lock-step run of all models."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxzip.channels import MergePoint
+from fxzip.errors import CalibrationError
+from fxzip.loops import describe, evaluating, feed
+from fxzip.moments import Moments, Observer
+from fxzip.passes.align import Alignment
+
+
+def observe(
+    alignment: Alignment,
+    points: Mapping[str, Sequence[MergePoint]],
+    loader: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    max_batches: int | None = None,
+) -> dict[str, Moments]:
+    """The moments of each space over a loader: each model sees every batch, in eval mode, without gradients.
+
+    Memory is that of one batch through all models at once, activations being freed as the graph runs, plus
+    float64 sums of (Σn)² for each space: it does not grow with the number of batches. The models are left as
+    they were.
+
+    Args:
+        alignment: The models and the nodes that they share.
+        points: The merge points of each space; several points of one space are pooled.
+        loader: Gives tensors, tuples or lists whose first element is the input, or dicts of keyword inputs.
+        device: Where inputs go; None: to where the models are.
+        progress: Show a bar.
+        max_batches: Stop after so many batches.
+
+    Raises:
+        CalibrationError: the loader is empty, a batch is of a wrong type or shape (the message has the shape
+        given
+            and the one expected), or activations are not finite (the message names the node).
+    """
+    joint = insert_observers(alignment, points)
+    checked = _Checked(joint, alignment.modules[0])
+    with evaluating(checked):
+        feed(
+            checked,
+            loader,
+            device=device,
+            progress=progress,
+            description="observing",
+            max_batches=max_batches,
+        )
+    found = {module.name: module.moments for module in joint.modules() if isinstance(module, Observer)}
+    return {name: found[name] for name in points}
+
+
+def insert_observers(alignment: Alignment, points: Mapping[str, Sequence[MergePoint]]) -> fx.GraphModule:
+    """One graph that runs all models in lock step, with an `Observer` call after each merge point.
+
+    The models' submodules are in it as ``model_0``, ``model_1`` ...: the same objects, no copies. It takes
+    model 0's inputs, gives nothing, and ends with the last merge point. The observers are ``observer_0``,
+    ``observer_1`` ... in the order of ``points``; their ``name`` is the space's.
+
+    Raises:
+        ValueError: a merge point is at a node that the models do not share.
+    """
+    root = nn.Module()
+    for number, module in enumerate(alignment.modules):
+        root.add_module(f"model_{number}", module)
+    calls: dict[str, list[tuple[str, int]]] = {}
+    for number, (name, own) in enumerate(points.items()):
+        root.add_module(f"observer_{number}", Observer(len(alignment.modules), *own, name=name))
+        for place, point in enumerate(own):
+            calls.setdefault(point.node, []).append((f"observer_{number}", place))
+    graph, effects = _joint_graph(alignment, calls)
+    joint = fx.GraphModule(root, graph, class_name="Observed")
+    joint.graph.eliminate_dead_code(lambda node: node in effects or node.is_impure())
+    joint.graph.lint()
+    joint.recompile()
+    return joint
+
+
+def _joint_graph(
+    alignment: Alignment, calls: Mapping[str, list[tuple[str, int]]]
+) -> tuple[fx.Graph, set[fx.Node]]:
+    """The models' nodes interleaved, to the last in ``calls`` (node of model 0 -> observers and places).
+
+    Also the nodes that must stay although nothing uses them.
+    """
+    missing = calls.keys() - {names[0] for names in alignment.shared}
+    if missing:
+        raise ValueError(f"merge points at nodes that the models do not share: {', '.join(sorted(missing))}")
+    graph = fx.Graph()
+    copies = [_Copy(graph, module, f"model_{number}") for number, module in enumerate(alignment.modules)]
+    _share_inputs(graph, copies)
+    left = len(calls)
+    for names in alignment.shared:
+        if not left:
+            break
+        nodes = [copy.upto(name) for copy, name in zip(copies, names, strict=True)]
+        # At once, before the next node: that may write to this one's memory (ReLU(inplace=True)).
+        for observer, place in calls.get(names[0], ()):
+            graph.call_module(observer, (place, *nodes))
+        left -= names[0] in calls
+    graph.output(None)
+    return graph, {node for copy in copies for node in copy.effects}
+
+
+class _Copy:
+    """One model's nodes on their way into the joint graph, in the model's own order."""
+
+    def __init__(self, graph: fx.Graph, module: fx.GraphModule, prefix: str) -> None:
+        self.graph, self.module, self.prefix = graph, module, prefix
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.effects: set[fx.Node] = set()
+        self.by_name = {node.name: node for node in module.graph.nodes}
+        self.inputs = _placeholders(module)
+        self.rest: Iterator[fx.Node] = iter(module.graph.nodes)
+
+    def upto(self, name: str) -> fx.Node:
+        """Copy all that is not there yet, up to and with the node of that name; the copy of that node."""
+        wanted = self.by_name[name]
+        while wanted not in self.env:
+            node = next(self.rest)
+            if node not in self.env:
+                self.env[node] = self._copy(node)
+        return self.env[wanted]
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        copied = self.graph.node_copy(node, lambda used: self.env[used])
+        if node.op in ("call_module", "get_attr"):
+            copied.target = f"{self.prefix}.{node.target}"
+        if not node.users and _writes(node, self.module):
+            self.effects.add(copied)
+        return copied
+
+
+def _share_inputs(graph: fx.Graph, copies: Sequence[_Copy]) -> None:
+    """Placeholders by position, named as model 0's. Where a model writes to one, each has its own clone."""
+    for copy in copies:
+        if len(copy.inputs) != len(copies[0].inputs):
+            raise ValueError(f"the models take {len(copies[0].inputs)} and {len(copy.inputs)} inputs")
+    shared = [graph.node_copy(node) for node in copies[0].inputs]
+    for position, node in enumerate(shared):
+        written = any(_writes(user, copy.module) for copy in copies for user in copy.inputs[position].users)
+        for copy in copies:
+            copy.env[copy.inputs[position]] = graph.call_function(torch.clone, (node,)) if written else node
+
+
+def _writes(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Whether a node writes to the memory of its first argument."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    name = getattr(node.target, "__name__", "")
+    return (
+        node.target in _IN_PLACE
+        or bool(node.kwargs.get("inplace"))
+        or (name.endswith("_") and name[-2:] != "__")
+    )
+
+
+_IN_PLACE = {
+    operator.setitem,
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.iand,
+    operator.ior,
+}
+
+
+class _Checked(nn.Module):
+    """The joint graph, refusing inputs that are of another rank than those that the models were traced with.
+
+    A network without BatchNorm takes an image without its batch axis, and its channels are then somewhere
+    else.
+    """
+
+    def __init__(self, joint: fx.GraphModule, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.joint = joint
+        self.names = [str(node.target) for node in _placeholders(module)]
+        self.shapes = {str(node.target): _traced_shape(node) for node in _placeholders(module)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        for name, shape in self.shapes.items():
+            value = given.get(name)
+            if shape is not None and isinstance(value, Tensor) and value.ndim != len(shape):
+                raise CalibrationError(
+                    f"the models' input {name!r} has {len(shape)} axes, as in {list(shape)}; the loader gave "
+                    f"{describe(args, kwargs)}"
+                )
+        try:
+            self.joint.forward(*args, **kwargs)  # not __call__, which prints the graph's code when it fails
+        except CalibrationError:
+            raise
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            expected = ", ".join(f"{name} {list(shape)}" for name, shape in self.shapes.items() if shape)
+            hint = f" (they were traced with {expected})" if expected else ""
+            raise CalibrationError(
+                f"{describe(args, kwargs)} does not fit the models{hint}: {error}"
+            ) from error
+
+
+def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def _traced_shape(node: fx.Node) -> tuple[int | str, ...] | None:
+    """The shape of a placeholder's example value, where the trace kept one; only the batch is symbolic."""
+    for key in ("val", "example_value", "tensor_meta"):
+        shape = getattr(node.meta.get(key), "shape", None)
+        if shape is not None:
+            return tuple(size if isinstance(size, int) else "batch" for size in shape)
+    return None

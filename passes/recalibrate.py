@@ -1,0 +1,182 @@
+"""The recalibrate pass: BatchNorm statistics reset on data, wherever a network keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from fxzip.errors import CalibrationError
+from fxzip.loops import device_of, evaluating, feed
+
+_NATIVE = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+_EVAL = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
+
+# How each of PyTorch's BatchNorm functions names its positional arguments. The last four give a triple.
+_FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    torch.batch_norm: (*_NATIVE, "cudnn_enabled"),
+    torch.ops.aten.batch_norm.default: (*_NATIVE, "cudnn_enabled"),
+    torch.native_batch_norm: _NATIVE,
+    torch.ops.aten.native_batch_norm.default: _NATIVE,
+    torch.ops.aten._native_batch_norm_legit.default: _NATIVE,
+    torch.ops.aten._native_batch_norm_legit_no_training.default: _EVAL,
+}
+_TRIPLES = set(list(_FUNCTIONS)[3:])
+
+
+def recalibrate(
+    module: nn.Module,
+    loader: Iterable[Any],
+    *,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+    max_batches: int | None = None,
+) -> int:
+    """Reset the statistics of every BatchNorm in a module to those of a loader; returns how many were reset.
+
+    The statistics are those of ``reset_running_stats()`` and a pass in train mode with ``momentum=None``
+    (cumulative averaging; it is what the code of ZipIt!, arXiv 2305.03053, does): ``running_mean`` is the
+    plain average over the batches of the batches' means, ``running_var`` that of the batches' *unbiased*
+    variances. A smaller last batch thus counts as much as any other, and the variance between batches is left
+    out. During the pass each BatchNorm normalises by the batch's own statistics, as in training, so that a
+    layer sees what the reset layers before it give. The averages are kept in float64.
+
+    It holds for BatchNorm modules and for BatchNorm functions in a GraphModule whose statistics are
+    attributes. All else (dropout, drop-path) stays in eval mode. Layers that keep no statistics
+    (``track_running_stats=False``), and layers that the pass never reaches, are left alone; without any
+    BatchNorm the loader is not read. Statistics are written only when the pass has ended well: on failure the
+    module is as it was.
+
+    Args:
+        module: Called as ``module(*args, **kwargs)`` on each batch; a network of several heads runs them all.
+        loader: As for `fxzip.passes.observe.observe`.
+        progress: Show a bar.
+        device: Where inputs go; None: to where the module is.
+        max_batches: Stop after so many batches.
+
+    Raises:
+        CalibrationError: the loader is empty, a batch does not fit, or statistics are not finite (names the
+        layer).
+    """
+    layers = _find(module)
+    if not layers:
+        return 0
+    with evaluating(module), _TrainStatistics(layers.values()):
+        feed(
+            module,
+            loader,
+            progress=progress,
+            description="recalibrating",
+            device=device if device is not None else device_of(module),
+            max_batches=max_batches,
+        )
+    reset = [layer for layer in layers.values() if layer.batches]
+    for layer in reset:
+        layer.require_finite()
+    for layer in reset:
+        layer.write()
+    return len(reset)
+
+
+class _Layer:
+    """One pair of running statistics and the sums from which they will be written."""
+
+    def __init__(self, name: str, mean: Tensor, var: Tensor, counter: Tensor | None) -> None:
+        self.name, self.mean, self.var, self.counter = name, mean, var, counter
+        self.batches = 0
+        # Metal has no float64.
+        home = torch.device("cpu") if mean.device.type == "mps" else mean.device
+        self.sums = torch.zeros(2, len(mean), dtype=torch.float64, device=home)
+
+    def add(self, mean: Tensor, var: Tensor) -> None:
+        self.sums += torch.stack([mean, var]).to(self.sums.device)
+        self.batches += 1
+
+    def require_finite(self) -> None:
+        if not bool(torch.isfinite(self.sums).all()):
+            raise CalibrationError(f"the inputs of BatchNorm {self.name!r} are not finite (NaN or infinite)")
+
+    @torch.no_grad()
+    def write(self) -> None:
+        mean, var = self.sums / self.batches
+        self.mean.copy_(mean)
+        self.var.copy_(var)
+        if self.counter is not None:
+            self.counter.fill_(self.batches)
+
+
+class _TrainStatistics(TorchFunctionMode):
+    """While on, BatchNorms with known statistics run on the batch's own, which are added to their layer.
+
+    Modules, traced functions and exported operators all come to one of ``_FUNCTIONS``, so there is one rule
+    for all, and neither modes nor graphs need be changed and put back.
+    """
+
+    def __init__(self, layers: Iterable[_Layer]) -> None:
+        super().__init__()
+        self.layers = {id(layer.mean): layer for layer in layers}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func not in _FUNCTIONS:
+            return func(*args, **given)
+        given.update(zip(_FUNCTIONS[func], args, strict=False))
+        layer = self.layers.get(id(given.get("running_mean")))
+        if layer is None:
+            return func(*args, **(kwargs or {}))
+        # Momentum 1 leaves the batch's mean and unbiased variance in the place of the running ones.
+        mean, var = torch.zeros_like(layer.mean), torch.ones_like(layer.var)
+        weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
+        out = F.batch_norm(given["input"], mean, var, weight, bias, training=True, momentum=1.0, eps=eps)
+        layer.add(mean, var)
+        return (out, mean.new_empty(0), mean.new_empty(0)) if func in _TRIPLES else out
+
+
+def _find(module: nn.Module) -> dict[int, _Layer]:
+    """All BatchNorm statistics of a module, by the identity of the running mean: modules', then graphs'."""
+    layers: dict[int, _Layer] = {}
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, _BatchNorm):
+            mean, var = submodule.running_mean, submodule.running_var
+            if mean is not None and var is not None:
+                layers.setdefault(id(mean), _Layer(name, mean, var, submodule.num_batches_tracked))
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, fx.GraphModule):
+            for layer in _find_functions(name, submodule):
+                layers.setdefault(id(layer.mean), layer)
+    return layers
+
+
+def _find_functions(prefix: str, module: fx.GraphModule) -> Iterable[_Layer]:
+    """The layers of a graph's BatchNorm functions whose statistics are attributes."""
+    for node in module.graph.nodes:
+        if node.op != "call_function" or node.target not in _FUNCTIONS:
+            continue
+        given = {**node.kwargs, **dict(zip(_FUNCTIONS[node.target], node.args, strict=False))}
+        mean, var = given.get("running_mean"), given.get("running_var")
+        if isinstance(mean, fx.Node) and isinstance(var, fx.Node) and mean.op == var.op == "get_attr":
+            owner = str(mean.target).rpartition(".")[0] or node.name
+            name = f"{prefix}.{owner}" if prefix else owner
+            yield _Layer(name, _attribute(module, mean), _attribute(module, var), None)
+
+
+def _attribute(module: nn.Module, node: fx.Node) -> Tensor:
+    """The tensor of a get_attr node: the very object that the graph's code passes on."""
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{node.target} is no tensor")
+    return value

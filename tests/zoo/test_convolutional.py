@@ -1,0 +1,56 @@
+"""Oracles 1 to 5 of the design on real convolutional architectures with random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fxzip
+from tests.oracles import (
+    TOLERANCE,
+    ensemble_error,
+    images,
+    mutations_missed,
+    permutation_error,
+    randomise,
+    self_zip_error,
+)
+
+MODELS = [
+    "torchvision:resnet18", "torchvision:resnet50", "torchvision:vgg11_bn", "torchvision:vgg11", "torchvision:densenet121",
+    "torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5", "torchvision:googlenet", "torchvision:regnet_x_400mf",
+    "torchvision:resnext50_32x4d", "torchvision:convnext_tiny", "torchvision:efficientnet_b0", "torchvision:squeezenet1_1",
+    "timm:resnet18d", "timm:res2net50_26w_4s", "timm:ghostnet_100", "timm:resnetv2_50", "timm:resnetv2_50x1_bit",
+    "timm:repvgg_a0", "timm:hrnet_w18_small", "timm:seresnet18", "timm:dla34", "timm:cspresnet50",
+]  # fmt: skip
+SIZE = 64
+
+
+def make(name: str) -> nn.Module:
+    """A model of torchvision or timm with random weights."""
+    library, _, model = name.partition(":")
+    torch.manual_seed(0)
+    if library == "timm":
+        import timm
+
+        return timm.create_model(model)
+    import torchvision
+
+    extra = {"init_weights": False} if model == "googlenet" else {}
+    return torchvision.models.get_model(model, weights=None, **extra)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_oracles(name: str) -> None:
+    x = images(12, SIZE)
+    model = randomise(make(name), x)
+    spec = fxzip.analyse(model, x[:2])
+    assert spec.coverage >= 0.99
+    assert not spec.frozen
+    assert permutation_error(model, x[:2], spec) < TOLERANCE
+    assert mutations_missed(spec.permute(model), x[:2], spec, most=6) == []
+    assert self_zip_error(model, x, spec, "permute") < TOLERANCE
+    assert self_zip_error(model, x, spec, "zip", beta=0.0) < TOLERANCE
+    other = spec.permute(model, torch.Generator().manual_seed(5))
+    assert ensemble_error([model, other], x[:2]) == 0.0
