@@ -12,11 +12,16 @@ from fxzip.errors import (
     AlignmentError,
     CalibrationError,
     CutError,
+    ExportError,
+    FileFormatError,
     FrozenSpaceWarning,
     FxzipError,
     OptionError,
+    SaveError,
     TraceError,
 )
+from fxzip.export import Export
+from fxzip.io import load
 from fxzip.matching import MergeMap
 from fxzip.merged import ZippedModel
 from fxzip.moments import Moments
@@ -35,6 +40,9 @@ __all__ = [
     "ChannelSpace",
     "ChannelSpec",
     "CutError",
+    "Export",
+    "ExportError",
+    "FileFormatError",
     "FrozenSpaceWarning",
     "FxzipError",
     "MergeMap",
@@ -42,9 +50,11 @@ __all__ = [
     "OptionError",
     "Prepared",
     "Report",
+    "SaveError",
     "TraceError",
     "ZippedModel",
     "analyse",
+    "load",
     "prepare",
     "register_rule",
     "zip",

@@ -17,6 +17,7 @@ from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.cut import Cut, find_cuts
 from fxzip.passes.points import Which
+from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
 from fxzip.prepared import Prepared, check_method, check_models, task_names
 
@@ -32,6 +33,8 @@ def zip(
     beta: float | None = None,
     names: Iterable[str] | None = None,
     points: Which = "last",
+    refit: bool = True,
+    ridge: float = RefitOptions.ridge,
     progress: bool = True,
 ) -> ZippedModel:
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
@@ -50,6 +53,9 @@ def zip(
         beta: For ``zip``: budget of merges within one model, 0 to 1.
         names: Names of the tasks; ``task0``, ``task1`` ... without.
         points: One merge point for each space (``last``), or ``all`` of them pooled.
+        refit: Solve each merged layer in closed form, so that it gives what the parents give on the loader's images
+            (`fxzip.passes.refit`); False: the paper's rule, and BatchNorm statistics are reset.
+        ridge: For ``refit``: how much the weights are held to the paper's rule, as a share of the inputs' power.
         progress: Show bars.
 
     Raises:
@@ -57,11 +63,13 @@ def zip(
     """
     given, loader = _models_and_loader(models, loader)
     check_models(given)
-    check_method(method, alpha, beta)
+    check_method(method, alpha, beta, len(given))
     prepared = prepare(*given, example_inputs=_first_batch(loader), names=names)
     prepared.place(cut)
     prepared.observe(loader, points=points, progress=progress)
-    return prepared.convert(cut=cut, method=method, alpha=alpha, beta=beta, progress=progress)
+    return prepared.convert(
+        cut=cut, method=method, alpha=alpha, beta=beta, refit=refit, ridge=ridge, progress=progress
+    )
 
 
 def prepare(*models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None) -> Prepared:
@@ -130,9 +138,13 @@ def _first_batch(loader: Loader) -> tuple[Any, ...] | dict[str, Any]:
         iterator = iter(loader)
     except TypeError:
         kind = type(loader).__name__
-        raise CalibrationError(f"the loader is a {kind}, which gives no batches; use a DataLoader or a list") from None
+        raise CalibrationError(
+            f"the loader is a {kind}, which gives no batches; use a DataLoader or a list"
+        ) from None
     if iterator is loader:
-        raise CalibrationError("the loader can be read only once, and it is read several times: use a DataLoader or a list")
+        raise CalibrationError(
+            "the loader can be read only once, and it is read several times: use a DataLoader or a list"
+        )
     for batch in iterator:
         args, kwargs = model_inputs(batch)
         return kwargs or args

@@ -212,10 +212,12 @@ def run(progress: bool = True, epochs: int = EPOCHS) -> list[Row]:
 
     prepared = fxzip.prepare(*models, example_inputs=digits.train.tensors[0][:2])
     prepared.observe(DataLoader(digits.train, batch_size=128), progress=progress)
-    for cut in CUTS:
-        for method in METHODS:
-            zipped = prepared.convert(cut=cut, method=method)
-            rows.append(measure(f"{method}, {'full' if cut is None else f'cut at {cut}'}", zipped, digits))
+    for refit in (False, True):
+        for cut in CUTS:
+            for method in METHODS:
+                zipped = prepared.convert(cut=cut, method=method, refit=refit, progress=False)
+                name = f"{method}{' + refit' if refit else ''}, {'full' if cut is None else f'cut at {cut}'}"
+                rows.append(measure(name, zipped, digits))
     return [*rows, measure("ensemble", Ensemble(*models), digits)]
 
 

@@ -25,5 +25,17 @@ class OptionError(FxzipError, ValueError):
     """An option is unknown or out of range."""
 
 
+class SaveError(FxzipError, RuntimeError):
+    """The merged network, or the place where it should go, does not let it be saved."""
+
+
+class FileFormatError(FxzipError, ValueError):
+    """A saved network is missing, cut short, altered, too new, or asks for what a file may not."""
+
+
+class ExportError(FxzipError, RuntimeError):
+    """The merged network could not be exported, or what was exported computes something else."""
+
+
 class FrozenSpaceWarning(UserWarning):
     """An operation that fxzip does not know froze the channel spaces that it touches."""

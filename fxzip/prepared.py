@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxzip.batches import with_batch_size
+from fxzip.batches import to_device, with_batch_size
 from fxzip.channels import ChannelSpec
 from fxzip.errors import AlignmentError, CalibrationError, CutError, OptionError
 from fxzip.matching import MergeMap, match, options
@@ -21,6 +22,8 @@ from fxzip.passes.match import match_spaces
 from fxzip.passes.observe import observe
 from fxzip.passes.points import Which, merge_points
 from fxzip.passes.recalibrate import recalibrate
+from fxzip.passes.refit import RefitOptions
+from fxzip.passes.refit import refit as refit_parts
 from fxzip.passes.split import split
 from fxzip.report import Cost, Report, SpaceRow
 
@@ -56,9 +59,14 @@ class Prepared:
         """
         place = self._cuts.resolve(cut)
         layers = any(layer < place for layer in self._cuts.layers)
+        if cut is None and not layers:
+            why = self.alignment.parting or "their classifiers come first"
+            raise CutError(f"no layer comes before the place where the heads begin: {why}")
         if layers and not self._spaces_before(place):
             frozen = "; ".join(f"{f.name}: {f.reason}" for f in self.spec.frozen[:3])
-            raise CutError(f"cut={cut!r}: the layers before it share no channel space that can be merged; {frozen}")
+            raise CutError(
+                f"cut={cut!r}: the layers before it share no channel space that can be merged; {frozen}"
+            )
         return place
 
     def _spaces_before(self, place: int) -> set[str]:
@@ -90,6 +98,8 @@ class Prepared:
         method: str = "zip",
         alpha: float | None = None,
         beta: float | None = None,
+        refit: bool = True,
+        ridge: float = RefitOptions.ridge,
         reset_batch_norm: bool = True,
         progress: bool = True,
     ) -> ZippedModel:
@@ -100,14 +110,17 @@ class Prepared:
             method: As for `fxzip.zip`.
             alpha: As for `fxzip.zip`.
             beta: As for `fxzip.zip`.
-            reset_batch_norm: Reset the merged network's BatchNorm statistics on the loader that was observed.
+            refit: Solve the merged layers by least squares (`fxzip.passes.refit`); False: the paper's rule.
+            ridge: As for `fxzip.zip`.
+            reset_batch_norm: Without refit: reset the merged network's BatchNorm statistics on the loader.
             progress: Show a bar.
 
         Raises:
             CalibrationError: Nothing was observed yet.
             CutError, OptionError: The cut, the method or its options are not valid.
         """
-        chosen = check_method(method, alpha, beta)
+        chosen = check_method(method, alpha, beta, len(self.names))
+        options = RefitOptions(ridge=ridge)
         place = self.place(cut)
         if self._loader is None:
             raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")
@@ -115,17 +128,22 @@ class Prepared:
             self.spec, self.moments, method, len(self.names), self._spaces_before(place), **chosen
         )
         parts = split(self.alignment, self.spec, maps, place)
+        merged = any(layer < place for layer in self._cuts.layers)
+        refitted = 0
+        if refit and merged:
+            refitted = refit_parts(parts, self.alignment, self.spec, maps, place, self._loader, options)
         heads = dict(zip(self.names, parts.heads, strict=True))
-        report = self._report(parts.trunk, heads, maps, place, cut, method, chosen)
-        zipped = ZippedModel(parts.trunk, heads, report).eval()
-        if reset_batch_norm and any(layer < place for layer in self._cuts.layers):
+        report = self._report(parts.trunk, heads, maps, place, cut, method, chosen, refitted)
+        example = with_batch_size(*to_device(*self.spec.example, "cpu"), 2)
+        zipped = ZippedModel(parts.trunk, heads, report, example).eval()
+        if reset_batch_norm and merged and not refit:
             count = recalibrate(zipped, self._loader, progress=progress)
             zipped.report = report.with_recalibrated(count)
         return zipped
 
     def _report(
         self, trunk: fx.GraphModule, heads: Mapping[str, fx.GraphModule], maps: Mapping[str, MergeMap], place: int,
-        cut: Cut, method: str, chosen: Mapping[str, float],
+        cut: Cut, method: str, chosen: Mapping[str, float], refitted: int,
     ) -> Report:  # fmt: skip
         args, kwargs = with_batch_size(*self.spec.example, 1)
         trunk_cost, crossing = measure_cost(trunk, args, kwargs)
@@ -136,13 +154,21 @@ class Prepared:
             cut=self._name_of(place) if cut is None or isinstance(cut, float | int) else cut,
             traced_by=tuple(str(module.meta.get("traced_by")) for module in self.alignment.modules),
             parting=self.alignment.parting,
-            spaces=tuple(self._row(name, maps[name]) for name in (s.name for s in self.spec.spaces) if name in maps),
+            spaces=tuple(
+                self._row(name, maps[name]) for name in (s.name for s in self.spec.spaces) if name in maps
+            ),
             frozen=tuple(f"{space.name} ({space.size}): {space.reason}" for space in self.spec.frozen),
             coverage=self.spec.coverage,
-            before=tuple(measure_cost(module, args, kwargs)[0] for module in self.alignment.modules),
+            before=self._before,
             trunk=trunk_cost,
             heads=tuple(measure_cost(head, crossing, {})[0] for head in heads.values()),
+            refitted=refitted,
         )
+
+    @cached_property
+    def _before(self) -> tuple[Cost, ...]:
+        args, kwargs = with_batch_size(*self.spec.example, 1)
+        return tuple(measure_cost(module, args, kwargs)[0] for module in self.alignment.modules)
 
     def _row(self, name: str, merge_map: MergeMap) -> SpaceRow:
         space, seen = self.spec[name], self.moments.get(name)
@@ -170,31 +196,36 @@ def check_models(models: Sequence[Any]) -> None:
     devices = [{p.device for p in (*model.parameters(), *model.buffers())} for model in models]
     for number, found in enumerate(devices):
         if len(found) > 1:
-            raise AlignmentError(f"model {number} lies on several devices: {', '.join(sorted(map(str, found)))}")
+            raise AlignmentError(
+                f"model {number} lies on several devices: {', '.join(sorted(map(str, found)))}"
+            )
         if found != devices[0] and found and devices[0]:
             ours, peers = found.pop(), devices[0].pop()
-            raise AlignmentError(f"model {number} is on {ours}, model 0 is on {peers}; move them to one device")
+            raise AlignmentError(
+                f"model {number} is on {ours}, model 0 is on {peers}; move them to one device"
+            )
 
 
 def task_names(names: Iterable[str] | None, count: int) -> tuple[str, ...]:
     """The tasks' names: the given ones, or task0, task1 ..."""
     if names is None:
         return tuple(f"task{number}" for number in range(count))
-    found = tuple(names)
+    found = (names,) if isinstance(names, str) else tuple(names)
     if len(found) != count or len(set(found)) != count:
         raise OptionError(f"names={found}: give one name for each of the {count} models, all different")
     for name in found:
-        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
             raise OptionError(f"{name!r} cannot be the name of a task; use a word without dots")
     return found
 
 
-def check_method(method: str, alpha: float | None, beta: float | None) -> dict[str, float]:
+def check_method(method: str, alpha: float | None, beta: float | None, n_models: int) -> dict[str, float]:
     """The options to pass to a matcher.
 
     Raises:
-        OptionError: The method is unknown, or an option is out of range or not one of its own.
+        OptionError: The method is unknown or does not take so many models, or an option is out of range or not
+            one of its own.
     """
     chosen = {key: value for key, value in (("alpha", alpha), ("beta", beta)) if value is not None}
-    match(method, torch.eye(2), n_models=2, **chosen)
+    match(method, torch.eye(n_models), n_models=n_models, **chosen)
     return {**options(method), **chosen}

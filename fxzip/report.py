@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Report:
         trunk: Cost of the trunk.
         heads: Cost of each head.
         recalibrated: BatchNorm layers whose statistics were reset.
+        refitted: Layers whose weights were solved for.
     """
 
     names: tuple[str, ...]
@@ -71,7 +72,7 @@ class Report:
     trunk: Cost
     heads: tuple[Cost, ...]
     recalibrated: int = 0
-    notes: tuple[str, ...] = field(default=())
+    refitted: int = 0
 
     def with_recalibrated(self, count: int) -> Report:
         """The same report, with the number of BatchNorm layers that were reset."""
@@ -112,7 +113,8 @@ class Report:
             costs.add_row(label, f"{before / scale:.3f} {unit}", f"{after / scale:.3f} {unit}", ratio)
         lines = [f"kept in place: {name}" for name in self.frozen]
         lines += [f"the models part: {self.parting}"] if self.parting else []
-        lines += [f"BatchNorm layers reset: {self.recalibrated}", *self.notes]
+        lines += [f"layers refitted: {self.refitted}"] if self.refitted else []
+        lines += [f"BatchNorm layers reset: {self.recalibrated}"] if self.recalibrated else []
         return render(spaces, costs) + "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,21 +36,25 @@ class BatchSizes:
             self._last_read = [args[0]]
 
     def node_for(
-        self, size: torch.SymInt | torch.SymFloat, tensors: Sequence[Tensor]
+        self, size: torch.SymInt | torch.SymFloat, near: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> fx.Node | int | float:
-        """A node that computes ``size`` from a size of one of ``tensors``, or the number if it is one.
+        """A node that computes ``size`` from a size of a tensor, or the number if it is one.
 
-        The nearest tensor is taken, so that a graph can be cut without carrying sizes across the cut.
+        The nearest tensor is taken, so that a graph can be cut without carrying sizes across the cut: one of
+        the call's own, the one whose size was read last, an input.
 
         Raises:
             TraceError: No tensor has the batch on an axis.
         """
-        expr: Any = size.node.expr  # type: ignore[union-attr]
+        expr: Any = size.node.expr
         if expr.is_number:
             return int(size) if isinstance(size, torch.SymInt) else float(size)
         (symbol,) = expr.free_symbols
-        candidates = [*tensors[:1], *self._last_read, *tensors[1:]]
-        sizes = [(t, axis, s.node.expr) for t in candidates for axis, s in enumerate(t.shape) if _is_open(s)]
+        sizes: list[tuple[Tensor, int, Any]] = [
+            (tensor, axis, own)
+            for tensor in (*near, *self._last_read, *inputs)
+            for axis, own in _open_sizes(tensor)
+        ]
         for tensor, axis, own in sizes:
             if own == expr:
                 return self._size(tensor, axis)
@@ -75,5 +79,9 @@ class BatchSizes:
         return self._known[size, expr]
 
 
-def _is_open(size: Any) -> bool:
-    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+def _open_sizes(tensor: Tensor) -> Iterator[tuple[int, Any]]:
+    """The axes whose sizes hang on the batch, each with the expression that says how."""
+    sizes: tuple[Any, ...] = tuple(tensor.shape)
+    for axis, size in enumerate(sizes):
+        if isinstance(size, torch.SymInt) and not size.node.expr.is_number:
+            yield axis, size.node.expr

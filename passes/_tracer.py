@@ -37,7 +37,8 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether ``module`` is torch's own, has no parts, and computes its forward and nothing besides."""
     own = type(module).__module__.startswith("torch.nn.")
     hooked = bool(module._forward_hooks or module._forward_pre_hooks)
-    return own and not hooked and next(module.children(), None) is None
+    container = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    return own and not hooked and not container and next(module.children(), None) is None
 
 
 class GraphRecorder(TorchFunctionMode):
@@ -274,7 +275,7 @@ class GraphRecorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             return self._node_of(value)
         if isinstance(value, (torch.SymInt, torch.SymFloat)):
-            return self._sizes.node_for(value, [*(near or []), *self._inputs])
+            return self._sizes.node_for(value, near or [], self._inputs)
         if isinstance(value, torch.SymBool):
             return bool(value)
         if isinstance(value, torch.device):

@@ -7,14 +7,16 @@ A place is valid where every tensor that crosses it can be unmerged, channel by 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import fx
 
 from fxzip.channels import ChannelSpec
 from fxzip.errors import CutError
 from fxzip.passes.align import Alignment
+from fxzip.passes.observe import _writes
 from fxzip.rules import find_rule, kind_of, target_of
 
 Cut = str | float | None
@@ -40,8 +42,9 @@ class Cuts:
     def names(self) -> tuple[str, ...]:
         """The valid cuts, by the outermost module that begins there."""
         found: dict[int, str] = {}
+        valid = {place for place in self.valid if place <= self.default}
         for name, place in self.named.items():
-            if place in set(self.valid) and place <= self.default:
+            if place in valid:
                 found.setdefault(place, name)
         return tuple(found.values())
 
@@ -49,8 +52,8 @@ class Cuts:
         """The place that a user's cut means.
 
         Args:
-            cut: Name of the module or node that the heads begin at; a share (0 to 1) of the layers that the trunk
-                has at the most; None for the default.
+            cut: Name of the module or node that the heads begin at; a share (0 to 1) of the layers that the
+                trunk has at the most (with none of them it is empty); None for the default.
 
         Raises:
             CutError: The name is unknown, or nothing can be cut there; the nearest valid ones are named.
@@ -59,9 +62,14 @@ class Cuts:
             return self.default
         if isinstance(cut, str):
             return self._by_name(cut)
-        if isinstance(cut, bool) or not 0 <= cut <= 1:
+        if isinstance(cut, bool) or not isinstance(cut, Real):
+            raise CutError(
+                f"cut={cut!r}: give the name of a module or node, a share of the layers (0 to 1), or None"
+            )
+        if not 0 <= cut <= 1:
             raise CutError(f"cut={cut!r}: a share of the layers lies between 0 and 1")
-        place = min([*self.layers[round(cut * len(self.layers)) :], self.default])
+        count = round(cut * len(self.layers))
+        place = min([*self.layers[count:], self.default]) if count else self.valid[0]
         return max(p for p in self.valid if p <= place)
 
     def _by_name(self, cut: str) -> int:
@@ -95,12 +103,16 @@ def find_cuts(alignment: Alignment, spec: ChannelSpec) -> Cuts:
     valid = tuple(place for place in range(len(shared) + 1) if place not in invalid)
     if not valid:
         raise CutError(f"the models cannot be cut anywhere: {alignment.parting or 'no tensor can cross'}")
-    end = min([len(shared), *(number[n.name] for n in classifiers(alignment.modules[0]) if n.name in number)])
+    ends = [len(shared)]
+    for model, module in enumerate(alignment.modules):
+        of = {names[model]: i for i, names in enumerate(alignment.shared)}
+        ends += [of[node.name] for node in classifiers(module) if node.name in of]
+    end = min(ends)
     layers = tuple(
         number.get(node.name, len(shared)) for node in nodes.values() if is_layer(alignment.modules[0], node)
     )
     default = max((place for place in valid if place <= end), default=valid[0])
-    return Cuts(dict(_named(nodes, shared)), valid, default, layers)
+    return Cuts(dict(_named(alignment.modules[0], number)), valid, default, layers)
 
 
 def _last_uses(alignment: Alignment) -> dict[int, int]:
@@ -109,11 +121,25 @@ def _last_uses(alignment: Alignment) -> dict[int, int]:
     last: dict[int, int] = {}
     for model, module in enumerate(alignment.modules):
         number = {names[model]: i for i, names in enumerate(alignment.shared)}
+        own = learned(module)
         for node in module.graph.nodes:
-            if node.name in number and node.op != "get_attr":
+            if node.name in number and node.name not in own:
                 i = number[node.name]
                 last[i] = max(last.get(i, i), *(number.get(user.name, end) for user in node.users), i)
     return last
+
+
+def learned(module: fx.GraphModule) -> frozenset[str]:
+    """The nodes that depend on parameters alone: they cross no cut, trunk and heads have each their own."""
+    found: set[str] = set()
+    for node in module.graph.nodes:
+        inputs = node.all_input_nodes
+        computed = (
+            node.op in ("call_function", "call_method") and inputs and all(n.name in found for n in inputs)
+        )
+        if node.op == "get_attr" or (computed and not _writes(node, module)):
+            found.add(node.name)
+    return frozenset(found)
 
 
 def _can_cross(spec: ChannelSpec, node: str) -> bool:
@@ -148,20 +174,31 @@ def classifiers(module: fx.GraphModule) -> tuple[fx.Node, ...]:
     return tuple(found)
 
 
-def _named(nodes: dict[str, fx.Node], shared: list[str]) -> Iterator[tuple[str, int]]:
-    """Names of modules, outer ones first, and of nodes, each with the place of its first node."""
+def _named(module: fx.GraphModule, number: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Names of modules, outer ones first, and of nodes, each with the place of its first node.
+
+    The first node that is not shared has a name too: the heads may begin there.
+    """
     seen: set[str] = set()
-    for place, name in enumerate(shared):
-        node = nodes[name]
-        if node.op == "placeholder":
+    for node in module.graph.nodes:
+        if node.op == "output":
+            return
+        if node.op in ("placeholder", "get_attr") and node.name in number:
             continue
-        path = str(node.target) if node.op == "call_module" else ""
-        parts = path.split(".") if path else []
-        for depth in range(1, len(parts) + 1):
-            prefix = ".".join(parts[:depth])
-            if prefix not in seen:
-                seen.add(prefix)
-                yield prefix, place
-        if name not in seen:
-            seen.add(name)
-            yield name, place
+        place = number.get(node.name, len(number))
+        for name in (*_modules_around(node), node.name):
+            if name not in seen:
+                seen.add(name)
+                yield name, place
+        if node.name not in number:
+            return
+
+
+def _modules_around(node: fx.Node) -> Iterator[str]:
+    """The qualified names of the modules that a node is in, outer ones first."""
+    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+        if path:
+            yield str(path)
+    if node.op == "call_module":
+        parts = str(node.target).split(".")
+        yield from (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,49 +38,46 @@ def fuse_parameter(tensors: Sequence[Tensor], sites: Sequence[Mapped]) -> Tensor
         sites: Where spaces touch it, with their maps.
 
     Returns:
-        A tensor of the first one's shape, dtype and device, computed in float64.
+        A tensor of the first one's shape, dtype and device, computed in float32 or better.
     """
     first = tensors[0]
     if not first.is_floating_point():
         return first.clone()
     ordered = sorted(sites, key=lambda pair: pair[0].rows is not None)
-    share = _shares(first, ordered)
-    total = torch.zeros(first.shape, dtype=torch.float64, device=first.device)
-    weight = torch.zeros_like(total) if share is None else None
+    work = torch.promote_types(first.dtype, torch.float32)
+    total: Tensor | None = None
     for model, tensor in enumerate(tensors):
-        part = tensor.detach().to(first.device, torch.float64)
-        total += _transformed(part, ordered, model) * (1.0 if share is None else share / len(tensors) + (1 - share))
-        if weight is not None:
-            weight += _transformed(torch.ones_like(part), [s for s in ordered if s[0].role == "produce"], model)
-    if weight is not None:
-        total /= weight
-    return total.to(first.dtype)
+        part = _transformed(tensor.detach().to(first.device, work), ordered, model)
+        total = part.clone() if total is None else total.add_(part)
+    assert total is not None
+    return total.mul_(_weights(total, ordered, len(tensors))).to(first.dtype)
 
 
-def _shares(tensor: Tensor, sites: Sequence[Mapped]) -> Tensor | None:
-    """1 where no space produces an element (it is averaged), 0 where M sets its weight; None to count weights.
+def _weights(tensor: Tensor, sites: Sequence[Mapped], n_models: int) -> Tensor:
+    """What the sum over models is multiplied by: 1 where M has weighted it, 1/N where no space produces it.
 
-    Where a parameter produces channels along two axes the weights of M on both do not sum to one.
+    Where a parameter produces channels along several axes, M on each of them, the weights are counted instead.
     """
-    produced = {site.axis for site, _ in sites if site.role == "produce" and site.rows is None}
-    if len(produced) > 1:
-        return None
-    share = torch.ones(tensor.shape, dtype=torch.float64, device=tensor.device)
-    for site, _ in sites:
-        if site.role == "produce" and site.rows is None:
-            share.index_fill_(site.axis, site.index.reshape(-1).to(tensor.device), 0)
-        elif site.role == "produce" and site.rows is not None:
-            share[site.rows.reshape(-1).to(tensor.device)] = 0
-    return share
+    produced = [pair for pair in sites if pair[0].role == "produce"]
+    axes = {site.axis for site, _ in produced}
+    if len(axes) > 1:
+        ones = torch.ones_like(tensor)
+        return 1 / sum((_transformed(ones, produced, model) for model in range(n_models)), torch.zeros_like(ones))
+    weights = torch.full((1,) * tensor.dim(), 1 / n_models, dtype=tensor.dtype, device=tensor.device)
+    for site, _ in produced:
+        axis, index = (site.axis, site.index) if site.rows is None else (0, site.rows)
+        size = [tensor.shape[a] if a == axis else weights.shape[a] for a in range(tensor.dim())]
+        weights = weights.expand(size).index_fill(axis, index.reshape(-1).to(tensor.device), 1.0)
+    return weights
 
 
 def _transformed(tensor: Tensor, sites: Sequence[Mapped], model: int) -> Tensor:
     for site, merge_map in sites:
-        matrix = part_of(merge_map, model, site.role).to(tensor.device)
         index = site.index.to(tensor.device)
         if site.rows is None:
-            tensor = _applied(tensor, site.axis, index, matrix)
+            tensor = applied(tensor, site.axis, index, Mixing.of(merge_map, model, site.role))
         else:
+            matrix = part_of(merge_map, model, site.role)
             tensor = _applied_in_rows(tensor, site.axis, index, site.rows.to(tensor.device), matrix)
     return tensor
 
@@ -91,12 +89,14 @@ def part_of(merge_map: MergeMap, model: int, role: str) -> Tensor:
     return merge_map.merge[:, here] if role == "produce" else merge_map.unmerge[here].T
 
 
-def _applied(tensor: Tensor, axis: int, index: Tensor, matrix: Tensor) -> Tensor:
-    """Apply a matrix to the channels that lie along an axis at ``index`` (channels, copies)."""
+def applied(tensor: Tensor, axis: int, index: Tensor, mixing: Mixing) -> Tensor:
+    """Mix the channels that lie along an axis at ``index`` (channels, copies)."""
     channels, copies = index.shape
-    part = tensor.index_select(axis, index.reshape(-1)).movedim(axis, 0)
-    mixed = mix(matrix, part.reshape(channels, -1)).reshape(channels * copies, *part.shape[1:])
-    return tensor.index_copy(axis, index.reshape(-1), mixed.movedim(0, axis))
+    flat = index.reshape(-1)
+    whole = len(flat) == tensor.shape[axis] and torch.equal(flat, torch.arange(len(flat), device=flat.device))
+    part = (tensor if whole else tensor.index_select(axis, flat)).movedim(axis, 0)
+    mixed = mixing(part.reshape(channels, -1)).reshape(channels * copies, *part.shape[1:]).movedim(0, axis)
+    return mixed if whole else tensor.index_copy(axis, flat, mixed)
 
 
 def _applied_in_rows(tensor: Tensor, axis: int, index: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
@@ -110,15 +110,41 @@ def _applied_in_rows(tensor: Tensor, axis: int, index: Tensor, rows: Tensor, mat
     result = tensor.clone()
     for block in range(blocks):
         here = index[block * width : (block + 1) * width]
-        result[rows[block]] = _applied(tensor[rows[block]], axis, here, inner[block])
+        result[rows[block]] = applied(tensor[rows[block]], axis, here, Mixing(width, matrix=inner[block]))
     return result
 
 
-def mix(matrix: Tensor, rows: Tensor) -> Tensor:
-    """``matrix @ rows``, by adding rows up where each goes to one place only, as channels mostly do."""
-    if bool(((matrix != 0).sum(0) <= 1).all()):
-        scale, target = matrix.abs().max(0)
-        scale = matrix[target, torch.arange(matrix.shape[1], device=matrix.device)]
-        result = torch.zeros(matrix.shape[0], *rows.shape[1:], dtype=rows.dtype, device=rows.device)
-        return result.index_add_(0, target, rows * scale[:, None].to(rows.dtype))
-    return matrix.to(rows.dtype) @ rows
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """A matrix (size × channels) applied to the rows of a tensor: M_p or U_pᵀ of one model.
+
+    Where each channel goes to one row only, as it mostly does, rows are added up instead of multiplied.
+    """
+
+    size: int
+    matrix: Tensor | None = None
+    target: Tensor | None = None
+    scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, merge_map: MergeMap, model: int, role: str) -> Mixing:
+        """M_p for a producing site, U_pᵀ for a contracting one."""
+        size = merge_map.merge.shape[1] // merge_map.n_models
+        if merge_map.sparse is None:
+            return cls(len(merge_map.merge), part_of(merge_map, model, role))
+        here = slice(model * size, (model + 1) * size)
+        target, weight = merge_map.sparse
+        return cls(len(merge_map.merge), None, target[here], weight[here] if role == "produce" else None)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Mix rows: (channels × n) to (size × n), in their dtype."""
+        if self.target is None:
+            assert self.matrix is not None
+            return self.matrix.to(rows) @ rows
+        result = torch.zeros(self.size, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+        target = self.target.to(rows.device)
+        if self.scale is None:
+            return result.index_add_(0, target, rows)
+        if bool((self.scale == self.scale[0]).all()):
+            return result.index_add_(0, target, rows, alpha=float(self.scale[0]))
+        return result.index_add_(0, target, rows * self.scale.to(rows)[:, None])

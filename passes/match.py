@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,12 @@ from fxzip.passes.permute import by_depth
 
 
 def match_spaces(
-    spec: ChannelSpec, moments: Mapping[str, Moments], method: str, n_models: int, names: Collection[str], **options: Any
+    spec: ChannelSpec,
+    moments: Mapping[str, Moments],
+    method: str,
+    n_models: int,
+    names: Collection[str],
+    **options: Any,
 ) -> dict[str, MergeMap]:
     """The merge map of each of the named spaces.
 
@@ -33,7 +38,8 @@ def match_spaces(
         options: Of the method.
     """
     wanted = _with_parents(spec, names)
-    correlations = {name: moments[name].correlation for name in wanted if name in moments}
+    deciding = wanted | {below.name for name in wanted for below in _inside(spec, name)}
+    correlations = {name: moments[name].correlation.cpu() for name in deciding if name in moments}
     maps: dict[str, MergeMap] = {}
     for space in by_depth(spec):
         if space.name in wanted:
@@ -49,15 +55,24 @@ def _with_parents(spec: ChannelSpec, names: Collection[str]) -> set[str]:
     return wanted
 
 
+def _inside(spec: ChannelSpec, name: str) -> Iterator[ChannelSpace]:
+    """The spaces whose channels lie in blocks of a space, however deep."""
+    for child in spec.children(name):
+        yield child
+        yield from _inside(spec, child.name)
+
+
 def _match_space(
     spec: ChannelSpec, space: ChannelSpace, correlations: Mapping[str, Tensor], maps: Mapping[str, MergeMap],
     method: str, n_models: int, options: Mapping[str, Any],
 ) -> MergeMap:  # fmt: skip
-    children = [child for child in spec.children(space.name) if child.name in correlations]
+    inside = list(_inside(spec, space.name))
     similarity = correlations.get(space.name)
-    if children:
-        scores = [block_scores(correlations[child.name], n_models, space.size) for child in children]
-        similarity = sum(scores, torch.zeros_like(scores[0]) if similarity is None else similarity)
+    if inside:
+        seen = [correlations[below.name] for below in inside if below.name in correlations]
+        scores = [block_scores(correlation, n_models, space.size) for correlation in seen]
+        if scores:
+            similarity = sum(scores, torch.zeros_like(scores[0]) if similarity is None else similarity)
         method, options = ("average" if method == "average" else "permute"), {}
     if similarity is None:
         similarity, method, options = torch.eye(n_models * space.size), "average", {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 from torch import Tensor, fx
@@ -24,7 +24,8 @@ def merge_points(
 
     Args:
         module: The traced network.
-        spec: Its spaces. Spaces of blocks are decided by what lies in the blocks and have no points.
+        spec: Its spaces. Spaces of blocks are decided by what lies in the blocks, where that is observed, and
+            have no points then; nor have spaces of one channel, which leave nothing to decide.
         nodes: Names of the nodes that may be observed, in graph order.
         points: ``last`` is the paper's choice (arXiv 2305.03053, section 5: one for each residual stage, its
             last activation); ``all`` pools every place where the space ends.
@@ -35,19 +36,27 @@ def merge_points(
     if points not in ("last", "all"):
         raise OptionError(f"points={points!r} is unknown; use 'last' or 'all'")
     allowed = set(nodes)
-    blocks = {space.parent for space in spec.spaces}
     found: dict[str, list[MergePoint]] = {}
     for node in module.graph.nodes:
         if node.name not in allowed:
             continue
         for space, _, _ in spec.locate(node.name):
-            if space.name not in blocks and _ends(node, space, spec, allowed):
+            if space.size > 1 and _ends(node, space, spec, allowed):
                 point = _origin(module, node, space, spec)
                 mine = found.setdefault(space.name, [])
                 if all(point.node != other.node for other in mine):
                     mine.append(point)
     keep = slice(-1, None) if points == "last" else slice(None)
-    return {name: tuple(mine[keep]) for name, mine in found.items()}
+    decided = {above for name in found for above in _blocks_of(spec, name)}
+    return {name: tuple(mine[keep]) for name, mine in found.items() if name not in decided}
+
+
+def _blocks_of(spec: ChannelSpec, name: str) -> Iterator[str]:
+    """The spaces of the blocks that a space's channels lie in, from the inside out."""
+    parent = spec[name].parent
+    while parent is not None:
+        yield parent
+        parent = spec[parent].parent
 
 
 def _ends(node: fx.Node, space: ChannelSpace, spec: ChannelSpec, allowed: Collection[str]) -> bool:

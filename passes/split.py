@@ -1,13 +1,15 @@
 """Split: one shared trunk up to the cut, and each model's own rest as a head.
 
-A cut is a place in the shared graph, the number of nodes before it. What crosses it is passed from the trunk to
-the heads, where each model's channels are found again: U is folded into the next linear layers where nothing
-stands between, and is else a gather of channels that is inserted.
+A cut is a place in the shared graph, the number of nodes before it. What crosses it is passed from the trunk
+to the heads, where each model's channels are found again: U is folded into the next linear layers where
+nothing stands between, and is else a gather of channels that is inserted.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzip.channels import ChannelSpec
+from fxzip.loops import device_of
 from fxzip.matching import MergeMap
 from fxzip.passes.align import Alignment
-from fxzip.passes.fuse import fuse_parameter, mix, part_of, sites_by_parameter
+from fxzip.passes.cut import learned
+from fxzip.passes.fuse import Mixing, applied, fuse_parameter, part_of, sites_by_parameter
+from fxzip.passes.observe import _writes
 from fxzip.rules import kind_of, target_of
 
 
@@ -34,8 +39,9 @@ def crossing(alignment: Alignment, cut: int) -> tuple[int, ...]:
     found: set[int] = set()
     for model, module in enumerate(alignment.modules):
         number = {names[model]: i for i, names in enumerate(alignment.shared[:cut])}
+        own = learned(module)
         for node in module.graph.nodes:
-            if node.name in number and node.op != "get_attr" and any(u.name not in number for u in node.users):
+            if node.name in number and node.name not in own and any(u.name not in number for u in node.users):
                 found.add(number[node.name])
     return tuple(sorted(found))
 
@@ -59,7 +65,8 @@ def split(alignment: Alignment, spec: ChannelSpec, maps: Mapping[str, MergeMap],
 def _trunk(alignment: Alignment, cut: int, cross: Sequence[int]) -> fx.GraphModule:
     module = alignment.modules[0]
     keep = {names[0] for names in alignment.shared[:cut]}
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         if node.name in keep or node.op == "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -84,10 +91,15 @@ def _write_fused(
     peers = paired_parameters(alignment, cut)
     states = [module.state_dict(keep_vars=True) for module in alignment.modules]
     sites = sites_by_parameter(spec, maps)
+    mapped = {id(states[0][name]): found for name, found in sites.items()}
+    done: set[int] = set()
     with torch.no_grad():
         for name, tensor in trunk.state_dict(keep_vars=True).items():
+            if id(tensor) in done:  # a tied parameter has several names, of which one has the sites
+                continue
+            done.add(id(tensor))
             tensors = [state[peer] for state, peer in zip(states, peers[name], strict=True)]
-            tensor.copy_(fuse_parameter(tensors, sites.get(name, ())))
+            tensor.copy_(fuse_parameter(tensors, mapped.get(id(tensors[0]), ())))
 
 
 def paired_parameters(alignment: Alignment, cut: int) -> dict[str, tuple[str, ...]]:
@@ -106,7 +118,12 @@ def paired_parameters(alignment: Alignment, cut: int) -> dict[str, tuple[str, ..
 
 
 def _head(
-    alignment: Alignment, spec: ChannelSpec, maps: Mapping[str, MergeMap], cut: int, cross: Sequence[int], model: int
+    alignment: Alignment,
+    spec: ChannelSpec,
+    maps: Mapping[str, MergeMap],
+    cut: int,
+    cross: Sequence[int],
+    model: int,
 ) -> fx.GraphModule:
     module = alignment.modules[model]
     before = {names[model]: i for i, names in enumerate(alignment.shared[:cut])}
@@ -114,22 +131,28 @@ def _head(
     graph, copies = fx.Graph(), {}
     folds: list[Fold] = []
     gathers: dict[str, Tensor] = {}
+    own = learned(module)
+    after = [node for node in module.graph.nodes if node.name not in before or node.name in own]
+    in_place = any(_writes(node, module) for node in after)
     for i in cross:
         source = old[alignment.shared[i][model]]
         copies[source] = graph.placeholder(source.name)
     for i in cross:
         source = old[alignment.shared[i][model]]
+        if in_place and alignment.shared[i][0] in spec.layout.factors:  # the other heads need it as it is
+            copies[source] = graph.call_function(torch.clone, (copies[source],))
         unmerge = Unmerge.of(spec, maps, alignment.shared[i][0], model)
         found = foldable(alignment, spec, maps, cut, i, model) if unmerge.moves else []
         if found is None:
             copies[source] = unmerge.insert(graph, copies[source], gathers)
         else:
             folds += found
-    for node in module.graph.nodes:
-        if node not in copies and (node.name not in before or node.op == "get_attr"):
+    for node in after:
+        if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
+    device = device_of(module)
     for name, index in gathers.items():
-        module.register_buffer(name, index)
+        module.register_buffer(name, index.to(device))
     head = _module(module, graph, "Head")
     for name in gathers:
         delattr(module, name)
@@ -155,7 +178,7 @@ class Unmerge:
         """From the maps of the spaces that the tensor holds."""
         by_axis: dict[int, Tensor] = {}
         for space, axes, index in spec.locate(node):
-            if space.name not in maps:
+            if space.name not in maps or space.size == 1:
                 continue
             (axis,) = axes
             size = max(f.shape[axis] for f in spec.layout.factors[node])
@@ -173,7 +196,8 @@ class Unmerge:
         for axis, index in self.gathers:
             name = f"unmerge_{self.node}" if len(self.gathers) == 1 else f"unmerge_{self.node}_{axis}"
             buffers[name] = index
-            node = graph.call_function(torch.index_select, (node, axis, graph.get_attr(name)))
+            select = (node, axis, graph.get_attr(name))
+            node = graph.create_node("call_function", torch.index_select, select, name=f"{name}_gather")
         return node
 
 
@@ -183,16 +207,14 @@ class Fold:
 
     parameter: str
     index: Tensor
-    matrix: Tensor
+    mixing: Mixing
 
     def apply(self, head: fx.GraphModule) -> None:
         """Change the head's weight."""
         weight = head.get_parameter(self.parameter)
         with torch.no_grad():
-            index = self.index.to(weight.device)
-            part = weight.double().index_select(1, index.reshape(-1)).movedim(1, 0)
-            mixed = mix(self.matrix.to(weight.device), part.reshape(len(index), -1)).reshape(part.shape)
-            weight.index_copy_(1, index.reshape(-1), mixed.movedim(0, 1).to(weight.dtype))
+            work = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            weight.copy_(applied(work, 1, self.index.to(weight.device), self.mixing))
 
 
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -208,7 +230,7 @@ def foldable(
     module = alignment.modules[model]
     first = {names[model]: names[0] for names in alignment.shared}
     old = {node.name: node for node in module.graph.nodes}
-    calls = [str(n.target) for n in module.graph.find_nodes(op="call_module")]
+    uses = _uses(module)
     pending, folds = [old[alignment.shared[start][model]]], []
     before = {names[model] for names in alignment.shared[:cut]}
     while pending:
@@ -217,19 +239,43 @@ def foldable(
             if user.name in before:
                 continue
             target = target_of(module, user)
-            if isinstance(target, _LINEAR) and getattr(target, "groups", 1) == 1 and calls.count(str(user.target)) == 1:
-                axis = len(spec.layout.factors[first[node.name]][0].shape) - 1 if isinstance(target, nn.Linear) else 1
+            if (
+                isinstance(target, _LINEAR)
+                and getattr(target, "groups", 1) == 1
+                and uses[id(target.weight)] == 1
+            ):
+                axis = (
+                    len(spec.layout.factors[first[node.name]][0].shape) - 1
+                    if isinstance(target, nn.Linear)
+                    else 1
+                )
                 found = _folds(spec, maps, first[node.name], f"{user.target}.weight", axis, model)
                 if found is None:
                     return None
                 folds += found
-            elif user.name in first and user.op != "output" and kind_of(target) in ("passive", "pointwise") and (
-                len(user.all_input_nodes) == 1 and _same_spaces(spec, first[node.name], first[user.name])
+            elif (
+                user.name in first
+                and user.op != "output"
+                and kind_of(target) in ("passive", "pointwise")
+                and (
+                    len(user.all_input_nodes) == 1 and _same_spaces(spec, first[node.name], first[user.name])
+                )
             ):
                 pending.append(user)
             else:
                 return None
     return folds
+
+
+def _uses(module: fx.GraphModule) -> Counter[int]:
+    """How many nodes use each parameter, by its identity: modules are called again, parameters tied."""
+    used: Counter[int] = Counter()
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            used.update(id(p) for p in module.get_submodule(str(node.target)).parameters())
+        elif node.op == "get_attr":
+            used[id(operator.attrgetter(str(node.target))(module))] += 1
+    return used
 
 
 def _same_spaces(spec: ChannelSpec, left: str, right: str) -> bool:
@@ -241,9 +287,8 @@ def _folds(
 ) -> list[Fold] | None:
     found = []
     for space, axes, index in spec.locate(node):
-        if axes != (axis,):
+        if space.size > 1 and axes != (axis,):
             return None
-        if space.name in maps:
-            found.append(Fold(parameter, index, part_of(maps[space.name], model, "contract")))
+        if space.name in maps and space.size > 1:
+            found.append(Fold(parameter, index, Mixing.of(maps[space.name], model, "contract")))
     return found
-

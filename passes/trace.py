@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +25,11 @@ from fxzip.errors import TraceError
 from fxzip.passes._clean import clean, rebuild
 from fxzip.passes._verify import Reference
 
+_NEEDS_VALUES = {
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "GuardOnDataDependentSymNode",
+}
 _GRAPH_OPS = {"placeholder", "get_attr", "call_module", "call_function", "call_method", "output"}
 
 
@@ -59,7 +64,7 @@ def trace(
             graph_module = clean(way(eval_copy(model), inputs))
             graph_module.meta["traced_by"] = name
             graph_module.meta["passed_over"] = tuple(
-                f"{way}: {_first_line(error)}" for way, error in failures
+                f"{other}: {_first_line(error)}" for other, error in failures
             )
             graph_module.meta["unused"] = _unused(model, graph_module)
             _warn_of_constants(graph_module)
@@ -77,7 +82,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         else:
             return model
 
@@ -191,20 +196,16 @@ def _failure(model: nn.Module, failures: list[tuple[str, Exception]]) -> TraceEr
     """One error for all ways: the first way's, which is in the user's terms, and then the others'."""
     (_, first), *others = failures
     where = user_line(first)
-    text = f"{type(model).__name__} could not be traced"
-    text += f": {where}: " if where else ": "
-    text += _first_line(first)
-    if where and not isinstance(first, TraceError):
+    text = f"{type(model).__name__} could not be traced: " + (f"{where}: " if where else "")
+    if type(first).__name__ in _NEEDS_VALUES:
         text += (
-            ". Control flow must not hang on the values of tensors there: compute both sides and use "
-            "torch.where, or decide on a shape, a dtype or a setting of the model; or hand fxzip a GraphModule of your own"
+            "what happens there hangs on the values of a tensor, which a graph cannot follow. Compute both "
+            "sides and choose by torch.where, or decide on a shape or a setting of the model; or give a "
+            "GraphModule"
         )
-    for name, other in others:
-        text += (
-            f" (torch.{name}: {_first_line(other)})"
-            if name == "export"
-            else f" ({name}: {_first_line(other)})"
-        )
+    else:
+        text += _first_line(first)
+    text += "".join(f" ({name}: {_first_line(other)})" for name, other in others)
     error = TraceError(text)
     error.__cause__ = first
     return error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +31,7 @@ def randomise(model: nn.Module, x: Any, seed: int = 0) -> nn.Module:
     """Give every parameter and statistic a random value that keeps the network alive; float64, eval mode.
 
     Weights keep their initial scale. Vectors (gammas, layer scales: the default of 1e-6 hides errors) are drawn
-    around one, biases around zero, and each layer's bias is set so that its channels are not all negative.
+    around one, biases above zero, and each layer's bias is set so that its channels are not all negative.
     """
     g = Generator().manual_seed(seed)
     model = model.double().eval()
@@ -43,36 +42,41 @@ def randomise(model: nn.Module, x: Any, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() <= 1 or parameter.numel() == max(parameter.shape):
-                draw(parameter, *((-0.3, 0.3) if name.endswith(("bias", "beta")) else (0.7, 1.3)))
+                draw(parameter, *((0.1, 0.7) if name.endswith(("bias", "beta")) else (0.7, 1.3)))
             elif not bool(parameter.any()):
                 draw(parameter, -0.1, 0.1)
-        _settle(model, x)
+        _with_statistics(model, x)
         for module in model.modules():
             if isinstance(module, _BatchNorm) and module.running_var is not None:
                 module.running_var.mul_(torch.rand(module.running_var.shape, generator=g, dtype=torch.float64) + 0.5)
+        _with_centred_biases(model, x)
     return model
 
 
-def _settle(model: nn.Module, x: Any) -> None:
-    """One pass that sets BatchNorm statistics, and biases of layers without a norm, to what the data give."""
-    handles = []
+def _with_statistics(model: nn.Module, x: Any) -> None:
+    """One pass that sets the statistics of all BatchNorms."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.reset_running_stats()
             module.momentum = None
             module.train()
-        elif isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
-            handles.append(module.register_forward_hook(_centre))
+    call(model, x)
+    model.eval()
+
+
+def _with_centred_biases(model: nn.Module, x: Any) -> None:
+    """One pass that sets the biases of layers so that their outputs are mostly positive."""
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None]
+    handles = [layer.register_forward_hook(_centre) for layer in layers]
     call(model, x)
     for handle in handles:
         handle.remove()
-    model.eval()
 
 
 def _centre(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     axis = 1 if isinstance(module, nn.Conv2d) else output.dim() - 1
-    mean = output.mean([a for a in range(output.dim()) if a != axis])
-    shift = module.bias * output.std() - mean
+    others = [a for a in range(output.dim()) if a != axis]
+    shift = (0.5 + module.bias) * output.std(others) - output.mean(others)
     module.bias.add_(shift)
     return output + shift.reshape([-1 if a == axis else 1 for a in range(output.dim())])
 
@@ -126,24 +130,26 @@ def _moving(spec: ChannelSpec, name: str, seed: int) -> dict[str, Tensor]:
     raise AssertionError(f"the channels of {name} cannot move")
 
 
-def self_zip_error(model: nn.Module, x: Tensor, spec: ChannelSpec, method: str, **options: Any) -> float:
-    """Oracle 4: a full zip, by the paper's rule, of a network and a permuted copy is the network again."""
+def self_zip_errors(model: nn.Module, x: Tensor, spec: ChannelSpec) -> dict[str, float]:
+    """Oracles 4 and 5: what merges of a network with a permuted copy of itself compute.
+
+    A full zip by the paper's rule is the network again, by ``permute`` and by ``zip``; a zip with an empty trunk is
+    the ensemble.
+    """
     copy = spec.permute(model, Generator().manual_seed(2))
-    prepared = fxzip.prepare(model, copy, example_inputs=x[:2])
-    prepared.observe([x], progress=False)
-    zipped = prepared.convert(method=method, reset_batch_norm=False, progress=False, **options)
+    prepared = fxzip.prepare(model, copy, example_inputs=x[:2]).observe([x], progress=False)
     expected = call(model, x)
-    return max(difference(expected, out) for out in call(zipped, x))
-
-
-def ensemble_error(models: list[nn.Module], x: Tensor) -> float:
-    """Oracle 5: a zip with an empty trunk is the ensemble."""
-    prepared = fxzip.prepare(*models, example_inputs=x[:2])
-    prepared.observe([x], progress=False)
-    zipped = prepared.convert(cut=0.0, method="zip", progress=False)
-    assert not list(zipped.trunk.parameters())
-    outputs = call(zipped, x)
-    return max(difference(call(model, x), out) for model, out in zip(models, outputs, strict=True))
-
-
-Make = Callable[[], nn.Module]
+    found = {}
+    options: dict[str, dict[str, Any]] = {
+        "permute": {"method": "permute"},
+        "zip": {"method": "zip", "beta": 0.0},
+        "ensemble": {"cut": 0.0},
+    }
+    for name, chosen in options.items():
+        zipped = prepared.convert(refit=False, reset_batch_norm=False, progress=False, **chosen)
+        assert (name == "ensemble") is (not list(zipped.trunk.parameters()))
+        outputs = call(zipped, x)
+        found[name] = max(
+            difference(a, b) for a, b in zip((expected, call(copy, x)), outputs, strict=True)
+        )
+    return found

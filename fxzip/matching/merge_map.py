@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +58,14 @@ class MergeMap:
         merge[channels, torch.arange(size)] = 1.0 / channels.bincount()[channels].double()
         unmerge[torch.arange(size), channels] = 1.0
         return cls(merge, unmerge, n_models)
+
+    @cached_property
+    def sparse(self) -> tuple[Tensor, Tensor] | None:
+        """The merged channel of each channel and its weight there, both (Σn,); None if a channel goes to several."""
+        if bool(((self.unmerge != 0).sum(1) != 1).any()) or bool(((self.merge != 0).sum(0) > 1).any()):
+            return None
+        target = self.unmerge.argmax(1)
+        return target, self.merge[target, torch.arange(len(target))]
 
     @property
     def assignment(self) -> Tensor:

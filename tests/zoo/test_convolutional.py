@@ -7,15 +7,7 @@ import torch
 from torch import nn
 
 import fxzip
-from tests.oracles import (
-    TOLERANCE,
-    ensemble_error,
-    images,
-    mutations_missed,
-    permutation_error,
-    randomise,
-    self_zip_error,
-)
+from tests.oracles import TOLERANCE, images, mutations_missed, permutation_error, randomise, self_zip_errors
 
 MODELS = [
     "torchvision:resnet18", "torchvision:resnet50", "torchvision:vgg11_bn", "torchvision:vgg11", "torchvision:densenet121",
@@ -43,14 +35,13 @@ def make(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_oracles(name: str) -> None:
-    x = images(12, SIZE)
+    x = images(8, SIZE)
     model = randomise(make(name), x)
     spec = fxzip.analyse(model, x[:2])
     assert spec.coverage >= 0.99
     assert not spec.frozen
     assert permutation_error(model, x[:2], spec) < TOLERANCE
-    assert mutations_missed(spec.permute(model), x[:2], spec, most=6) == []
-    assert self_zip_error(model, x, spec, "permute") < TOLERANCE
-    assert self_zip_error(model, x, spec, "zip", beta=0.0) < TOLERANCE
-    other = spec.permute(model, torch.Generator().manual_seed(5))
-    assert ensemble_error([model, other], x[:2]) == 0.0
+    assert mutations_missed(spec.permute(model), x[:1], spec, most=4) == []
+    errors = self_zip_errors(model, x, spec)
+    assert max(errors["permute"], errors["zip"]) < TOLERANCE, errors
+    assert errors["ensemble"] == 0.0

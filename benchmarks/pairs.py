@@ -1,0 +1,58 @@
+"""Pairs of networks trained on disjoint halves of CIFAR-10's classes (ZipIt!, arXiv 2305.03053, section 5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.data import Split
+from benchmarks.models import resnet20
+from benchmarks.training import train
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a pair's training depends on."""
+
+    width: int = 2
+    size: int = 16
+    epochs: int = 7
+    bf16: bool = False
+
+    @property
+    def key(self) -> str:
+        """A name for files."""
+        return f"w{self.width}_s{self.size}_e{self.epochs}{'_bf16' if self.bf16 else ''}"
+
+
+def halves(pair: int) -> tuple[list[int], list[int]]:
+    """The classes of both tasks: 0-4 and 5-9 for pair 0, random halves for the others."""
+    generator = torch.Generator().manual_seed(pair)
+    order = list(range(10)) if pair == 0 else torch.randperm(10, generator=generator).tolist()
+    return sorted(order[:5]), sorted(order[5:])
+
+
+def models(
+    setting: Setting, pair: int, split: Split, log: Callable[[str], None] = print
+) -> tuple[nn.Module, nn.Module]:
+    """Both networks of a pair, from their checkpoints if they were trained before."""
+    found = []
+    for task, classes in enumerate(halves(pair)):
+        found.append(
+            train(
+                lambda: resnet20(setting.width, 5),
+                split.of_classes(classes),
+                seed=100 * pair + task,
+                epochs=setting.epochs,
+                bf16=setting.bf16,
+                checkpoint=CHECKPOINTS / f"cifar_{setting.key}_pair{pair}_task{task}.pt",
+                log=lambda text, task=task: log(f"pair {pair} task {task}: {text}"),  # type: ignore[misc]
+            )
+        )
+    return found[0], found[1]

@@ -1,0 +1,80 @@
+"""Writing files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fxzip.errors import SaveError
+
+
+@contextmanager
+def scratch_folder(parent: Path, error: type[Exception] = SaveError) -> Iterator[Path]:
+    """An empty folder inside ``parent`` that is gone afterwards; it is made before any other work.
+
+    Args:
+        parent: Where something will be written; it is made where it is missing.
+        error: What to raise where nothing can be written there.
+
+    Raises:
+        Exception: ``error``, also for a full disk inside the block.
+    """
+    scratch = parent / f".fxzip-{uuid.uuid4().hex[:8]}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir()
+    except OSError as reason:
+        raise error(f"{parent} cannot be written to: {reason.strerror}") from reason
+    try:
+        yield scratch
+    except OSError as reason:
+        raise error(f"{parent} cannot be written to: {reason.strerror or reason}") from reason
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``path``, or is merged into it, when the block ends well.
+
+    Raises:
+        SaveError: ``path`` is a file, or nothing can be written there.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and not path.is_dir():
+        raise SaveError(f"{path} is a file: give a folder")
+    with scratch_folder(path if path.is_dir() else path.parent) as scratch:
+        fresh = scratch / "fresh"
+        fresh.mkdir()
+        yield fresh
+        if path.is_dir():
+            replace_files(fresh, path, scratch)
+        else:
+            fresh.rename(path)
+
+
+def replace_files(source: Path, target: Path, scratch: Path) -> None:
+    """Move the files of a folder into another; if that fails or is stopped, all is put back.
+
+    Raises:
+        OSError: A file cannot be moved.
+    """
+    old = scratch / "old"
+    old.mkdir(exist_ok=True)
+    names = sorted(entry.name for entry in source.iterdir())
+    try:
+        for name in names:
+            if (target / name).exists():
+                os.replace(target / name, old / name)
+            os.replace(source / name, target / name)
+    except BaseException:
+        for name in names:
+            if (old / name).exists():
+                os.replace(old / name, target / name)
+            elif not (source / name).exists():
+                (target / name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,241 @@
+"""Save a merged network as a folder, and load it where neither its classes nor timm are, without pickle.
+
+The folder holds ``model.safetensors`` (all tensors), ``fxzip.json`` (the plan: see `fxzip.plan`) and
+``README.md`` (a model card with the report). Nothing in it can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fxzip.errors import FileFormatError, SaveError
+from fxzip.folders import new_folder
+from fxzip.merged import ZippedModel
+from fxzip.plan import read_graph, read_record, read_state, write_graph, write_record, write_state
+from fxzip.plan.examples import read_example, write_example
+from fxzip.report import Report
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+VERSION = 1
+PLAN, WEIGHTS, CARD = "fxzip.json", "model.safetensors", "README.md"
+_AGAIN = "copy the folder again, or save the network again"
+
+
+def save(zipped: ZippedModel, folder: str | PathLike[str], *, overwrite: bool = False) -> Path:
+    """Save a merged network; an earlier one in the same folder is replaced, other files there stay.
+
+    Args:
+        zipped: The network.
+        folder: Where to; it appears whole or not at all.
+        overwrite: Write into a folder that holds other things, too.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SaveError: The folder holds other things or cannot be written to, or the network has something that
+            cannot be loaded without its classes: a function of the user's own, a layer that is not
+            torch.nn's. The node or layer is named.
+    """
+    path = Path(folder)
+    if path.is_dir() and any(path.iterdir()) and not overwrite and not (path / PLAN).exists():
+        raise SaveError(f"{path} holds other files: choose another folder, or give overwrite=True")
+    with new_folder(path) as fresh:
+        plan = _plan(zipped)
+        tensors, plan["state"] = write_state(zipped)
+        _write_tensors(fresh / WEIGHTS, tensors)
+        plan["weights"] = {
+            "bytes": (fresh / WEIGHTS).stat().st_size,
+            "sha256": _hash_of_file(fresh / WEIGHTS),
+        }
+        plan["sha256"] = plan_hash(plan)
+        text = json.dumps(plan, indent=1, allow_nan=False)
+        (fresh / PLAN).write_text(text + "\n", encoding="utf-8")
+        (fresh / CARD).write_text(model_card(zipped), encoding="utf-8")
+    return path
+
+
+def load(folder: str | PathLike[str], *, device: torch.device | str = "cpu") -> ZippedModel:
+    """Load a network that `ZippedModel.save` saved: the same outputs, bit by bit.
+
+    Args:
+        folder: The folder.
+        device: Where the network goes.
+
+    Raises:
+        FileFormatError: A file is missing, cut short, altered, of a newer format, or asks for something that
+            a saved network may not.
+    """
+    path = Path(folder)
+    plan = _read_plan(path / PLAN)
+    tensors = _read_tensors(path / WEIGHTS, plan.get("weights"))
+    try:
+        zipped = _built(plan, tensors)
+    except Exception as error:
+        reason = str(error) if isinstance(error, FileFormatError) else f"{type(error).__name__}: {error}"
+        raise FileFormatError(f"{path / PLAN}: {_one_line(reason)}; {_AGAIN}") from error
+    return zipped.to(device).eval()
+
+
+# ---- the plan
+
+
+def _plan(zipped: ZippedModel) -> dict[str, Any]:
+    import fxzip
+
+    return {
+        "format": "fxzip",
+        "version": VERSION,
+        "versions": {"fxzip": fxzip.__version__, "torch": torch.__version__},
+        "names": list(zipped.names),
+        "report": write_record(zipped.report),
+        "example": write_example(zipped.example),
+        "trunk": write_graph(zipped.trunk),
+        "heads": [write_graph(zipped.head(name)) for name in zipped.names],
+    }
+
+
+def plan_hash(plan: Mapping[str, Any]) -> str:
+    """The SHA-256 of a plan without its own; it tells damage, not intent."""
+    rest = {key: value for key, value in plan.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        whole = isinstance(plan, dict) and plan.get("sha256") == plan_hash(plan)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileFormatError(f"there is no {path}: give a folder that zipped.save(folder) made") from None
+    except (OSError, RecursionError) as error:
+        raise FileFormatError(
+            f"{path} cannot be read: {type(error).__name__}: {_one_line(str(error))}"
+        ) from error
+    except ValueError as error:
+        raise FileFormatError(
+            f"{path} was cut short or altered ({_one_line(str(error))}): {_AGAIN}"
+        ) from error
+    if not isinstance(plan, dict) or plan.get("format") != "fxzip":
+        raise FileFormatError(f"{path} is no plan of fxzip: give a folder that zipped.save(folder) made")
+    version = plan.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        maker = (plan.get("versions") or {}).get("fxzip") if isinstance(plan.get("versions"), dict) else None
+        raise FileFormatError(
+            f"{path} is of format {version!r} (fxzip {maker}), and this fxzip reads formats up to {VERSION}: "
+            "pip install -U fxzip"
+        )
+    if not whole:
+        raise FileFormatError(f"{path} was altered, its SHA-256 is another: {_AGAIN}")
+    return plan
+
+
+def _built(plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ZippedModel:
+    names, heads = plan["names"], plan["heads"]
+    if not isinstance(names, list) or not isinstance(heads, list) or len(names) != len(heads):
+        raise FileFormatError("the tasks and the heads are not as many")
+    if not all(isinstance(name, str) and name and "." not in name for name in names) or len(
+        set(names)
+    ) != len(names):
+        raise FileFormatError(f"the tasks cannot be called {names!r}")
+    zipped = ZippedModel(
+        read_graph(plan["trunk"], "Trunk"),
+        {name: read_graph(head, "Head") for name, head in zip(names, heads, strict=True)},
+        read_record(Report, plan["report"]),
+        read_example(plan["example"]),
+    )
+    read_state(zipped, tensors, plan["state"])
+    return zipped
+
+
+# ---- the tensors
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise SaveError(f"the tensors cannot be saved: {_one_line(str(error))}") from error
+
+
+def _read_tensors(path: Path, expected: Any) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    size, digest = (expected.get(key) if isinstance(expected, dict) else None for key in ("bytes", "sha256"))
+    try:
+        found = path.stat().st_size
+        if isinstance(size, int) and found < size:
+            raise FileFormatError(f"{path} was cut short: it has {found:,} bytes of {size:,}; {_AGAIN}")
+        if found != size or _hash_of_file(path) != digest:
+            raise FileFormatError(f"{path} was altered, its SHA-256 is not the one in {PLAN}: {_AGAIN}")
+        return load_file(path)
+    except FileNotFoundError:
+        raise FileFormatError(f"there is no {path}: {_AGAIN}") from None
+    except (OSError, SafetensorError) as error:
+        raise FileFormatError(f"{path} cannot be read: {_one_line(str(error))}; {_AGAIN}") from error
+
+
+def _hash_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) < 300 else f"{line[:300]}..."
+
+
+# ---- the model card
+
+
+def model_card(zipped: ZippedModel) -> str:
+    """A README in Markdown with the tasks, how to load the network, and the report."""
+    report = zipped.report
+    ratio = f"{report.flops_after / report.flops_before:.1%}" if report.flops_before else "-"
+    inputs = "\n".join(f"- `{node.target}`" for node in zipped.trunk.graph.find_nodes(op="placeholder"))
+    tasks = "\n".join(f"- `{name}`" for name in zipped.names)
+    return f"""---
+library_name: fxzip
+tags: [fxzip, model-merging, pytorch]
+---
+
+# {" + ".join(zipped.names)}
+
+{len(zipped.names)} networks, merged without training by [fxzip](https://pypi.org/project/fxzip/) into one
+with a shared trunk and a head for each task, cut at `{report.cut}`. It takes {ratio} of the floating-point
+operations that they took together.
+
+```python
+import fxzip
+
+zipped = fxzip.load("this folder")  # needs neither the models' code nor pickle
+outputs = zipped(*inputs)           # one for each task
+one = zipped(*inputs, task={zipped.names[0]!r})
+```
+
+Tasks:
+
+{tasks}
+
+Inputs, prepared as for the networks that were merged:
+
+{inputs}
+
+## Report
+
+```text
+{str(report).strip()}
+```
+"""

@@ -1,0 +1,74 @@
+"""Example inputs as shapes and dtypes, and made-up inputs from them: no data of the user's goes to a file."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxzip.batches import Inputs
+from fxzip.errors import FileFormatError
+from fxzip.plan.values import decode, encode
+
+_LARGEST = 1 << 29
+
+
+def write_example(example: Inputs | None) -> Any:
+    """The shapes, dtypes and (of integers) ranges of example inputs; what is no tensor stands for itself.
+
+    Raises:
+        SaveError: An input is neither a tensor nor a plain value.
+    """
+    if example is None:
+        return None
+    leaves, spec = pytree.tree_flatten(example)
+    described = [_describe(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return encode(pytree.tree_unflatten(described, spec))
+
+
+def _describe(tensor: Tensor) -> dict[str, Any]:
+    entry = {"fxzip.shape": tuple(tensor.shape), "dtype": tensor.dtype}
+    whole = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype is not torch.bool
+    if whole and tensor.numel():
+        entry["range"] = (int(tensor.min()), int(tensor.max()))
+    return entry
+
+
+def read_example(entry: Any) -> Inputs | None:
+    """Inputs of the same shapes: random numbers, or integers that run through the range; always the same.
+
+    Raises:
+        FileFormatError: It is no description of inputs.
+    """
+    if entry is None:
+        return None
+    example = _made(decode(entry), torch.Generator().manual_seed(0))
+    if not (isinstance(example, tuple) and len(example) == 2 and isinstance(example[0], tuple)):
+        raise FileFormatError("the example is no pair of inputs and keyword inputs")
+    args, kwargs = example
+    if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
+        raise FileFormatError("the example's keyword inputs have no names")
+    return args, kwargs
+
+
+def _made(value: Any, generator: torch.Generator) -> Any:
+    if isinstance(value, dict) and "fxzip.shape" in value:
+        return _tensor(value["fxzip.shape"], value.get("dtype"), value.get("range", (0, 0)), generator)
+    if isinstance(value, dict):
+        return {key: _made(part, generator) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_made(part, generator) for part in value)
+    return value
+
+
+def _tensor(shape: Any, dtype: Any, limits: Any, generator: torch.Generator) -> Tensor:
+    sizes = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
+    if not sizes or math.prod(shape) > _LARGEST or not isinstance(dtype, torch.dtype):
+        raise FileFormatError(f"an example input of shape {shape!r} and type {dtype!r}")
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+    low, high = limits
+    return (torch.arange(math.prod(shape)).reshape(shape) % (int(high) - int(low) + 1) + int(low)).to(dtype)

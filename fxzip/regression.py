@@ -1,0 +1,97 @@
+"""Streaming ridge regression of a layer's weights: W* = argmin ‖T - W X - b‖² + λ ‖W - W₀‖².
+
+Only sums are kept: the Gram matrix of the inputs, their products with the targets, and the means. Groups (of a
+grouped convolution) are regressions side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Regression:
+    """Sums for g regressions of o outputs on d inputs each.
+
+    The sums are float64; products are taken in the dtype of the data, of values shifted by the first batch's
+    means, since E[xx'] - mm' cancels.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._shift: tuple[Tensor, Tensor] | None = None
+        self._sums: list[Tensor] = []
+
+    def add(self, x: Tensor, t: Tensor) -> None:
+        """Add samples.
+
+        Args:
+            x: Inputs (groups, d, samples).
+            t: Targets (groups, o, samples).
+        """
+        if self._shift is None:
+            self._shift = (x.mean(2, keepdim=True), t.mean(2, keepdim=True))
+        x, t = x - self._shift[0], t - self._shift[1]
+        sums = [x @ x.mT, t @ x.mT, x.sum(2), t.sum(2)]
+        self.count += x.shape[2]
+        if self._sums:
+            for total, part in zip(self._sums, sums, strict=True):
+                total += part
+        else:
+            self._sums = [part.double() for part in sums]
+
+    def solve(self, prior: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+        """The weights and the bias, float64.
+
+        Args:
+            prior: W₀ (groups, o, d): what the weights are where the samples say nothing.
+            ridge: λ as a share of the mean of the inputs' sums of squares.
+
+        Returns:
+            Weights (groups, o, d) and biases (groups, o).
+        """
+        assert self._shift is not None
+        gram, cross, sum_x, sum_t = self._sums
+        gram = gram - sum_x[:, :, None] * sum_x[:, None, :] / self.count
+        cross = cross - sum_t[:, :, None] * sum_x[:, None, :] / self.count
+        prior = prior.to(gram)
+        weights = prior + _solve(gram, cross - prior @ gram, ridge)
+        mean_x = self._shift[0][..., 0].double() + sum_x / self.count
+        mean_t = self._shift[1][..., 0].double() + sum_t / self.count
+        return weights, mean_t - (weights @ mean_x[:, :, None])[..., 0]
+
+
+def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """``right @ inv(gram + λ)``, with more λ where rounding leaves the matrix indefinite."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    scale = diagonal.mean(1, keepdim=True)
+    damping = ridge * scale + 1e-9 * scale + torch.finfo(gram.dtype).tiny ** 0.5
+    for _ in range(6):
+        factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(damping.expand_as(diagonal)))
+        if not bool(info.any()):
+            return torch.cholesky_solve(right.mT, factor).mT
+        damping = damping * 10 + 1e-8 * scale
+    raise ArithmeticError("the Gram matrix is not finite")
+
+
+def patches(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+            dilation: tuple[int, int], groups: int) -> Tensor:  # fmt: skip
+    """The inputs of a convolution at each output position: (groups, d, samples), d = channels of a group × kernel."""
+    n, channels = x.shape[:2]
+    if kernel == (1, 1) and padding == (0, 0):
+        columns = x[:, :, :: stride[0], :: stride[1]].reshape(n, channels, -1)
+    else:
+        columns = F.unfold(x, kernel, dilation, padding, stride)
+    return columns.reshape(n, groups, -1, columns.shape[-1]).permute(1, 2, 0, 3).flatten(2)
+
+
+def scale_and_shift(x: Tensor, t: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The least-squares line t ≈ a x + b for each channel along an axis; a = 1 where x is constant."""
+    x, t = (v.movedim(axis, 0).flatten(1).double() for v in (x, t))
+    mean_x, mean_t = x.mean(1), t.mean(1)
+    x, t = x - mean_x[:, None], t - mean_t[:, None]
+    power = (x * x).mean(1)
+    flat = power <= 1e-12 * power.max().clamp(min=1e-30)
+    slope = torch.where(flat, torch.ones_like(power), (x * t).mean(1) / power.clamp(min=1e-30))
+    return slope, mean_t - slope * mean_x
