@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,7 @@ def _packed(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
         for part in ("train", "test"):
             data, offsets = archive[f"{part}_jpeg"].tobytes(), archive[f"{part}_offsets"]
             images = [
-                np.asarray(Image.open(io.BytesIO(data[start:end])).convert("RGB"))
-                for start, end in zip(offsets[:-1], offsets[1:], strict=True)
+                np.asarray(Image.open(io.BytesIO(data[start:end])).convert("RGB")) for start, end in pairwise(offsets)
             ]
             found.append((np.stack(images).transpose(0, 3, 1, 2), archive[f"{part}_labels"]))
     return found

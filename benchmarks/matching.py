@@ -61,9 +61,7 @@ def measure(size: int, with_reference: bool, repeats: int) -> Row:
     similarity = similarity_of(size)
     matrix = torch.randn(size, size)
     row: Row = {"size": size, "released_not_measured_here": RELEASED.get(size)}
-    row["zip"], row["zip_cpu"] = seconds(
-        lambda: match("zip", similarity, n_models=2, alpha=ALPHA, beta=BETA), repeats
-    )
+    row["zip"], row["zip_cpu"] = seconds(lambda: match("zip", similarity, n_models=2, alpha=ALPHA, beta=BETA), repeats)
     row["gemm"], row["gemm_cpu"] = seconds(lambda: matrix @ matrix, repeats)
     row["zip_over_gemm"] = row["zip_cpu"] / row["gemm_cpu"]
     row |= dict.fromkeys(("reference", "reference_cpu", "reference_over_zip", "same_merges"))

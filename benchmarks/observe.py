@@ -50,9 +50,7 @@ def setting(case: str) -> tuple[nn.Module, nn.Module, Callable[[int], list[Tenso
     return *models, lambda count: [images] * count
 
 
-def prepare(
-    case: str, points: str
-) -> tuple[nn.Module, nn.Module, Callable[[int], None], Callable[[int], None]]:
+def prepare(case: str, points: str) -> tuple[nn.Module, nn.Module, Callable[[int], None], Callable[[int], None]]:
     """The models, and two passes over some batches: plain and observing."""
     import fxzip
 
@@ -104,9 +102,7 @@ def peak_memory(case: str, points: str, count: int) -> int:
 def in_fresh_process(case: str, points: str, count: int, threads: int) -> int:
     command = [sys.executable, "-m", "benchmarks.observe", "--memory", case, str(count)]
     command += ["--points", points, "--threads", str(threads)]
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent
-    )
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     return int(done.stdout)
 
 
@@ -150,9 +146,7 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, default=2, help="batches in each timed pass")
@@ -168,9 +162,7 @@ def main() -> None:
     rows = [measure(case, options) for case in options.cases]
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps({**environment(options), "rows": rows}, indent=2) + "\n")
-    Console().print(
-        table(rows, f"observing over plain passes, points={options.points}, {options.threads} thread(s)")
-    )
+    Console().print(table(rows, f"observing over plain passes, points={options.points}, {options.threads} thread(s)"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Merge trained networks of one architecture into one with a shared trunk and a head per task, without training.
 
-    zipped = fxzip.zip(model_a, model_b, loader)
-    logits_a, logits_b = zipped(images)
+zipped = fxzip.zip(model_a, model_b, loader)
+logits_a, logits_b = zipped(images)
 """
 
 from importlib.metadata import PackageNotFoundError, version

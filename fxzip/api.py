@@ -67,9 +67,7 @@ def zip(
     prepared = prepare(*given, example_inputs=_first_batch(loader), names=names)
     prepared.place(cut)
     prepared.observe(loader, points=points, progress=progress)
-    return prepared.convert(
-        cut=cut, method=method, alpha=alpha, beta=beta, refit=refit, ridge=ridge, progress=progress
-    )
+    return prepared.convert(cut=cut, method=method, alpha=alpha, beta=beta, refit=refit, ridge=ridge, progress=progress)
 
 
 def prepare(*models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None) -> Prepared:
@@ -138,9 +136,7 @@ def _first_batch(loader: Loader) -> tuple[Any, ...] | dict[str, Any]:
         iterator = iter(loader)
     except TypeError:
         kind = type(loader).__name__
-        raise CalibrationError(
-            f"the loader is a {kind}, which gives no batches; use a DataLoader or a list"
-        ) from None
+        raise CalibrationError(f"the loader is a {kind}, which gives no batches; use a DataLoader or a list") from None
     if iterator is loader:
         raise CalibrationError(
             "the loader can be read only once, and it is read several times: use a DataLoader or a list"

@@ -26,9 +26,7 @@ def model_inputs(batch: object) -> Inputs:
     first = batch
     if isinstance(batch, (tuple, list)):
         if not batch:
-            raise CalibrationError(
-                "the loader gave an empty tuple or list; its first element must be the input"
-            )
+            raise CalibrationError("the loader gave an empty tuple or list; its first element must be the input")
         first = batch[0]
     if isinstance(first, Tensor):
         return (first,), {}

@@ -183,4 +183,3 @@ def group(keys: Tensor, values: Tensor) -> Tensor:
     keys, values = keys[order], values[order]
     order = torch.argsort(keys, stable=True)
     return values[order].reshape(int(keys.unique().numel()), -1)
-

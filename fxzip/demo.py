@@ -42,9 +42,7 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or width_in != width:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, width_in, height, width) to half the size where the stride is 2."""
@@ -119,9 +117,7 @@ def load_digits() -> Digits:
     images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)
     images = F.interpolate(images, scale_factor=2, mode="bilinear", align_corners=False)
     labels = torch.as_tensor(target)
-    train, test = model_selection.train_test_split(
-        range(len(labels)), test_size=0.3, stratify=target, random_state=0
-    )
+    train, test = model_selection.train_test_split(range(len(labels)), test_size=0.3, stratify=target, random_state=0)
     images = (images - images[train].mean()) / images[train].std()
     return Digits(TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test]))
 

@@ -102,9 +102,7 @@ def export(
             names, difference = _write(zipped, folder / path.name, task, opset, example)
         allowed = _tolerance(zipped)
         if not difference <= allowed:
-            raise ExportError(
-                f"{path.name} would differ from the network by {difference:.1e}, more than {allowed:.0e}"
-            )
+            raise ExportError(f"{path.name} would differ from the network by {difference:.1e}, more than {allowed:.0e}")
         replace_files(folder, path.parent, scratch)
     return Export(path, difference, *names)
 
@@ -248,9 +246,7 @@ def _relative(expected: Tensor, found: Tensor) -> float:
 
 
 def _tolerance(zipped: ZippedModel) -> float:
-    kinds = {
-        tensor.dtype for tensor in (*zipped.parameters(), *zipped.buffers()) if tensor.is_floating_point()
-    }
+    kinds = {tensor.dtype for tensor in (*zipped.parameters(), *zipped.buffers()) if tensor.is_floating_point()}
     return max((_TOLERANCES.get(kind, _TOLERANCE) for kind in kinds), default=_TOLERANCE)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,7 @@ def save(zipped: ZippedModel, folder: str | PathLike[str], *, overwrite: bool = 
         text = json.dumps(plan, indent=1, allow_nan=False)
         (fresh / PLAN).write_text(text + "\n", encoding="utf-8")
         (fresh / CARD).write_text(model_card(zipped), encoding="utf-8")
+        shutil.copymode(fresh / PLAN, fresh / WEIGHTS)  # safetensors lets only the owner read it
     return path
 
 
@@ -117,13 +119,9 @@ def _read_plan(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise FileFormatError(f"there is no {path}: give a folder that zipped.save(folder) made") from None
     except (OSError, RecursionError) as error:
-        raise FileFormatError(
-            f"{path} cannot be read: {type(error).__name__}: {_one_line(str(error))}"
-        ) from error
+        raise FileFormatError(f"{path} cannot be read: {type(error).__name__}: {_one_line(str(error))}") from error
     except ValueError as error:
-        raise FileFormatError(
-            f"{path} was cut short or altered ({_one_line(str(error))}): {_AGAIN}"
-        ) from error
+        raise FileFormatError(f"{path} was cut short or altered ({_one_line(str(error))}): {_AGAIN}") from error
     if not isinstance(plan, dict) or plan.get("format") != "fxzip":
         raise FileFormatError(f"{path} is no plan of fxzip: give a folder that zipped.save(folder) made")
     version = plan.get("version")
@@ -142,9 +140,7 @@ def _built(plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ZippedMode
     names, heads = plan["names"], plan["heads"]
     if not isinstance(names, list) or not isinstance(heads, list) or len(names) != len(heads):
         raise FileFormatError("the tasks and the heads are not as many")
-    if not all(isinstance(name, str) and name and "." not in name for name in names) or len(
-        set(names)
-    ) != len(names):
+    if not all(isinstance(name, str) and name and "." not in name for name in names) or len(set(names)) != len(names):
         raise FileFormatError(f"the tasks cannot be called {names!r}")
     zipped = ZippedModel(
         read_graph(plan["trunk"], "Trunk"),

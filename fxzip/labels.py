@@ -94,7 +94,8 @@ class LabelGraph:
         edges: Pairs of labels that are one channel.
         parents: (relation, child labels, block labels): children move with their block.
         frozen: (labels, reason): labels that may not be permuted.
-        uses: (node, labels): labels that a node treats as one set (a norm, a softmax, a mean).
+        uses: (node, labels): labels that a node treats as one set (a norm, an activation, a mean).
+        aliases: The one name to use for a parameter that has several.
     """
 
     axes: dict[tuple[str, int], ParameterAxis] = field(default_factory=dict)
@@ -102,6 +103,7 @@ class LabelGraph:
     parents: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     uses: list[tuple[str, Tensor]] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
     count: int = FIRST
 
     def fresh(self, *shape: int) -> Tensor:
@@ -145,16 +147,16 @@ class LabelGraph:
 
     def axis(self, parameter: str, axis: int, size: int, role: Role) -> Tensor:
         """The labels along an axis of a parameter: the same ones each time that it is used."""
-        key = (parameter, axis)
+        key = (self.aliases.get(parameter, parameter), axis)
         if key not in self.axes:
-            self.axes[key] = ParameterAxis(parameter, axis, self.fresh(size), role)
+            self.axes[key] = ParameterAxis(*key, self.fresh(size), role)
         return self.axes[key].labels
 
     def grouped_axis(self, parameter: str, rows: Tensor, size: int, role: Role) -> Tensor:
         """The labels (groups × size) that lie along axis 1 in ``rows`` (groups × rows of a group)."""
-        key = (parameter, 1)
+        key = (self.aliases.get(parameter, parameter), 1)
         if key not in self.axes:
-            self.axes[key] = ParameterAxis(parameter, 1, self.fresh(len(rows), size), role, rows)
+            self.axes[key] = ParameterAxis(*key, self.fresh(len(rows), size), role, rows)
         return self.axes[key].labels
 
     def parameter(self, name: str, shape: Sequence[int]) -> Labelled:

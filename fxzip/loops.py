@@ -115,9 +115,7 @@ def feed(
 
 def describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Inputs in a few words: the shape and type of each tensor, the type of anything else."""
-    parts = [_describe(value) for value in args] + [
-        f"{name}={_describe(value)}" for name, value in kwargs.items()
-    ]
+    parts = [_describe(value) for value in args] + [f"{name}={_describe(value)}" for name, value in kwargs.items()]
     return ", ".join(parts) or "no inputs"
 
 

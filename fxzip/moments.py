@@ -148,9 +148,7 @@ class Observer(nn.Module):
             raise ValueError(f"{self.n_models} models were to be observed, not {len(tensors)}")
         if len({tensor.shape for tensor in tensors}) > 1:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-            raise CalibrationError(
-                f"the models' activations at node {place.node!r} differ in shape: {shapes}"
-            )
+            raise CalibrationError(f"the models' activations at node {place.node!r} differ in shape: {shapes}")
         work = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
         # Autocast would take the products to half precision.
         with torch.autocast(tensors[0].device.type, enabled=False):
@@ -303,6 +301,4 @@ def _add_gram(part: Tensor, scatter: Tensor) -> None:
 def _require_finite(sums: Tensor, node: str) -> None:
     """Sums are finite exactly when every sample is, overflow aside: no pass over the elements is needed."""
     if not bool(torch.isfinite(sums).all()):
-        raise CalibrationError(
-            f"the activations at node {node!r} are not finite (NaN, infinite or overflowing)"
-        )
+        raise CalibrationError(f"the activations at node {node!r} are not finite (NaN, infinite or overflowing)")

@@ -43,7 +43,8 @@ class Classes:
 
 def unite(graph: LabelGraph) -> Classes:
     """Resolve the unions, then let what is frozen keep in place what it moves with."""
-    ends = [torch.cat(side).numpy() for side in zip(*graph.edges, strict=True)] if graph.edges else [[], []]
+    none = torch.zeros(0, dtype=torch.int64)
+    ends = [torch.cat(side).numpy() for side in zip((none, none), *graph.edges, strict=True)]
     size = graph.count
     matrix = coo_matrix((np.ones(len(ends[0]), dtype=bool), (ends[0], ends[1])), shape=(size, size))
     count, of = connected_components(matrix, directed=False)
@@ -157,7 +158,8 @@ def _recolour(count: int, marks: list[tuple[Ints, Ints]]) -> Ints:
     start = np.searchsorted(owner, np.arange(count + 1))
     seen: dict[bytes, int] = {}
     return np.array(
-        [seen.setdefault(mark[start[c] : start[c + 1]].tobytes(), len(seen)) for c in range(count)], dtype=np.int64
+        [seen.setdefault(mark[start[c] : start[c + 1]].tobytes(), len(seen)) for c in range(count)],
+        dtype=np.int64,
     )
 
 
@@ -203,7 +205,8 @@ class _Builder:
         why = np.zeros(self.classes.count, dtype=bool)
         why[[c for c, reason in self.classes.reason.items() if not reason.startswith(SILENT)]] = True
         of = self.classes.of
-        layout = Layout(*(torch.from_numpy(by_class[of]) for by_class in (space, channel, why)))
+        by_label = [torch.from_numpy(by_class[of]) for by_class in (space, channel, why)]
+        layout = Layout(by_label[0], by_label[1], by_label[2])
         layout.space[:FIRST] = -1
         sites = self._sites(layout)
         titles = self._titles(ordered, sites)

@@ -64,9 +64,7 @@ class Prepared:
             raise CutError(f"no layer comes before the place where the heads begin: {why}")
         if layers and not self._spaces_before(place):
             frozen = "; ".join(f"{f.name}: {f.reason}" for f in self.spec.frozen[:3])
-            raise CutError(
-                f"cut={cut!r}: the layers before it share no channel space that can be merged; {frozen}"
-            )
+            raise CutError(f"cut={cut!r}: the layers before it share no channel space that can be merged; {frozen}")
         return place
 
     def _spaces_before(self, place: int) -> set[str]:
@@ -124,9 +122,7 @@ class Prepared:
         place = self.place(cut)
         if self._loader is None:
             raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")
-        maps = match_spaces(
-            self.spec, self.moments, method, len(self.names), self._spaces_before(place), **chosen
-        )
+        maps = match_spaces(self.spec, self.moments, method, len(self.names), self._spaces_before(place), **chosen)
         parts = split(self.alignment, self.spec, maps, place)
         merged = any(layer < place for layer in self._cuts.layers)
         refitted = 0
@@ -154,9 +150,7 @@ class Prepared:
             cut=self._name_of(place) if cut is None or isinstance(cut, float | int) else cut,
             traced_by=tuple(str(module.meta.get("traced_by")) for module in self.alignment.modules),
             parting=self.alignment.parting,
-            spaces=tuple(
-                self._row(name, maps[name]) for name in (s.name for s in self.spec.spaces) if name in maps
-            ),
+            spaces=tuple(self._row(name, maps[name]) for name in (s.name for s in self.spec.spaces) if name in maps),
             frozen=tuple(f"{space.name} ({space.size}): {space.reason}" for space in self.spec.frozen),
             coverage=self.spec.coverage,
             before=self._before,
@@ -196,14 +190,10 @@ def check_models(models: Sequence[Any]) -> None:
     devices = [{p.device for p in (*model.parameters(), *model.buffers())} for model in models]
     for number, found in enumerate(devices):
         if len(found) > 1:
-            raise AlignmentError(
-                f"model {number} lies on several devices: {', '.join(sorted(map(str, found)))}"
-            )
+            raise AlignmentError(f"model {number} lies on several devices: {', '.join(sorted(map(str, found)))}")
         if found != devices[0] and found and devices[0]:
             ours, peers = found.pop(), devices[0].pop()
-            raise AlignmentError(
-                f"model {number} is on {ours}, model 0 is on {peers}; move them to one device"
-            )
+            raise AlignmentError(f"model {number} is on {ours}, model 0 is on {peers}; move them to one device")
 
 
 def task_names(names: Iterable[str] | None, count: int) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -152,5 +151,3 @@ def render(*tables: Any, width: int = 110) -> str:
     for table in tables:
         console.print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
-
-

@@ -60,9 +60,7 @@ def rebuild(model: nn.Module, graph: fx.Graph, attributes: dict[str, Any]) -> fx
     """
     persistent = set(model.state_dict(keep_vars=True))
     name = type(model).__name__
-    graph_module = fx.GraphModule(
-        attributes, graph, class_name=name if name.isidentifier() else "GraphModule"
-    )
+    graph_module = fx.GraphModule(attributes, graph, class_name=name if name.isidentifier() else "GraphModule")
     for prefix, module in graph_module.named_modules():
         for key in module._buffers:
             if (f"{prefix}.{key}" if prefix else key) not in persistent:

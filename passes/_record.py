@@ -76,9 +76,7 @@ def _fake_inputs(mode: FakeTensorMode, inputs: Inputs) -> Inputs:
         if batched:
             sizes[0] = DimDynamic.DUCK
         context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=sizes)
-        return mode.from_tensor(
-            tensor.clone(), source=ConstantSource(f"input{next(count)}"), symbolic_context=context
-        )
+        return mode.from_tensor(tensor.clone(), source=ConstantSource(f"input{next(count)}"), symbolic_context=context)
 
     def convert(before: Any, after: Any) -> Any:
         return fake(before, after) if isinstance(after, Tensor) else after

@@ -51,9 +51,7 @@ class BatchSizes:
             return int(size) if isinstance(size, torch.SymInt) else float(size)
         (symbol,) = expr.free_symbols
         sizes: list[tuple[Tensor, int, Any]] = [
-            (tensor, axis, own)
-            for tensor in (*near, *self._last_read, *inputs)
-            for axis, own in _open_sizes(tensor)
+            (tensor, axis, own) for tensor in (*near, *self._last_read, *inputs) for axis, own in _open_sizes(tensor)
         ]
         for tensor, axis, own in sizes:
             if own == expr:

@@ -159,9 +159,7 @@ class GraphRecorder(TorchFunctionMode):
             return result
         return self._record(func, args, kwargs, result)
 
-    def _record(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> Any:
+    def _record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         in_place = mutates(func, kwargs)
         if in_place:
             func, kwargs = self._out_of_place(func, args, kwargs, result)

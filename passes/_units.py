@@ -73,7 +73,8 @@ def find_units(module: fx.GraphModule) -> list[Unit]:
         layer = _layer(module, node, uses)
         if layer is not None:
             layers[layer.end] = layer
-    units, placed = [], set()
+    units: list[Unit] = []
+    placed: set[fx.Node] = set()
     for node in module.graph.nodes:
         if is_sum(node) and not (len(node.users) == 1 and is_sum(next(iter(node.users)))):
             leaves = _leaves(node)

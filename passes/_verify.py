@@ -43,8 +43,7 @@ class Reference:
             difference = compare(expected, actual)
             if difference:
                 raise TraceError(
-                    "the traced graph computes something else than the model: "
-                    f"{difference}, on {_describe(batch)}"
+                    f"the traced graph computes something else than the model: {difference}, on {_describe(batch)}"
                 )
         if unused:
             self._check_unused(unused)
@@ -57,8 +56,7 @@ class Reference:
         difference = compare(expected, actual)
         if difference:
             raise TraceError(
-                f"the outputs hang on {', '.join(unused[:5])}, which the traced graph does not reach: "
-                f"{difference}"
+                f"the outputs hang on {', '.join(unused[:5])}, which the traced graph does not reach: {difference}"
             )
 
 
@@ -71,9 +69,7 @@ def _noise(parameter: Tensor) -> Tensor:
 def _run(call: Callable[..., Any], inputs: Inputs) -> Any:
     """The call's output, with the same random numbers each time."""
     args, kwargs = torch.utils._pytree.tree_map_only(Tensor, torch.clone, inputs)
-    devices = sorted(
-        {t.device for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.is_cuda}, key=str
-    )
+    devices = sorted({t.device for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.is_cuda}, key=str)
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(0)
         return call(*args, **kwargs)

@@ -125,9 +125,7 @@ class _Pair:
         theirs = dict(_tensors(self._right, right))
         for key, tensor in _tensors(self._left, left):
             peer = theirs[key]
-            if self._forth.get(id(tensor), id(peer)) != id(peer) or self._back.get(
-                id(peer), id(tensor)
-            ) != id(tensor):
+            if self._forth.get(id(tensor), id(peer)) != id(peer) or self._back.get(id(peer), id(tensor)) != id(tensor):
                 return f"{key or left.target} is used at several nodes (tied) in one of them only"
         return None
 
@@ -145,9 +143,7 @@ class _Pair:
                 return f"they have the {what} {sorted(map(str, left))} and {sorted(map(str, right))}"
             return _first(self._arguments(f"argument {key}", left[key], right[key]) for key in left)
         if isinstance(left, slice) and isinstance(right, slice):
-            parts = zip(
-                (left.start, left.stop, left.step), (right.start, right.stop, right.step), strict=True
-            )
+            parts = zip((left.start, left.stop, left.step), (right.start, right.stop, right.step), strict=True)
             return _first(self._arguments(what, a, b) for a, b in parts)
         return None if _same(left, right) else f"their {what} are {left!r} and {right!r}"
 
@@ -221,11 +217,7 @@ def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for prefix, part in module.named_modules():
         yield f"{prefix}.type" if prefix else "type", type(part)
         for key, value in part.__dict__.items():
-            if (
-                not key.startswith("_")
-                and key not in _NO_MATTER
-                and not isinstance(value, (Tensor, nn.Module))
-            ):
+            if not key.startswith("_") and key not in _NO_MATTER and not isinstance(value, (Tensor, nn.Module)):
                 yield f"{prefix}.{key}" if prefix else key, value
 
 
@@ -273,9 +265,7 @@ def _is_transient(module: fx.GraphModule, node: fx.Node) -> bool:
 # ---- the sentence
 
 
-def _parting(
-    modules: Sequence[fx.GraphModule], number: int, left: fx.Node, right: fx.Node, reason: str
-) -> str:
+def _parting(modules: Sequence[fx.GraphModule], number: int, left: fx.Node, right: fx.Node, reason: str) -> str:
     return (
         f"model 0 and model {number} part at {_describe(modules[0], left)} and "
         f"{_describe(modules[number], right)}: {reason}"

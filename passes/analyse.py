@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,9 @@ from fxzip.channels import ChannelSpec, Layout
 from fxzip.errors import FrozenSpaceWarning
 from fxzip.labels import FIRST, LabelGraph, Labelled
 from fxzip.partition import partition
-from fxzip.rules import RuleContext, Unsupported, find_rule, target_of
+from fxzip.rules import RuleContext, Unsupported, find_rule, kind_of, target_of
+from fxzip.rules.movement import move, move_module, write
+from fxzip.rules.registry import as_labelled, mapped
 
 
 def analyse_graph(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ChannelSpec:
@@ -104,7 +107,11 @@ class Flow:
     values: dict[fx.Node, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._state = set(self.module.state_dict(keep_vars=True))
+        state = self.module.state_dict(keep_vars=True)
+        self._state = set(state)
+        first: dict[int, str] = {}
+        for name, tensor in state.items():
+            self.graph.aliases[name] = first.setdefault(id(tensor), name)
 
     def run(self) -> None:
         """Visit every node in order."""
@@ -116,6 +123,8 @@ class Flow:
 
     def _visit(self, node: fx.Node) -> Any:
         out = self.shapes[node.name]
+        if node.target is operator.setitem:
+            return self._set_item(node)
         if node.op == "placeholder":
             return _positional(out)
         if node.op == "get_attr":
@@ -144,17 +153,38 @@ class Flow:
             return self._freeze(ctx, args, kwargs, "no rule for it")
         own = () if module is None else (module,)
         try:
-            return rule(ctx, *own, *args, **kwargs)
+            result = rule(ctx, *own, *args, **kwargs)
+            if rule not in (move, move_module):  # the values change, so all channels must be treated alike
+                mapped(result, ctx.use)
+            return result
         except Unsupported as error:
             return self._freeze(ctx, args, kwargs, str(error))
         except Exception as error:
             return self._freeze(ctx, args, kwargs, f"its rule failed: {error}")
 
+    def _set_item(self, node: fx.Node) -> None:
+        """Part of a tensor is overwritten: from here on it has the labels that the same writing gives."""
+        target = node.args[0]
+        assert isinstance(target, fx.Node)
+        arguments: Any = fx.node.map_arg(node.args, self.values.__getitem__)
+        old, key, value = arguments
+        if not isinstance(old, Labelled):
+            old = as_labelled(old) if isinstance(old, Tensor) else Labelled(())
+        value = as_labelled(value) if isinstance(value, Labelled | Tensor) else Labelled((), uniform=True)
+        ctx = RuleContext(self.graph, node, self.shapes[target.name])
+        is_view = target.op in ("call_function", "call_method") and kind_of(target.target) == "passive"
+        if is_view or _any(key, {}, Labelled) or max(len(old.factors), len(value.factors)) > 1:
+            self._freeze(ctx, (old, value), {}, "writes into a tensor in a way that is not followed")
+            return
+        for part in (old, value):
+            ctx.use(part)
+        self.values[target] = write(ctx, old, key, value)
+
     def _freeze(self, ctx: RuleContext, args: Any, kwargs: Any, why: str) -> Any:
         node = ctx.node
         what = type(ctx.module).__name__ if ctx.module is not None else getattr(node.target, "__name__", node.target)
         reason = f"{node.name} ({what}): {why}"
-        fx.node.map_aggregate((args, kwargs), lambda v: ctx.freeze(v, reason))
+        mapped((args, kwargs), lambda v: ctx.freeze(v, reason))
         if ctx.module is not None:
             for name, tensor in ctx.module.named_parameters():
                 for axis in range(tensor.dim()):
@@ -166,10 +196,7 @@ class Flow:
 
     def _freeze_outputs(self, node: fx.Node) -> None:
         for source in node.all_input_nodes:
-            fx.node.map_aggregate(
-                self.values[source],
-                lambda v: [self.graph.freeze(f, "output") for f in v.factors] if isinstance(v, Labelled) else None,
-            )
+            mapped(self.values[source], lambda v: RuleContext(self.graph, node, None).freeze(v, "output"))
 
     def factors(self) -> dict[str, tuple[Tensor, ...]]:
         """The label tensors of each node with a single tensor as output."""
@@ -183,7 +210,7 @@ class Flow:
 
 
 def _positional(out: Any) -> Any:
-    return fx.node.map_aggregate(out, lambda v: Labelled(tuple(v.shape)) if isinstance(v, Tensor) else v)
+    return mapped(out, lambda v: Labelled(tuple(v.shape)) if isinstance(v, Tensor) else v)
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -192,7 +219,7 @@ def _holds_tensor(value: Any) -> bool:
 
 def _any(args: Any, kwargs: Any, kind: type) -> bool:
     found: list[object] = []
-    fx.node.map_aggregate((args, kwargs), lambda v: found.append(v) if isinstance(v, kind) else None)
+    mapped((args, kwargs), lambda v: found.append(v) if isinstance(v, kind) else None)
     return bool(found)
 
 

@@ -63,9 +63,7 @@ class Cuts:
         if isinstance(cut, str):
             return self._by_name(cut)
         if isinstance(cut, bool) or not isinstance(cut, Real):
-            raise CutError(
-                f"cut={cut!r}: give the name of a module or node, a share of the layers (0 to 1), or None"
-            )
+            raise CutError(f"cut={cut!r}: give the name of a module or node, a share of the layers (0 to 1), or None")
         if not 0 <= cut <= 1:
             raise CutError(f"cut={cut!r}: a share of the layers lies between 0 and 1")
         count = round(cut * len(self.layers))
@@ -134,9 +132,7 @@ def learned(module: fx.GraphModule) -> frozenset[str]:
     found: set[str] = set()
     for node in module.graph.nodes:
         inputs = node.all_input_nodes
-        computed = (
-            node.op in ("call_function", "call_method") and inputs and all(n.name in found for n in inputs)
-        )
+        computed = node.op in ("call_function", "call_method") and inputs and all(n.name in found for n in inputs)
         if node.op == "get_attr" or (computed and not _writes(node, module)):
             found.add(node.name)
     return frozenset(found)

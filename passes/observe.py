@@ -85,9 +85,7 @@ def insert_observers(alignment: Alignment, points: Mapping[str, Sequence[MergePo
     return joint
 
 
-def _joint_graph(
-    alignment: Alignment, calls: Mapping[str, list[tuple[str, int]]]
-) -> tuple[fx.Graph, set[fx.Node]]:
+def _joint_graph(alignment: Alignment, calls: Mapping[str, list[tuple[str, int]]]) -> tuple[fx.Graph, set[fx.Node]]:
     """The models' nodes interleaved, to the last in ``calls`` (node of model 0 -> observers and places).
 
     Also the nodes that must stay although nothing uses them.
@@ -160,11 +158,7 @@ def _writes(node: fx.Node, module: fx.GraphModule) -> bool:
     if node.op == "call_module":
         return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
     name = getattr(node.target, "__name__", "")
-    return (
-        node.target in _IN_PLACE
-        or bool(node.kwargs.get("inplace"))
-        or (name.endswith("_") and name[-2:] != "__")
-    )
+    return node.target in _IN_PLACE or bool(node.kwargs.get("inplace")) or (name.endswith("_") and name[-2:] != "__")
 
 
 _IN_PLACE = {
@@ -209,9 +203,7 @@ class _Checked(nn.Module):
         except Exception as error:
             expected = ", ".join(f"{name} {list(shape)}" for name, shape in self.shapes.items() if shape)
             hint = f" (they were traced with {expected})" if expected else ""
-            raise CalibrationError(
-                f"{describe(args, kwargs)} does not fit the models{hint}: {error}"
-            ) from error
+            raise CalibrationError(f"{describe(args, kwargs)} does not fit the models{hint}: {error}") from error
 
 
 def _placeholders(module: fx.GraphModule) -> list[fx.Node]:

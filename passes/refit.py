@@ -106,9 +106,7 @@ def refit(
     return solved
 
 
-def merge_values(
-    spec: ChannelSpec, maps: Mapping[str, MergeMap], node: str, values: Sequence[Tensor]
-) -> Tensor:
+def merge_values(spec: ChannelSpec, maps: Mapping[str, MergeMap], node: str, values: Sequence[Tensor]) -> Tensor:
     """M [z_1; ...; z_N] for a node's output; channels that lie in no space are averaged."""
     total = torch.zeros_like(values[0])
     places = [(space, axes, index) for space, axes, index in spec.locate(node) if space.name in maps]
@@ -212,7 +210,12 @@ class _LockStep:
     """Runs the parents and the merged network side by side and solves the merged one's layers on the way."""
 
     def __init__(
-        self, streams: list[_Stream], feeds: list[list[dict[str, Any]]], target: Target, options: RefitOptions, keep: set[str]
+        self,
+        streams: list[_Stream],
+        feeds: list[list[dict[str, Any]]],
+        target: Target,
+        options: RefitOptions,
+        keep: set[str],
     ) -> None:
         self.streams, self.target, self.options, self.keep = streams, target, options, keep
         self.merged = streams[-1].module
@@ -243,10 +246,10 @@ class _LockStep:
 
     def _schedule(self) -> list[_Step]:
         """The nodes in order, those of a unit's layers held back in the merged network until it is solved."""
-        roots = {unit.root: unit for unit in self.units}
-        claimed: dict[fx.Node, Unit] = {n: unit for unit in self.units for n in unit.claimed}
-        for unit in self.units:
-            claimed |= dict.fromkeys(inner_sums(unit.root), unit)
+        roots: dict[fx.Node, Unit | None] = {unit.root: unit for unit in self.units}
+        claimed: dict[fx.Node, Unit] = {n: each for each in self.units for n in each.claimed}
+        for each in self.units:
+            claimed |= dict.fromkeys(inner_sums(each.root), each)
         parents, merged = slice(0, -1), slice(-1, None)
         steps = []
         for node in self.merged.graph.nodes:
@@ -276,9 +279,7 @@ class _LockStep:
         for name, number in last.items():
             if name not in self.keep:
                 done.setdefault(number, []).append(name)
-        return [
-            _Step(s.node, s.streams, s.unit, s.norm, tuple(done.get(number, ()))) for number, s in enumerate(steps)
-        ]
+        return [_Step(s.node, s.streams, s.unit, s.norm, tuple(done.get(number, ()))) for number, s in enumerate(steps)]
 
     def _take_in(self, count: int, upto: int) -> None:
         """Bring further batches to where the others are."""

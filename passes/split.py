@@ -239,16 +239,8 @@ def foldable(
             if user.name in before:
                 continue
             target = target_of(module, user)
-            if (
-                isinstance(target, _LINEAR)
-                and getattr(target, "groups", 1) == 1
-                and uses[id(target.weight)] == 1
-            ):
-                axis = (
-                    len(spec.layout.factors[first[node.name]][0].shape) - 1
-                    if isinstance(target, nn.Linear)
-                    else 1
-                )
+            if isinstance(target, _LINEAR) and getattr(target, "groups", 1) == 1 and uses[id(target.weight)] == 1:
+                axis = len(spec.layout.factors[first[node.name]][0].shape) - 1 if isinstance(target, nn.Linear) else 1
                 found = _folds(spec, maps, first[node.name], f"{user.target}.weight", axis, model)
                 if found is None:
                     return None
@@ -257,9 +249,7 @@ def foldable(
                 user.name in first
                 and user.op != "output"
                 and kind_of(target) in ("passive", "pointwise")
-                and (
-                    len(user.all_input_nodes) == 1 and _same_spaces(spec, first[node.name], first[user.name])
-                )
+                and (len(user.all_input_nodes) == 1 and _same_spaces(spec, first[node.name], first[user.name]))
             ):
                 pending.append(user)
             else:

@@ -63,9 +63,7 @@ def trace(
         try:
             graph_module = clean(way(eval_copy(model), inputs))
             graph_module.meta["traced_by"] = name
-            graph_module.meta["passed_over"] = tuple(
-                f"{other}: {_first_line(error)}" for other, error in failures
-            )
+            graph_module.meta["passed_over"] = tuple(f"{other}: {_first_line(error)}" for other, error in failures)
             graph_module.meta["unused"] = _unused(model, graph_module)
             _warn_of_constants(graph_module)
             if reference is not None:

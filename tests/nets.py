@@ -67,9 +67,7 @@ class Block(nn.Module):
 class Residual(nn.Module):
     """A residual network of two stages with gates."""
 
-    def __init__(
-        self, classes: int = 5, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, width: int = 8
-    ) -> None:
+    def __init__(self, classes: int = 5, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, width: int = 8) -> None:
         super().__init__()
         self.stem, self.norm = conv(3, width), norm(width)
         self.layer1 = Block(width, width, norm)
@@ -139,7 +137,6 @@ def snapshot(model: nn.Module) -> tuple[dict[str, Tensor], list[Any]]:
         hooks = [list(getattr(module, kind).items()) for kind in _HOOKS]
         rest.append((name, type(module), module.training, hooks, sorted(module.__dict__)))
     rest += [
-        (name, id(p), p.requires_grad, p.dtype, p.device, p.stride(), p.grad)
-        for name, p in model.named_parameters()
+        (name, id(p), p.requires_grad, p.dtype, p.device, p.stride(), p.grad) for name, p in model.named_parameters()
     ]
     return {key: value.detach().clone() for key, value in model.state_dict().items()}, rest

@@ -149,7 +149,5 @@ def self_zip_errors(model: nn.Module, x: Tensor, spec: ChannelSpec) -> dict[str,
         zipped = prepared.convert(refit=False, reset_batch_norm=False, progress=False, **chosen)
         assert (name == "ensemble") is (not list(zipped.trunk.parameters()))
         outputs = call(zipped, x)
-        found[name] = max(
-            difference(a, b) for a, b in zip((expected, call(copy, x)), outputs, strict=True)
-        )
+        found[name] = max(difference(a, b) for a, b in zip((expected, call(copy, x)), outputs, strict=True))
     return found

@@ -77,9 +77,7 @@ def test_public_names_exist_and_are_documented() -> None:
     documented = [
         value
         for name in fxzip.__all__
-        if inspect.isclass(value := getattr(fxzip, name))
-        or inspect.isroutine(value)
-        or inspect.ismodule(value)
+        if inspect.isclass(value := getattr(fxzip, name)) or inspect.isroutine(value) or inspect.ismodule(value)
     ]
     assert documented
     assert [value for value in documented if not (value.__doc__ or "").strip()] == []

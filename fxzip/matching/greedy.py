@@ -19,8 +19,8 @@ from fxzip.matching.similarity import Floats, Ints, dead_channels
 
 
 @matcher("zip")
-def _zip(similarity: Floats, n_models: int, alpha: float = 0.3, beta: float = 0.125) -> Ints:
-    """ZipIt!'s greedy matching; the defaults are those of the released code.
+def _zip(similarity: Floats, n_models: int, alpha: float = 1.0, beta: float = 1.0) -> Ints:
+    """ZipIt!'s greedy matching; by default merged channels merge again freely, within models too.
 
     Merged channels are ordered by their lowest member.
     """

@@ -52,9 +52,7 @@ def read_graph(entry: Any, name: str) -> fx.GraphModule:
     Raises:
         FileFormatError: It is not what `write_graph` writes, or it calls what it may not.
     """
-    if not isinstance(entry, dict) or not all(
-        isinstance(entry.get(key), list) for key in ("nodes", "modules")
-    ):
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), list) for key in ("nodes", "modules")):
         raise FileFormatError("a graph has no nodes or no modules")
     module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=name)
     modules: dict[str, nn.Module] = {"": module}
@@ -108,9 +106,7 @@ def _write_target(node: fx.Node) -> str:
         if name is None:
             kind = getattr(node.target, "__module__", "") or ""
             shown = f"{kind}.{getattr(node.target, '__name__', node.target)}".strip(".")
-            raise SaveError(
-                f"it calls {shown}, which is no function of torch that fxzip knows to be safe to load"
-            )
+            raise SaveError(f"it calls {shown}, which is no function of torch that fxzip knows to be safe to load")
         return name
     target = str(node.target)
     if node.op == "call_method" and target not in targets.methods():
@@ -140,9 +136,7 @@ def _read_nodes(known: _Known, entries: list[Any]) -> fx.Graph:
     return graph
 
 
-def _read_node(
-    known: _Known, graph: fx.Graph, entry: Mapping[str, Any], nodes: Mapping[str, fx.Node]
-) -> fx.Node:
+def _read_node(known: _Known, graph: fx.Graph, entry: Mapping[str, Any], nodes: Mapping[str, fx.Node]) -> fx.Node:
     op, target = entry.get("op"), entry.get("target")
     raw_args, raw_kwargs = entry.get("args"), entry.get("kwargs")
     if not isinstance(target, str) or not isinstance(raw_args, list) or not isinstance(raw_kwargs, dict):
@@ -154,9 +148,7 @@ def _read_node(
         targets.check_arguments(found, args, kwargs)
     elif op == "call_method" and not (args and isinstance(args[0], fx.Node)):
         raise FileFormatError("a method is called on what is no node")
-    elif op in _MOST_ARGUMENTS and (
-        kwargs or len(args) > _MOST_ARGUMENTS[op] or (op == "output" and not args)
-    ):
+    elif op in _MOST_ARGUMENTS and (kwargs or len(args) > _MOST_ARGUMENTS[op] or (op == "output" and not args)):
         raise FileFormatError(f"a node of the kind {op} does not take such arguments")
     return graph.create_node(str(op), found, args, kwargs, name=entry["name"])
 
@@ -173,9 +165,7 @@ def _read_target(known: _Known, op: object, target: str) -> Any:
         raise FileFormatError(f"there is no layer {target}")
     if op == "get_attr" and _checked_path(target) not in known.tensors:
         raise FileFormatError(f"there is no tensor {target}")
-    if op not in ("call_method", "call_module", "get_attr", "output") or (
-        op == "output" and target != "output"
-    ):
+    if op not in ("call_method", "call_module", "get_attr", "output") or (op == "output" and target != "output"):
         raise FileFormatError(f"{op!r} {target!r} is no kind of node that a saved graph may have")
     return target
 

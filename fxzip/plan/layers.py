@@ -36,9 +36,7 @@ def layer_classes() -> Mapping[str, type[nn.Module]]:
     """The classes that a saved network may have, by name: torch.nn's layers without parts."""
     found = {name: getattr(nn, name) for name in _NAMES}
     strange = [
-        n
-        for n, c in found.items()
-        if not (isinstance(c, type) and c.__module__.startswith("torch.nn.modules."))
+        n for n, c in found.items() if not (isinstance(c, type) and c.__module__.startswith("torch.nn.modules."))
     ]
     assert not strange, strange
     return found
@@ -63,9 +61,7 @@ def write_layer(path: str, layer: nn.Module) -> dict[str, Any]:
     """
     kind = type(layer)
     if layer_classes().get(kind.__name__) is not kind:
-        raise SaveError(
-            f"{path} is a {kind.__module__}.{kind.__qualname__}; only layers of torch.nn can be saved"
-        )
+        raise SaveError(f"{path} is a {kind.__module__}.{kind.__qualname__}; only layers of torch.nn can be saved")
     values = {name: _value(layer, name) for name in _arguments(kind) if hasattr(layer, name)}
     defaults = {p.name: p.default for p in inspect.signature(kind).parameters.values()}
     values = {name: value for name, value in values.items() if not _same(value, defaults.get(name))}

@@ -78,18 +78,14 @@ def read_state(module: nn.Module, tensors: Mapping[str, Tensor], notes: Any) -> 
         made[name] = _made(name, old, tensors[name], order.get(name), name not in fixed)
         _put(module, name, made[name])
     for name, other in tied.items():
-        if other not in made or isinstance(names[name], nn.Parameter) != isinstance(
-            made[other], nn.Parameter
-        ):
+        if other not in made or isinstance(names[name], nn.Parameter) != isinstance(made[other], nn.Parameter):
             raise FileFormatError(f"the tensor {name} cannot be tied to {other!r}")
         _put(module, name, made[other])
 
 
 def _checked_notes(notes: Any) -> tuple[dict[str, str], dict[str, list[int]], set[str]]:
     kinds = {"tied": dict, "order": dict, "fixed": list}
-    if not isinstance(notes, dict) or not all(
-        isinstance(notes.get(key), kind) for key, kind in kinds.items()
-    ):
+    if not isinstance(notes, dict) or not all(isinstance(notes.get(key), kind) for key, kind in kinds.items()):
         raise FileFormatError("what is said of the tensors is incomplete")
     if not all(isinstance(name, str) for name in (*notes["tied"].values(), *notes["fixed"])):
         raise FileFormatError("what is said of the tensors is no list of names")
@@ -106,9 +102,7 @@ def _made(name: str, old: Tensor, saved: Tensor, axes: Any, learns: bool) -> Ten
         tensor = tensor.permute([axes.index(axis) for axis in range(saved.dim())])
     unknown = old.dim() == 1 and len(old) == 0
     if not unknown and (tensor.shape != old.shape or tensor.is_floating_point() != old.is_floating_point()):
-        raise FileFormatError(
-            f"the tensor {name} is of shape {list(tensor.shape)}, the layer's is {list(old.shape)}"
-        )
+        raise FileFormatError(f"the tensor {name} is of shape {list(tensor.shape)}, the layer's is {list(old.shape)}")
     if not isinstance(old, nn.Parameter):
         return tensor
     return nn.Parameter(tensor, requires_grad=learns and (tensor.is_floating_point() or tensor.is_complex()))

@@ -41,13 +41,13 @@ def _contract(ctx: RuleContext, x: Labelled, axis: int, columns: torch.Tensor) -
 
 @register_rule(nn.Linear, kind="layer")
 def linear_module(ctx: RuleContext, module: nn.Linear, x: Labelled) -> Labelled:
-    """y = x Wᵀ + b over the last axis."""
+    """Y = x Wᵀ + b over the last axis."""
     return linear(ctx, x, _weight(ctx), ctx.own("bias"))
 
 
 @register_rule("linear", kind="layer")
 def linear(ctx: RuleContext, input: Labelled, weight: Labelled, bias: Any = None) -> Labelled:
-    """y = x Wᵀ + b over the last axis."""
+    """Y = x Wᵀ + b over the last axis."""
     name, (rows, columns) = _name(weight), weight.shape
     _contract(ctx, input, -1, ctx.graph.axis(name, 1, columns, "contract"))
     out = ctx.graph.axis(name, 0, rows, "produce")

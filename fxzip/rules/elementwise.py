@@ -11,19 +11,20 @@ from fxzip.rules.movement import cut_in_half
 from fxzip.rules.registry import RuleContext, register_rule
 
 NAMES = """
-abs add addcdiv addcmul and bernoulli bitwise_and bitwise_not bitwise_or celu ceil clamp clamp_max clamp_min clip clone
-cos deg2rad div dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout elu eq erf erfc exp exp2 expm1 floor
-floor_divide floordiv frac ge gelu gt hardsigmoid hardswish hardtanh invert isfinite isinf isnan le leaky_relu lerp log
-log10 log1p log2 logical_and logical_not logical_or logsigmoid lt masked_fill maximum minimum mish mod mul multiply nan_to_num
-ne neg negative not or pos positive pow reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign silu sin
-softplus softshrink softsign sqrt square sub subtract tan tanh tanhshrink threshold true_divide truediv trunc where xor
+abs add addcdiv addcmul and bernoulli bitwise_and bitwise_not bitwise_or celu ceil clamp clamp_max clamp_min clip
+clone cos deg2rad div dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout elu eq erf erfc exp exp2
+expm1 floor floor_divide floordiv frac ge gelu gt hardsigmoid hardswish hardtanh invert isfinite isinf isnan le
+leaky_relu lerp log log10 log1p log2 logical_and logical_not logical_or logsigmoid lt masked_fill maximum minimum
+mish mod mul multiply nan_to_num ne neg negative not or pos positive pow reciprocal relu relu6 remainder round rsqrt
+rsub selu sgn sigmoid sign silu sin softplus softshrink softsign sqrt square sub subtract tan tanh tanhshrink
+threshold true_divide truediv trunc where xor
 """.split()
 
 MODULES = [
-    nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.LeakyReLU,
-    nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Softplus, nn.Softsign, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.LogSigmoid,
-    nn.Threshold, nn.RReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-    nn.Identity,
+    nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
+    nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Softplus, nn.Softsign, nn.Softshrink, nn.Hardshrink,
+    nn.Tanhshrink, nn.LogSigmoid, nn.Threshold, nn.RReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity,
 ]  # fmt: skip
 
 

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxzip.labels import FIXED, VOID, Labelled, compress, mixed, varying
-from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, register_rule
+from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, mapped, register_rule
 
 NAMES = """
-atleast_1d atleast_2d atleast_3d bfloat16 broadcast_to broadcast_tensors cat channel_shuffle chunk concat concatenate
-contiguous detach double dsplit expand expand_as flatten flip float getitem half hsplit hstack im2col index_select movedim
-moveaxis narrow numpy_T pad permute pixel_shuffle pixel_unshuffle repeat repeat_interleave reshape reshape_as roll rot90
-select slice split split_with_sizes squeeze stack swapaxes swapdims t tensor_split tile to transpose type type_as
-unbind unflatten unfold unsqueeze view view_as vsplit vstack constant_pad_nd to_copy alias lift_fresh_copy
+atleast_1d atleast_2d atleast_3d bfloat16 broadcast_to broadcast_tensors cat channel_shuffle chunk concat
+concatenate contiguous detach double dsplit expand expand_as flatten flip float getitem half hsplit hstack im2col
+index_select movedim moveaxis narrow numpy_T pad permute pixel_shuffle pixel_unshuffle repeat repeat_interleave
+reshape reshape_as roll rot90 select slice split split_with_sizes squeeze stack swapaxes swapdims t tensor_split
+tile to transpose type type_as unbind unflatten unfold unsqueeze view view_as vsplit vstack constant_pad_nd to_copy
+alias lift_fresh_copy
 """.split()
-CASTS = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "detach", "to_copy", "alias", "contiguous"}
+CASTS = {
+    "to",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "type",
+    "type_as",
+    "detach",
+    "to_copy",
+    "alias",
+    "contiguous",
+}
 
 MODULES = [
-    nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold, nn.ZeroPad1d, nn.ZeroPad2d,
-    nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d,
-    nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d,
+    nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold, nn.ZeroPad1d,
+    nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ReflectionPad1d,
+    nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
+    nn.CircularPad1d, nn.CircularPad2d,
 ]  # fmt: skip
 
 
@@ -48,20 +63,29 @@ def move_module(ctx: RuleContext, module: nn.Module, x: Labelled) -> Any:
 
 def run(ctx: RuleContext, op: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
     """Run ``op`` once for each factor that its tensor arguments have."""
-    args, kwargs = fx.node.map_aggregate(
-        (args, kwargs), lambda v: ctx.graph.opened(v) if isinstance(v, Labelled) else v
-    )
+    args, kwargs = mapped((args, kwargs), lambda v: ctx.graph.opened(v) if isinstance(v, Labelled) else v)
     found: list[Labelled] = []
-    fx.node.map_aggregate((args, kwargs), lambda v: found.append(v) if isinstance(v, Labelled) else None)
+    mapped((args, kwargs), lambda v: found.append(v) if isinstance(v, Labelled) else None)
     depth = max((len(v.factors) for v in found), default=0)
     results = []
     for slot in range(depth):
-        dense = fx.node.map_aggregate(
-            (args, kwargs), lambda v, slot=slot: _dense(v, slot, found) if isinstance(v, Labelled) else v
-        )
-        results.append(_attempt(op, *dense))
+        dense = partial(_dense_argument, slot=slot, peers=found)
+        results.append(_attempt(op, *mapped((args, kwargs), dense)))
     uniform = bool(found) and all(v.uniform for v in found)
     return _gather(ctx.outputs, results, uniform)
+
+
+def write(ctx: RuleContext, old: Labelled, index: Any, value: Labelled) -> Labelled:
+    """The labels of a tensor after part of it was overwritten."""
+    before = _dense(old, 0, [old, value]).clone() if old.factors or old.uniform else torch.full(old.shape, FIXED)
+    after = _dense(value, 0, [old, value]) if value.factors or value.uniform else torch.full(value.shape, FIXED)
+    before[index] = after
+    factor = compress(before)
+    return Labelled(old.shape, () if factor is None else (factor,), uniform=old.uniform and value.uniform)
+
+
+def _dense_argument(value: Any, slot: int, peers: list[Labelled]) -> Any:
+    return _dense(value, slot, peers) if isinstance(value, Labelled) else value
 
 
 def _dense(value: Labelled, slot: int, peers: list[Labelled]) -> Tensor:
@@ -82,11 +106,11 @@ def _attempt(op: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
     try:
         return op(args, kwargs)
     except (RuntimeError, NotImplementedError):
-        args, kwargs = fx.node.map_aggregate(
+        args, kwargs = mapped(
             (args, kwargs), lambda v: v.double() if isinstance(v, Tensor) and v.dtype == torch.int64 else v
         )
         result = op(args, kwargs)
-        return fx.node.map_aggregate(result, lambda v: v.long() if isinstance(v, Tensor) else v)
+        return mapped(result, lambda v: v.long() if isinstance(v, Tensor) else v)
 
 
 def _gather(outputs: Any, results: list[Any], uniform: bool) -> Any:
@@ -140,7 +164,14 @@ def fold(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     return Labelled(ctx.shape, tuple(f for f in factors if f is not None))
 
 
-@register_rule(F.interpolate, F.upsample, "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", kind="passive")
+@register_rule(
+    F.interpolate,
+    F.upsample,
+    "upsample_nearest2d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    kind="passive",
+)
 def interpolate(ctx: RuleContext, input: Labelled, *args: Any, **kwargs: Any) -> Labelled:
     """Resizing acts on each channel alone."""
     return spatial(ctx, input, range(2, len(input.shape)))

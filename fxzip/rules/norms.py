@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,7 +20,8 @@ def _per_channel(ctx: RuleContext, x: Labelled, parameters: Sequence[Labelled | 
 
 
 @register_rule(
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
 )  # fmt: skip
 def batch_norm_module(ctx: RuleContext, module: nn.Module, x: Labelled) -> Labelled:
     """Each channel alone."""
@@ -62,7 +62,8 @@ def group_norm_module(ctx: RuleContext, module: nn.GroupNorm, x: Labelled) -> La
 
 @register_rule("group_norm")
 def group_norm(
-    ctx: RuleContext, input: Labelled, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *args: Any
+    ctx: RuleContext, input: Labelled, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+    *args: Any,
 ) -> Labelled:  # fmt: skip
     """Normalised within groups of channels: groups move as wholes."""
     result = _per_channel(ctx, input, [weight, bias])
@@ -81,8 +82,3 @@ def local_response_norm(ctx: RuleContext, *args: Any, **kwargs: Any) -> Labelled
     x = next(a for a in args if isinstance(a, Labelled))
     ctx.freeze(x, f"{ctx.name} depends on the order of channels")
     return Labelled(x.shape)
-
-
-def eps_of(dtype: torch.dtype) -> float:
-    """The machine epsilon of a dtype."""
-    return float(torch.finfo(dtype).eps)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from fxzip.labels import Labelled
 from fxzip.rules.movement import spatial
@@ -68,20 +69,18 @@ def softmax2d(ctx: RuleContext, module: nn.Module, x: Labelled) -> Labelled:
     return Labelled(ctx.shape, x.factors)
 
 
-_POOLS = "avg_pool max_pool lp_pool adaptive_avg_pool adaptive_max_pool".split()
+_POOLS = ("avg_pool", "max_pool", "lp_pool", "adaptive_avg_pool", "adaptive_max_pool")
 
 
 def _pooled(ctx: RuleContext, x: Labelled, dims: int) -> Any:
     rank = len(x.shape)
     axes = range(rank - dims, rank)
-    shape = ctx.outputs[0].shape if isinstance(ctx.outputs, (tuple, list)) else ctx.outputs.shape
-    if all(shape[a] == 1 for a in axes):
+    first = ctx.outputs[0] if isinstance(ctx.outputs, tuple | list) else ctx.outputs
+    if all(first.shape[a] == 1 for a in axes):
         pooled = ctx.reduce(x, list(axes), keepdim=True)
     else:
-        first = RuleContext(ctx.graph, ctx.node, fx.node.map_aggregate(ctx.outputs, lambda v: v), ctx.module)
-        first.outputs = ctx.outputs[0] if isinstance(ctx.outputs, (tuple, list)) else ctx.outputs
-        pooled = spatial(first, x, axes)
-    return (pooled, Labelled(pooled.shape)) if isinstance(ctx.outputs, (tuple, list)) else pooled
+        pooled = spatial(replace(ctx, outputs=first), x, axes)
+    return (pooled, Labelled(pooled.shape)) if isinstance(ctx.outputs, tuple | list) else pooled
 
 
 def _register_pools() -> None:

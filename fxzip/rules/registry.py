@@ -17,7 +17,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import BuiltinFunctionType, MethodDescriptorType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,6 +27,7 @@ from fxzip.errors import OptionError
 from fxzip.labels import LabelGraph, Labelled
 
 Rule = Callable[..., Any]
+R = TypeVar("R", bound=Rule)
 Kind = Literal["layer", "passive", "pointwise"]
 _RULES: dict[object, Rule] = {}
 _KINDS: dict[Rule, Kind] = {}
@@ -95,6 +96,13 @@ class RuleContext:
         axes = range(rank) if axes is None or axes == () else [axes] if isinstance(axes, int) else axes
         return labels.reduce(self.graph, self.name, value, list(axes), keepdim)
 
+    def use(self, value: Any) -> Any:
+        """All channels of a value are treated alike by this node; returns the value."""
+        if isinstance(value, Labelled):
+            for factor in value.factors:
+                self.graph.use(self.name, factor)
+        return value
+
     def freeze(self, value: Any, why: str) -> None:
         """Keep in place all channels that a value carries."""
         if isinstance(value, Labelled):
@@ -103,9 +111,12 @@ class RuleContext:
 
     def positional(self) -> Any:
         """The result, with no channels in it."""
-        return fx.node.map_aggregate(
-            self.outputs, lambda v: Labelled(tuple(v.shape)) if isinstance(v, Tensor) else v
-        )
+        return mapped(self.outputs, lambda v: Labelled(tuple(v.shape)) if isinstance(v, Tensor) else v)
+
+
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """A nested value with a function applied to its leaves."""
+    return fx.node.map_aggregate(value, function)
 
 
 def _spread(factor: Tensor, axis: int, rank: int) -> list[int]:
@@ -122,7 +133,7 @@ def as_labelled(value: Labelled | Tensor) -> Labelled:
 
 def key_of(target: object) -> object:
     """What a rule for this target is found under: PyTorch's own functions go by their bare name."""
-    if isinstance(target, type) or isinstance(target, nn.Module):
+    if isinstance(target, type | nn.Module):
         return target
     if isinstance(target, str):
         return _bare(target)
@@ -142,7 +153,7 @@ def _bare(name: str) -> str:
     return name
 
 
-def register_rule(*targets: object, kind: Kind | None = None) -> Callable[[Rule], Rule]:
+def register_rule(*targets: object, kind: Kind | None = None) -> Callable[[R], R]:
     """Register a rule for module classes, functions, methods of torch.Tensor, or names of PyTorch operators.
 
     Args:
@@ -155,7 +166,7 @@ def register_rule(*targets: object, kind: Kind | None = None) -> Callable[[Rule]
         OptionError: A rule for one of the targets exists already.
     """
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: R) -> R:
         for key in dict.fromkeys(key_of(target) for target in targets):
             if key in _RULES:
                 raise OptionError(f"a rule for {key!r} is registered already: {_RULES[key].__qualname__}")

@@ -10,9 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def reference_zip_merges(
-    similarity: np.ndarray, n_models: int, alpha: float, beta: float
-) -> list[tuple[int, int]]:
+def reference_zip_merges(similarity: np.ndarray, n_models: int, alpha: float, beta: float) -> list[tuple[int, int]]:
     """The merges in their order, as pairs of the features' lowest channels.
 
     Args:

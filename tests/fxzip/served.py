@@ -46,10 +46,7 @@ def hand_made(*modules: nn.Module, x: Tensor | None = None) -> fxzip.ZippedModel
     """A network with an empty trunk: heads that fxzip did not make."""
     graph = fx.Graph()
     graph.output((graph.placeholder("x"),))
-    heads = {
-        f"task{i}": m if isinstance(m, fx.GraphModule) else fx.symbolic_trace(m)
-        for i, m in enumerate(modules)
-    }
+    heads = {f"task{i}": m if isinstance(m, fx.GraphModule) else fx.symbolic_trace(m) for i, m in enumerate(modules)}
     none = Cost(0, 0)
     report = Report(tuple(heads), "none", "x", (), None, (), (), 0.0, (none,), none, (none,))
     example = None if x is None else ((x,), {})
@@ -133,8 +130,6 @@ def serve(folder: Path, inputs: dict[str, Tensor]) -> dict[str, list[Tensor]]:
 
 def run_fresh(code: str, *args: str) -> str:
     """Run Python code in a process of its own; returns what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -345,9 +345,7 @@ def test_bfloat16() -> None:
     a, b = (model.to(torch.bfloat16) for model in pair(Residual, X))
     x = X.to(torch.bfloat16)
     zipped = fxzip.zip(a, b, [x], cut="layer2", progress=False)
-    assert {t.dtype for t in (*zipped.parameters(), *zipped.buffers()) if t.is_floating_point()} == {
-        torch.bfloat16
-    }
+    assert {t.dtype for t in (*zipped.parameters(), *zipped.buffers()) if t.is_floating_point()} == {torch.bfloat16}
     out = call(zipped, x)
     assert out[0].dtype == torch.bfloat16
     wide = fxzip.zip(*(copy.deepcopy(m).double() for m in (a, b)), [x.double()], cut="layer2", progress=False)
@@ -444,9 +442,7 @@ def test_a_permuted_copy_of_analyse() -> None:
 
 def test_a_segmentation_head_beside_a_classifier() -> None:
     classifier = torchvision.models.resnet50(num_classes=3).eval()
-    segmenter = torchvision.models.segmentation.fcn_resnet50(
-        weights=None, weights_backbone=None, num_classes=4
-    ).eval()
+    segmenter = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=4).eval()
     x = images(2, 32).float()
     with untouched(classifier, segmenter):
         prepared = fxzip.prepare(classifier, segmenter, example_inputs=x, names=("class", "pixel"))

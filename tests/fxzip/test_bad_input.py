@@ -64,8 +64,7 @@ def test_models_that_differ_from_the_first_layer(nets: list[nn.Module]) -> None:
 
 def test_models_that_share_no_layer_but_a_norm() -> None:
     models = [
-        randomise(Net(chain, norm=nn.BatchNorm2d(3), a=conv(3, width), head=nn.Linear(width, 3)), X)
-        for width in (8, 7)
+        randomise(Net(chain, norm=nn.BatchNorm2d(3), a=conv(3, width), head=nn.Linear(width, 3)), X) for width in (8, 7)
     ]
     with refused(CutError, r"no layer comes before.*part at a \(Conv2d, weight 8 x 3", *models):
         zipped(*models)
@@ -190,9 +189,7 @@ class TiedWeights(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-TIED = pytest.mark.xfail(
-    strict=True, reason="the analysis gives a tied parameter labels for each of its names"
-)
+TIED = pytest.mark.xfail(strict=True, reason="the analysis gives a tied parameter labels for each of its names")
 
 
 @pytest.mark.parametrize("make", [Tied, pytest.param(TiedWeights, marks=TIED)])
@@ -224,9 +221,7 @@ def test_one_module_given_twice(nets: list[nn.Module]) -> None:
 
 def test_an_unknown_cut_names_the_nearest(nets: list[nn.Module]) -> None:
     models = pair(Residual, X)
-    with refused(
-        CutError, r"cut='layer_2': no shared module or node of that name; near: .*\blayer2\b", *models
-    ):
+    with refused(CutError, r"cut='layer_2': no shared module or node of that name; near: .*\blayer2\b", *models):
         zipped(*models, cut="layer_2")
     with refused(CutError, "cut='zzzz': no shared module.*near: stem, norm", *models):
         zipped(*models, cut="zzzz")
@@ -241,9 +236,7 @@ def test_a_cut_where_bundles_cross_or_beyond_the_classifier(nets: list[nn.Module
     with refused(CutError, "cut='getitem': the trunk cannot end there.*bundled.*near: .*chunk", *models):
         zipped(*models, cut="getitem")
     tail = pair(
-        lambda: Net(
-            lambda m, x: m.act(m.head(m.a(x).mean((2, 3)))), a=conv(3, 8), head=nn.Linear(8, 3), act=nn.ReLU()
-        ),
+        lambda: Net(lambda m, x: m.act(m.head(m.a(x).mean((2, 3)))), a=conv(3, 8), head=nn.Linear(8, 3), act=nn.ReLU()),
         X,
     )
     with refused(CutError, "cut='act'.*classifiers begin before it; near: .*head", *tail):
@@ -310,16 +303,12 @@ def test_a_first_batch_of_the_wrong_shape_or_dtype(nets: list[nn.Module]) -> Non
     ):
         with refused(TraceError, rf"Net itself fails on the example input \({shown}", *nets):
             zipped(*nets, loader=[wrong])
-    with refused(
-        TraceError, r"itself fails on the example input \(image=float64\[8, 3, 8, 8\]\).*image", *nets
-    ):
+    with refused(TraceError, r"itself fails on the example input \(image=float64\[8, 3, 8, 8\]\).*image", *nets):
         zipped(*nets, loader=[{"image": X}])
 
 
 def test_a_later_batch_of_the_wrong_shape(nets: list[nn.Module]) -> None:
-    with refused(
-        CalibrationError, r"batch 1.*float64\[8, 1, 8, 8\] does not fit.*\['batch', 3, 8, 8\]", *nets
-    ):
+    with refused(CalibrationError, r"batch 1.*float64\[8, 1, 8, 8\] does not fit.*\['batch', 3, 8, 8\]", *nets):
         zipped(*nets, loader=[X, X[:, :1]])
     with refused(CalibrationError, r"batch 1: the models' input 'x' has 4 axes.*float64\[3, 8, 8\]", *nets):
         zipped(*nets, loader=[X, X[0]])
@@ -338,9 +327,7 @@ def test_a_loader_that_fails_itself(nets: list[nn.Module]) -> None:
 
 
 def test_nothing_was_observed(nets: list[nn.Module]) -> None:
-    with refused(
-        CalibrationError, r"nothing was observed yet: call prepared\.observe\(loader\) first", *nets
-    ):
+    with refused(CalibrationError, r"nothing was observed yet: call prepared\.observe\(loader\) first", *nets):
         fxzip.prepare(*nets, example_inputs=X).convert()
 
 
@@ -349,9 +336,7 @@ def test_nothing_was_observed(nets: list[nn.Module]) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["weight", "first batch", "later batch"])
-def test_activations_that_are_not_finite_name_the_node(
-    nets: list[nn.Module], value: float, where: str
-) -> None:
+def test_activations_that_are_not_finite_name_the_node(nets: list[nn.Module], value: float, where: str) -> None:
     bad = X.clone()
     bad[3, 1, 2, 2] = value
     if where == "weight":

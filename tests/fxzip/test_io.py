@@ -45,9 +45,7 @@ def images(count: int = 3, size: int = 12) -> Tensor:
 def same(a: nn.Module, b: nn.Module, x: Tensor) -> bool:
     with torch.no_grad():
         pairs = zip(torch.utils._pytree.tree_leaves(a(x)), torch.utils._pytree.tree_leaves(b(x)), strict=True)
-        return all(
-            torch.equal(left, right) if isinstance(left, Tensor) else left == right for left, right in pairs
-        )
+        return all(torch.equal(left, right) if isinstance(left, Tensor) else left == right for left, right in pairs)
 
 
 # ---- the round trip
@@ -83,6 +81,7 @@ def test_the_card_has_the_report(zipped: fxzip.ZippedModel, saved: Path) -> None
     assert "fxzip.load(" in card
     assert "- `task1`" in card
     assert sorted(path.name for path in saved.iterdir()) == ["README.md", "fxzip.json", "model.safetensors"]
+    assert len({path.stat().st_mode for path in saved.iterdir()}) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -144,9 +143,7 @@ class Everything(nn.Module):
         y = torch.where(y > 0, y, float("-inf")).clamp(min=-2.0).to(torch.float32)
         z = x.new_zeros((x.size(0), 2), dtype=torch.float32, device=x.device)
         lstm, _ = self.lstm(x.transpose(1, 2))
-        y = torch.nn.functional.pad(y, (1, 1), value=math.inf).contiguous(
-            memory_format=torch.contiguous_format
-        )
+        y = torch.nn.functional.pad(y, (1, 1), value=math.inf).contiguous(memory_format=torch.contiguous_format)
         return {"y": y, "rest": [lstm, (z, x.shape[0], None)]}
 
 
@@ -260,9 +257,7 @@ def test_functions_with_a_rule_can_be_saved() -> None:
 
 
 def test_the_list_of_functions_is_harmless() -> None:
-    bad = (
-        "load save open eval exec compile import hub system apply map_ call from_file set_ resize as_strided "
-    )
+    bad = "load save open eval exec compile import hub system apply map_ call from_file set_ resize as_strided "
     bad += "numpy share_memory storage register_hook backward attrgetter methodcaller pickle dlpack "
     bad += "data_ptr empty"
     table = targets.functions()
@@ -401,9 +396,7 @@ def test_weights_cut_short_or_altered(saved: Path) -> None:
     path = saved / io.WEIGHTS
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    with pytest.raises(
-        FileFormatError, match=r"model\.safetensors was cut short: it has .* bytes of .*; copy"
-    ):
+    with pytest.raises(FileFormatError, match=r"model\.safetensors was cut short: it has .* bytes of .*; copy"):
         fxzip.load(saved)
     for changed in (whole[:-1] + bytes([whole[-1] ^ 1]), whole + b"x"):
         path.write_bytes(changed)
@@ -505,9 +498,7 @@ def test_a_method_of_a_string_is_refused(saved: Path) -> None:
     assert "no node" in refused(saved, change)
 
 
-@pytest.mark.parametrize(
-    "attribute", ["__class__", "__globals__", "grad_fn", "a.b", "", "__dict__", 3, ["T"]]
-)
+@pytest.mark.parametrize("attribute", ["__class__", "__globals__", "grad_fn", "a.b", "", "__dict__", 3, ["T"]])
 def test_attributes_that_may_not_be_read(saved: Path, attribute: Any) -> None:
     def change(plan: Plan) -> None:
         node = first(plan, "call_function")
@@ -627,6 +618,4 @@ def test_text_in_arguments_stays_text(saved: Path) -> None:
     again = fxzip.load(rewrite(saved, change))
     again(images())
     assert not Path("/tmp/fxzip_was_here").exists()
-    assert operator.getitem in {
-        node.target for node in (*again.trunk.graph.nodes, *again.head("task0").graph.nodes)
-    }
+    assert operator.getitem in {node.target for node in (*again.trunk.graph.nodes, *again.head("task0").graph.nodes)}

@@ -83,9 +83,7 @@ def test_zip_merges_what_the_reference_merges_on_few_levels(data: st.DataObject)
     similarity = similarity + np.triu(similarity, 1).T
     alpha = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
     beta = data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
-    assert zip_merges(similarity, n_models, alpha, beta) == reference_zip_merges(
-        similarity, n_models, alpha, beta
-    )
+    assert zip_merges(similarity, n_models, alpha, beta) == reference_zip_merges(similarity, n_models, alpha, beta)
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (1e-4, 0.05), (0.3, 0.125), (1.0, 1.0)])

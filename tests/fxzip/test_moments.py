@@ -37,9 +37,7 @@ def assert_moments(found: Moments, samples: np.ndarray, tolerance: float = 2e-6)
     assert torch.equal(found.scatter, found.scatter.T)
 
 
-def draw(
-    seed: int, sizes: tuple[int, ...] = (3, 5, 1), n: int = 20, models: int = 2
-) -> list[tuple[Tensor, ...]]:
+def draw(seed: int, sizes: tuple[int, ...] = (3, 5, 1), n: int = 20, models: int = 2) -> list[tuple[Tensor, ...]]:
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(models * n, models * n, generator=generator)
     batches = []
@@ -168,9 +166,7 @@ def test_covariance_and_correlation() -> None:
     observer = Observer(2, point(20))
     for batch in batches:
         observer(0, *batch)
-    np.testing.assert_allclose(
-        observer.moments.covariance, np.cov(flat(batches).T, ddof=0), rtol=1e-5, atol=1e-4
-    )
+    np.testing.assert_allclose(observer.moments.covariance, np.cov(flat(batches).T, ddof=0), rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(observer.moments.correlation, np.corrcoef(flat(batches).T), atol=1e-6)
 
 

@@ -82,9 +82,7 @@ def test_the_third_model_can_be_the_one_that_parts() -> None:
 
 def test_names_may_differ_and_a_segmentation_head_parts() -> None:
     classifier = traced(torchvision.models.resnet50(num_classes=3))
-    segmenter = torchvision.models.segmentation.fcn_resnet50(
-        weights=None, weights_backbone=None, num_classes=4
-    )
+    segmenter = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=4)
     alignment = align([classifier, traced(segmenter)])
     assert "layer3.0.conv2" in (alignment.parting or "")
     assert "stride" in (alignment.parting or "")

@@ -126,18 +126,32 @@ CASES = {
     ),
     "glu": Net(plain, a=conv(3, 8), glu=nn.GLU(1), head=LINEAR(4, 3)),
     "prelu": Net(plain, a=conv(3, 8), act=nn.PReLU(8), one=nn.PReLU(), head=LINEAR(8, 3)),
-    "pixel shuffle": Net(plain, a=conv(3, 16), up=nn.PixelShuffle(2), b=conv(4, 8), down=nn.PixelUnshuffle(2), head=LINEAR(32, 3)),
+    "pixel shuffle": Net(
+        plain, a=conv(3, 16), up=nn.PixelShuffle(2), b=conv(4, 8), down=nn.PixelUnshuffle(2), head=LINEAR(32, 3)
+    ),
     "scale": Net(scaled, a=conv(3, 8), gamma=nn.BatchNorm2d(8), head=LINEAR(8, 3)),
     "weight standardised": Net(standardised, a=conv(3, 8), b=conv(8, 6), head=LINEAR(6, 3)),
     "split attention": Net(split_attention, a=conv(3, 12), down=LINEAR(6, 4), up=LINEAR(4, 12), head=LINEAR(6, 3)),
     "attention": Net(
-        attention, embed=nn.Conv2d(3, 8, 4, 4), norm=nn.LayerNorm(8), qkv=LINEAR(8, 24), proj=LINEAR(8, 8), head=LINEAR(8, 3)
+        attention,
+        embed=nn.Conv2d(3, 8, 4, 4),
+        norm=nn.LayerNorm(8),
+        qkv=LINEAR(8, 24),
+        proj=LINEAR(8, 8),
+        head=LINEAR(8, 3),
     ),
     "pads and pools": Net(
-        plain, pad=nn.ZeroPad2d(2), a=nn.Conv2d(3, 8, 3), lrelu=nn.LeakyReLU(), pool=nn.MaxPool2d(3, 2), up=nn.Upsample(scale_factor=2),
-        edge=nn.ReflectionPad2d(1), b=conv(8, 5), head=LINEAR(5, 3),
+        plain,
+        pad=nn.ZeroPad2d(2),
+        a=nn.Conv2d(3, 8, 3),
+        lrelu=nn.LeakyReLU(),
+        pool=nn.MaxPool2d(3, 2),
+        up=nn.Upsample(scale_factor=2),
+        edge=nn.ReflectionPad2d(1),
+        b=conv(8, 5),
+        head=LINEAR(5, 3),
     ),
-}  # fmt: skip
+}
 
 
 def example() -> Tensor:
@@ -197,7 +211,11 @@ def test_outputs_and_inputs_stay_in_place() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)).double()
     spec = fxzip.analyse(model, example())
     assert [space.size for space in spec.spaces] == [8]
-    assert [(s.parameter, s.axis) for s in spec.spaces[0].sites] == [("0.weight", 0), ("0.bias", 0), ("1.weight", 1)]
+    assert [(s.parameter, s.axis) for s in spec.spaces[0].sites] == [
+        ("0.weight", 0),
+        ("0.bias", 0),
+        ("1.weight", 1),
+    ]
 
 
 class Opaque(torch.autograd.Function):

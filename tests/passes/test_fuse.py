@@ -156,9 +156,7 @@ def full(layer: nn.Module) -> Tensor:
     weight = weight.reshape(*weight.shape[:2], -1)
     groups = getattr(layer, "groups", 1)
     blocks = [[block[..., k] for k in range(weight.shape[2])] for block in weight.chunk(groups)]
-    dense = torch.stack(
-        [torch.block_diag(*(block[k] for block in blocks)) for k in range(weight.shape[2])], -1
-    )
+    dense = torch.stack([torch.block_diag(*(block[k] for block in blocks)) for k in range(weight.shape[2])], -1)
     return dense.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else dense
 
 
@@ -184,9 +182,7 @@ def dense_rule(layers: list[nn.Module], out: Spaces, into: Spaces, maps: Mapping
     merge = torch.cat([axis_matrix(out, maps, model, count, "merge") for model in range(len(layers))], 1)
     unmerge = torch.cat([axis_matrix(into, maps, model, count, "unmerge") for model in range(len(layers))], 0)
     positions = range(weights[0].shape[2])
-    return torch.stack(
-        [merge @ torch.block_diag(*(w[..., k] for w in weights)) @ unmerge for k in positions], -1
-    )
+    return torch.stack([merge @ torch.block_diag(*(w[..., k] for w in weights)) @ unmerge for k in positions], -1)
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -16,9 +16,7 @@ X = images(8, 8)
 
 
 def grouped() -> Net:
-    return Net(
-        chain, a=conv(3, 8), act=nn.ReLU(), b=conv(8, 12, groups=4), act2=nn.ReLU(), head=nn.Linear(12, 3)
-    )
+    return Net(chain, a=conv(3, 8), act=nn.ReLU(), b=conv(8, 12, groups=4), act2=nn.ReLU(), head=nn.Linear(12, 3))
 
 
 def multiplied() -> Net:
@@ -94,9 +92,7 @@ def test_a_space_that_was_not_observed_is_matched_by_position() -> None:
 
 def test_spaces_without_blocks_are_matched_as_they_are() -> None:
     model = Net(chain, a=conv(3, 8), act=nn.ReLU(), head=nn.Linear(8, 3))
-    prepared = fxzip.prepare(
-        *pair(lambda: model, X, 1), randomise(permuted_copy(model, X), X, 5), example_inputs=X
-    )
+    prepared = fxzip.prepare(*pair(lambda: model, X, 1), randomise(permuted_copy(model, X), X, 5), example_inputs=X)
     prepared.observe([X], progress=False)
     options = {"alpha": 0.3, "beta": 0.8}
     maps = match_spaces(prepared.spec, prepared.moments, "zip", 2, {"a"}, **options)
@@ -108,9 +104,9 @@ def brute_force(tile: Tensor) -> float:
     from itertools import permutations
 
     rows = range(len(tile))
-    return max(
-        sum(float(tile[r, c]) for r, c in zip(rows, order, strict=True)) for order in permutations(rows)
-    ) / len(tile)
+    return max(sum(float(tile[r, c]) for r, c in zip(rows, order, strict=True)) for order in permutations(rows)) / len(
+        tile
+    )
 
 
 @pytest.mark.parametrize("width", [1, 3])

@@ -251,9 +251,7 @@ def test_bad_batches(nets: tuple[Net, Net], loader: list[Any]) -> None:
 def test_input_without_a_batch_axis() -> None:
     """Without BatchNorm, conv takes C × H × W; axis 1 is then the height, here as long as the channels."""
     alignment = align(Net(4, norm=False), Net(4, norm=False))
-    alignment.modules[0].graph.find_nodes(op="placeholder")[0].meta["val"] = torch.empty(
-        2, 3, 6, 6, device="meta"
-    )
+    alignment.modules[0].graph.find_nodes(op="placeholder")[0].meta["val"] = torch.empty(2, 3, 6, 6, device="meta")
     with pytest.raises(CalibrationError, match=r"'x' has 4 axes, as in \[2, 3, 6, 6\].*float32\[3, 6, 6\]"):
         observe(alignment, {"stem": [point("conv", 6)]}, [torch.ones(3, 6, 6)], progress=False)
 

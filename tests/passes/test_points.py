@@ -87,9 +87,7 @@ def test_only_what_is_before_the_end_is_observed() -> None:
 
 
 def test_blocks_are_observed_by_what_lies_in_them_or_else_themselves() -> None:
-    net = Net(
-        chain, a=conv(3, 8), act=nn.ReLU(), b=conv(8, 16, groups=8), act2=nn.ReLU(), head=nn.Linear(16, 3)
-    )
+    net = Net(chain, a=conv(3, 8), act=nn.ReLU(), b=conv(8, 16, groups=8), act2=nn.ReLU(), head=nn.Linear(16, 3))
     assert points(net) == {"b": ["act2"]}
     assert points(net, "last", "b") == {"a": ["act"]}
 

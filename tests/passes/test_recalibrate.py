@@ -22,9 +22,7 @@ class Modules(nn.Module):
         super().__init__()
         self.trunk = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5))
         self.heads = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5, momentum=0.3), nn.Flatten(), nn.BatchNorm1d(45)
-            )
+            nn.Sequential(nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5, momentum=0.3), nn.Flatten(), nn.BatchNorm1d(45))
             for _ in range(2)
         )
 
@@ -62,9 +60,7 @@ def plain_pass(module: nn.Module, loader: list[Any]) -> dict[str, Tensor]:
 def assert_states(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
     assert found.keys() == expected.keys()
     for name, value in found.items():
-        torch.testing.assert_close(
-            value.double(), expected[name].double(), rtol=tolerance, atol=tolerance, msg=name
-        )
+        torch.testing.assert_close(value.double(), expected[name].double(), rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -121,9 +117,7 @@ def positional(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tenso
 
 
 def keywords(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.batch_norm(
-        x, running_mean=mean, running_var=var, weight=weight, bias=bias, training=False, eps=eps
-    )
+    return F.batch_norm(x, running_mean=mean, running_var=var, weight=weight, bias=bias, training=False, eps=eps)
 
 
 def builtin(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -139,9 +133,7 @@ def native(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, e
 
 
 def legit(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.ops.aten._native_batch_norm_legit_no_training.default(x, weight, bias, mean, var, 0.1, eps)[
-        0
-    ]
+    return torch.ops.aten._native_batch_norm_legit_no_training.default(x, weight, bias, mean, var, 0.1, eps)[0]
 
 
 @pytest.mark.parametrize("norm", [positional, keywords, builtin, aten, native, legit])
@@ -187,9 +179,7 @@ def forbidden() -> Iterator[Any]:
 
 
 def test_nothing_to_do_reads_nothing() -> None:
-    module = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(4, track_running_stats=False)
-    )
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(4, track_running_stats=False))
     module.append(nn.InstanceNorm2d(4, track_running_stats=True))
     assert recalibrate(module, forbidden(), progress=False) == 0
     assert recalibrate(fx.symbolic_trace(module), forbidden(), progress=False) == 0

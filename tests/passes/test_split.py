@@ -68,13 +68,9 @@ def again(m: Net, x: Tensor) -> Tensor:
 
 
 CASES = {
-    "dense": Net(
-        dense, a=conv(3, 8), b=conv(8, 4), norm=nn.BatchNorm2d(12), c=conv(12, 4), head=LINEAR(16, 3)
-    ),
+    "dense": Net(dense, a=conv(3, 8), b=conv(8, 4), norm=nn.BatchNorm2d(12), c=conv(12, 4), head=LINEAR(16, 3)),
     "halves and flatten": Net(halves, a=conv(3, 8), b=conv(4, 4), head=LINEAR(8 * 64, 3)),
-    "in place": Net(
-        in_place, a=conv(3, 8), b=conv(8, 8), norm=nn.BatchNorm2d(8), c=conv(8, 8), head=LINEAR(8, 3)
-    ),
+    "in place": Net(in_place, a=conv(3, 8), b=conv(8, 8), norm=nn.BatchNorm2d(8), c=conv(8, 8), head=LINEAR(8, 3)),
     "a gate of one channel": Net(gated, a=conv(3, 8), gate=conv(8, 1), b=conv(8, 6), head=LINEAR(6, 3)),
     "attention": Net(
         tokens,
@@ -97,9 +93,7 @@ CASES = {
         act3=nn.ReLU(),
         head=LINEAR(16, 3),
     ),
-    "group norm": Net(
-        chain, a=conv(3, 8), norm=nn.GroupNorm(4, 8), act=nn.GELU(), b=conv(8, 4), head=LINEAR(4, 3)
-    ),
+    "group norm": Net(chain, a=conv(3, 8), norm=nn.GroupNorm(4, 8), act=nn.GELU(), b=conv(8, 4), head=LINEAR(4, 3)),
     "transposed": Net(
         chain, a=conv(3, 8), up=nn.ConvTranspose2d(8, 12, 2, 2, groups=4), act=nn.ReLU(), head=LINEAR(12, 3)
     ),

@@ -155,9 +155,7 @@ def test_own_modules_are_looked_into_and_attention_too() -> None:
 
     graph_module = trace(Attention(), (torch.randn(2, 5, 8),))
     found = targets(graph_module)
-    assert {"attention.in_proj_weight", "layer.linear1", "gain", "layer.self_attn.out_proj.weight"} <= set(
-        found
-    )
+    assert {"attention.in_proj_weight", "layer.linear1", "gain", "layer.self_attn.out_proj.weight"} <= set(found)
     assert F.scaled_dot_product_attention in found
     assert F.multi_head_attention_forward not in found
 
@@ -329,9 +327,7 @@ def test_wrappers_are_taken_off() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_and_memory_formats(dtype: torch.dtype) -> None:
-    model = (
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(dtype).to(memory_format=torch.channels_last)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(dtype).to(memory_format=torch.channels_last)
     x = IMAGES.to(dtype).to(memory_format=torch.channels_last)
     assert trace(model, (x,))(x).dtype == dtype
 

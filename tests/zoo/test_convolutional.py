@@ -10,12 +10,30 @@ import fxzip
 from tests.oracles import TOLERANCE, images, mutations_missed, permutation_error, randomise, self_zip_errors
 
 MODELS = [
-    "torchvision:resnet18", "torchvision:resnet50", "torchvision:vgg11_bn", "torchvision:vgg11", "torchvision:densenet121",
-    "torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5", "torchvision:googlenet", "torchvision:regnet_x_400mf",
-    "torchvision:resnext50_32x4d", "torchvision:convnext_tiny", "torchvision:efficientnet_b0", "torchvision:squeezenet1_1",
-    "timm:resnet18d", "timm:res2net50_26w_4s", "timm:ghostnet_100", "timm:resnetv2_50", "timm:resnetv2_50x1_bit",
-    "timm:repvgg_a0", "timm:hrnet_w18_small", "timm:seresnet18", "timm:dla34", "timm:cspresnet50",
-]  # fmt: skip
+    "torchvision:resnet18",
+    "torchvision:resnet50",
+    "torchvision:vgg11_bn",
+    "torchvision:vgg11",
+    "torchvision:densenet121",
+    "torchvision:mobilenet_v3_small",
+    "torchvision:shufflenet_v2_x0_5",
+    "torchvision:googlenet",
+    "torchvision:regnet_x_400mf",
+    "torchvision:resnext50_32x4d",
+    "torchvision:convnext_tiny",
+    "torchvision:efficientnet_b0",
+    "torchvision:squeezenet1_1",
+    "timm:resnet18d",
+    "timm:res2net50_26w_4s",
+    "timm:ghostnet_100",
+    "timm:resnetv2_50",
+    "timm:resnetv2_50x1_bit",
+    "timm:repvgg_a0",
+    "timm:hrnet_w18_small",
+    "timm:seresnet18",
+    "timm:dla34",
+    "timm:cspresnet50",
+]
 SIZE = 64
 
 
