@@ -147,7 +147,7 @@ def render(*tables: Any, width: int = 110) -> str:
     from rich.console import Console
 
     out = io.StringIO()
-    console = Console(file=out, width=width)
+    console = Console(file=out, width=width, markup=False, highlight=False)
     for table in tables:
         console.print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"

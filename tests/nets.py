@@ -102,7 +102,7 @@ def self_zip_errors(model: nn.Module, x: Any, method: str = "permute", step: int
     expected = call(model, x)
     found = {}
     for cut in prepared.cuts[::step]:  # one name for each place
-        zipped = prepared.convert(cut=cut, method=method, reset_batch_norm=False, progress=False)
+        zipped = prepared.convert(cut=cut, method=method, refit=False, reset_batch_norm=False, progress=False)
         outputs = call(zipped, x)
         found[cut] = max(difference(expected, out) for out in outputs)
     return found

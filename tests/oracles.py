@@ -42,41 +42,33 @@ def randomise(model: nn.Module, x: Any, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() <= 1 or parameter.numel() == max(parameter.shape):
-                draw(parameter, *((0.1, 0.7) if name.endswith(("bias", "beta")) else (0.7, 1.3)))
+                draw(parameter, *((0.5, 1.2) if name.endswith(("bias", "beta")) else (0.7, 1.3)))
             elif not bool(parameter.any()):
                 draw(parameter, -0.1, 0.1)
-        _with_statistics(model, x)
-        for module in model.modules():
-            if isinstance(module, _BatchNorm) and module.running_var is not None:
-                module.running_var.mul_(torch.rand(module.running_var.shape, generator=g, dtype=torch.float64) + 0.5)
-        _with_centred_biases(model, x)
+        _settle(model, x)
     return model
 
 
-def _with_statistics(model: nn.Module, x: Any) -> None:
-    """One pass that sets the statistics of all BatchNorms."""
+def _settle(model: nn.Module, x: Any) -> None:
+    """One pass that sets BatchNorm statistics, and biases of layers so that their outputs are mostly positive."""
+    handles = []
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.reset_running_stats()
             module.momentum = None
             module.train()
-    call(model, x)
-    model.eval()
-
-
-def _with_centred_biases(model: nn.Module, x: Any) -> None:
-    """One pass that sets the biases of layers so that their outputs are mostly positive."""
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None]
-    handles = [layer.register_forward_hook(_centre) for layer in layers]
+        elif isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+            handles.append(module.register_forward_hook(_centre))
     call(model, x)
     for handle in handles:
         handle.remove()
+    model.eval()
 
 
 def _centre(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     axis = 1 if isinstance(module, nn.Conv2d) else output.dim() - 1
     others = [a for a in range(output.dim()) if a != axis]
-    shift = (0.5 + module.bias) * output.std(others) - output.mean(others)
+    shift = (0.2 + module.bias) * output.std(others) - output.mean(others)
     module.bias.add_(shift)
     return output + shift.reshape([-1 if a == axis else 1 for a in range(output.dim())])
 

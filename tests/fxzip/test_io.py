@@ -532,7 +532,10 @@ def test_paths_that_would_end_up_in_source(saved: Path, path: str) -> None:
 
     refused(saved, lambda plan: first(plan, "call_module").update(target=path))
     (saved / io.PLAN).write_text(json.dumps(before))
-    refused(saved, lambda plan: first(plan, "get_attr").update(target=path))
+    refused(
+        saved,
+        lambda plan: first(plan, "call_function").update(op="get_attr", target=path, args=[], kwargs={}),
+    )
     if path != "no_such_layer":
         (saved / io.PLAN).write_text(json.dumps(before))
         refused(saved, both)

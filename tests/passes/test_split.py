@@ -129,7 +129,7 @@ def flat(m: Net, x: Tensor) -> Tensor:
 def test_u_folded_is_the_gather(prepared: fxzip.Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     nets = pair(lambda: Net(flat, a=conv(3, 8), fc=LINEAR(128, 6), fc2=LINEAR(128, 6), head=LINEAR(6, 3)), X)
     flattened = fxzip.prepare(*nets, example_inputs=X).observe([X], progress=False)
-    options = {"method": "zip", "alpha": 1.0, "beta": 1.0, "reset_batch_norm": False, "progress": False}
+    options = {"method": "zip", "alpha": 1.0, "beta": 1.0, "refit": False, "reset_batch_norm": False, "progress": False}
     # The gathers in each head, without and with folds: where a skip crosses there stays one.
     expected = {
         "layer1.conv2": (2, 1),
@@ -197,7 +197,7 @@ def test_what_crosses_is_what_is_used_after_the_cut(prepared: fxzip.Prepared) ->
 
 
 def test_trunk_and_heads_have_the_parameters_that_they_use(prepared: fxzip.Prepared) -> None:
-    zipped = prepared.convert(cut="layer2", method="permute", progress=False)
+    zipped = prepared.convert(cut="layer2", method="permute", refit=False, progress=False)
     assert {name.split(".")[0] for name in zipped.trunk.state_dict()} == {"stem", "norm", "layer1"}
     state = {key for key in zipped.heads["task0"].state_dict() if not key.startswith("unmerge")}
     assert {name.split(".")[0] for name in state} == {"layer2", "fc"}

@@ -51,7 +51,13 @@ def make(name: str) -> nn.Module:
     return torchvision.models.get_model(model, weights=None, **extra)
 
 
-@pytest.mark.parametrize("name", MODELS)
+def _parameters() -> list[object]:
+    """The largest share a worker, so that they are not in memory together."""
+    group = pytest.mark.xdist_group("large")
+    return [pytest.param(name, marks=group) if "vgg" in name else name for name in MODELS]
+
+
+@pytest.mark.parametrize("name", _parameters())
 def test_oracles(name: str) -> None:
     x = images(8, SIZE)
     model = randomise(make(name), x)

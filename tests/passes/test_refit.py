@@ -1,0 +1,150 @@
+"""Refit against plain least squares, where it must be exact, and where there is little to go by."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxzip
+from fxzip.passes._units import find_units
+from fxzip.passes.canonicalise import canonicalise
+from fxzip.passes.refit import RefitOptions
+from fxzip.passes.trace import trace
+from fxzip.regression import Regression, patches, scale_and_shift
+from tests.nets import Net, Residual, conv, pair, permuted_copy
+from tests.oracles import call, difference, images, randomise
+
+X = images(24, 12)
+
+
+def test_the_regression_is_the_least_squares_solution() -> None:
+    x = torch.randn(3, 5, 40, dtype=torch.float64) + 100
+    t = torch.randn(3, 2, 40, dtype=torch.float64) - 50
+    sums = Regression()
+    for part_x, part_t in zip(x.split(15, 2), t.split(15, 2), strict=True):
+        sums.add(part_x, part_t)
+    weights, bias = sums.solve(torch.zeros(3, 2, 5), ridge=0.0)
+    for group in range(3):
+        columns = torch.cat([x[group], torch.ones(1, 40)]).T
+        best = torch.linalg.lstsq(columns, t[group].T).solution.T
+        assert torch.allclose(weights[group], best[:, :5], atol=1e-6)
+        assert torch.allclose(bias[group], best[:, 5], atol=1e-4)
+
+
+def test_the_ridge_holds_to_the_prior() -> None:
+    x, t = torch.randn(1, 5, 40, dtype=torch.float64), torch.randn(1, 2, 40, dtype=torch.float64)
+    prior = torch.randn(1, 2, 5, dtype=torch.float64)
+    sums = Regression()
+    sums.add(x, t)
+    assert torch.allclose(sums.solve(prior, ridge=1e9)[0], prior, atol=1e-6)
+    few = Regression()
+    few.add(x[..., :2], prior @ x[..., :2])
+    assert torch.allclose(few.solve(prior, ridge=1e-3)[0], prior, atol=1e-9)
+    dead = Regression()
+    dead.add(torch.zeros_like(x), t)
+    assert torch.equal(dead.solve(prior, ridge=0.0)[0], prior)
+
+
+@pytest.mark.parametrize("options", [{"stride": 2, "padding": 1}, {"dilation": 2}, {"groups": 2}, {"padding": 2}])
+def test_patches_are_what_a_convolution_multiplies(options: dict[str, int]) -> None:
+    layer = nn.Conv2d(4, 6, 3, bias=False, **options).double()
+    x = torch.randn(3, 4, 9, 9, dtype=torch.float64)
+    columns = patches(x, (3, 3), layer.stride, layer.padding, layer.dilation, layer.groups)
+    product = layer.weight.reshape(layer.groups, -1, columns.shape[1]) @ columns
+    n, channels = (expected := layer(x)).shape[:2]
+    rows = expected.reshape(n, layer.groups, channels // layer.groups, -1).permute(1, 2, 0, 3).flatten(2)
+    assert torch.allclose(product, rows)
+
+
+def test_a_line_is_fitted_to_each_channel() -> None:
+    x = torch.randn(8, 3, 5, dtype=torch.float64)
+    slope, shift = scale_and_shift(x, 2 * x + torch.tensor([1.0, 2.0, 3.0])[:, None], axis=1)
+    assert torch.allclose(slope, torch.full((3,), 2.0, dtype=torch.float64))
+    assert torch.allclose(shift, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    assert scale_and_shift(torch.ones(4, 1), torch.arange(4.0)[:, None], axis=1)[0].tolist() == [1.0]
+
+
+def branches(m: Net, x: Tensor) -> Tensor:
+    x = m.norm(m.a(x)).relu()
+    x = (m.norm_b(m.b(x)) + m.norm_c(m.c(x)) + m.norm_x(x)).relu()
+    return m.head(x.mean((2, 3)))
+
+
+def wide() -> Net:
+    norms = {f"norm{end}": nn.BatchNorm2d(8) for end in ("", "_b", "_c", "_x")}
+    return Net(branches, a=conv(3, 8), b=conv(8, 8), c=nn.Conv2d(8, 8, 1), head=nn.Linear(8, 5), **norms)
+
+
+def test_layers_that_end_in_one_sum_are_one_unit() -> None:
+    module = canonicalise(trace(randomise(wide(), X), (X,)))
+    units = {unit.root.name: unit for unit in find_units(module)}
+    (joint,) = [unit for unit in units.values() if len(unit.layers) > 1]
+    assert [layer.weight for layer in joint.layers] == ["b.weight", "c.weight"]
+    assert [len(layer.chain) for layer in joint.layers] == [1, 1]
+    assert [node.target for node in joint.known] == ["norm_x"]
+    assert len(units) == 3
+
+
+@pytest.mark.parametrize("make", [Residual, wide])
+@pytest.mark.parametrize("cut", [None, 0.5])
+def test_what_is_exact_stays_exact(make: type[nn.Module], cut: float | None) -> None:
+    model = randomise(make(), X)
+    other = permuted_copy(model, X)
+    zipped = fxzip.zip(model, other, [X], method="permute", cut=cut, progress=False)
+    assert zipped.report.refitted > 0
+    for expected, out in zip((call(model, X), call(other, X)), call(zipped, X), strict=True):
+        assert difference(expected, out) < 1e-4
+
+
+@pytest.mark.parametrize("make", [Residual, wide])
+def test_refit_is_closer_to_the_parents_than_the_papers_rule(make: type[nn.Module]) -> None:
+    models = pair(make, X)
+    prepared = fxzip.prepare(*models, example_inputs=X).observe([X[:12], X[12:]], progress=False)
+    wanted = [call(model, X) for model in models]
+
+    def error(refit: bool) -> float:
+        outputs = call(prepared.convert(refit=refit, progress=False), X)
+        return sum(float((a - b).square().mean()) for a, b in zip(wanted, outputs, strict=True))
+
+    assert error(refit=True) < 0.5 * error(refit=False)
+
+
+def test_the_layers_of_a_head_are_solved_for_their_own_parent() -> None:
+    models = pair(Residual, X)
+    zipped = fxzip.zip(*models, [X], progress=False)
+    head, fc = zipped.heads["task0"], models[0].fc
+    (crossing,) = call(zipped.trunk, X)
+    features = crossing.mean((2, 3)) if crossing.dim() == 4 else crossing
+    best = torch.linalg.lstsq(torch.cat([features, torch.ones(len(X), 1)], 1), call(models[0], X)).solution
+    assert head.fc.weight.shape == fc.weight.shape
+    fitted = call(zipped, X)[0]
+    ideal = torch.cat([features, torch.ones(len(X), 1)], 1) @ best
+    assert (fitted - call(models[0], X)).square().mean() < 1.05 * (ideal - call(models[0], X)).square().mean() + 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_images_do_not_blow_up(count: int) -> None:
+    models = pair(Residual, X)
+    zipped = fxzip.zip(*models, [X[:count]], progress=False)
+    for model, out in zip(models, call(zipped, X), strict=True):
+        expected = call(model, X)
+        assert bool(out.isfinite().all())
+        assert float(out.abs().max()) < 20 * float(expected.abs().max())
+
+
+def test_batch_norms_are_folded_away_and_the_models_are_left_alone() -> None:
+    models = pair(Residual, X)
+    before = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
+    zipped = fxzip.zip(*models, [X], progress=False)
+    assert not [m for m in zipped.modules() if isinstance(m, nn.BatchNorm2d)]
+    for model, state in zip(models, before, strict=True):
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_bad_options() -> None:
+    models = pair(Residual, X)
+    with pytest.raises(fxzip.OptionError, match="ridge=-1"):
+        fxzip.zip(*models, [X], ridge=-1, progress=False)
+    with pytest.raises(fxzip.OptionError, match="images=0"):
+        RefitOptions(images=0)
