@@ -4,35 +4,66 @@ zipped = fxzip.zip(model_a, model_b, loader)
 logits_a, logits_b = zipped(images)
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from fxzip.api import analyse, prepare, zip
-from fxzip.channels import ChannelSpace, ChannelSpec
-from fxzip.errors import (
-    AlignmentError,
-    CalibrationError,
-    CutError,
-    ExportError,
-    FileFormatError,
-    FrozenSpaceWarning,
-    FxzipError,
-    OptionError,
-    SaveError,
-    TraceError,
-)
-from fxzip.export import Export
-from fxzip.io import load
-from fxzip.matching import MergeMap
-from fxzip.merged import ZippedModel
-from fxzip.moments import Moments
-from fxzip.prepared import Prepared
-from fxzip.report import Report
-from fxzip.rules import register_rule
+if TYPE_CHECKING:
+    from fxzip.api import analyse, prepare, zip
+    from fxzip.channels import ChannelSpace, ChannelSpec
+    from fxzip.errors import (
+        AlignmentError,
+        CalibrationError,
+        CutError,
+        ExportError,
+        FileFormatError,
+        FrozenSpaceWarning,
+        FxzipError,
+        OptionError,
+        SaveError,
+        TraceError,
+    )
+    from fxzip.export import Export
+    from fxzip.io import load
+    from fxzip.matching import MergeMap
+    from fxzip.merged import ZippedModel
+    from fxzip.moments import Moments
+    from fxzip.prepared import Prepared
+    from fxzip.report import Report
+    from fxzip.rules import register_rule
 
 try:
     __version__ = version("fxzip")
 except PackageNotFoundError:
     __version__ = "0+unknown"
+
+# Where the public names live: they are imported when they are first used, so that `import fxzip` costs next to nothing.
+_HOMES = {
+    "analyse": "fxzip.api",
+    "prepare": "fxzip.api",
+    "zip": "fxzip.api",
+    "ChannelSpace": "fxzip.channels",
+    "ChannelSpec": "fxzip.channels",
+    "AlignmentError": "fxzip.errors",
+    "CalibrationError": "fxzip.errors",
+    "CutError": "fxzip.errors",
+    "ExportError": "fxzip.errors",
+    "FileFormatError": "fxzip.errors",
+    "FrozenSpaceWarning": "fxzip.errors",
+    "FxzipError": "fxzip.errors",
+    "OptionError": "fxzip.errors",
+    "SaveError": "fxzip.errors",
+    "TraceError": "fxzip.errors",
+    "Export": "fxzip.export",
+    "load": "fxzip.io",
+    "MergeMap": "fxzip.matching",
+    "ZippedModel": "fxzip.merged",
+    "Moments": "fxzip.moments",
+    "Prepared": "fxzip.prepared",
+    "Report": "fxzip.report",
+    "register_rule": "fxzip.rules",
+}
+_MODULES = ("channels", "errors", "matching", "rules")
 
 __all__ = [
     "AlignmentError",
@@ -59,3 +90,17 @@ __all__ = [
     "register_rule",
     "zip",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return import_module(f"fxzip.{name}")
+    raise AttributeError(f"module 'fxzip' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -212,7 +212,7 @@ def run(progress: bool = True, epochs: int = EPOCHS) -> list[Row]:
         for cut in CUTS:
             for method in METHODS:
                 zipped = prepared.convert(cut=cut, method=method, refit=refit, progress=False)
-                name = f"{method}{' + refit' if refit else ''}, {'full' if cut is None else f'cut at {cut}'}"
+                name = f"{method}{' + refit' if refit else ''}, {'full' if cut is None else f'to {cut}'}"
                 rows.append(measure(name, zipped, digits))
     return [*rows, measure("ensemble", Ensemble(*models), digits)]
 
@@ -227,10 +227,10 @@ def table(rows: list[Row]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    shown = Table(box=SIMPLE_HEAD, title="Held-out digits: accuracy in %; FLOPs of one image")
-    for heading in ("", "MFLOPs", "params", "joint", "0-4", "5-9", "average"):
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, title="Held-out digits: accuracy in %; FLOPs of one image")
+    for heading in ("", "MFLOPs", "k params", "joint", "0-4", "5-9", "average"):
         shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in rows:
         percents = ("-" if x is None else f"{x:.1f}" for x in (row.joint, *row.tasks, row.average))
-        shown.add_row(row.name, f"{row.flops / 1e6:.2f}", f"{row.params:,}", *percents)
+        shown.add_row(row.name, f"{row.flops / 1e6:.2f}", f"{row.params / 1e3:.1f}", *percents)
     return shown
