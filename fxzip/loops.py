@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -76,6 +76,14 @@ def batches(
         total = max_batches if total is None else min(total, max_batches)
     with _bar() if progress else nullcontext() as bar:
         yield _inputs(iterator, device, bar, description, total)
+
+
+@contextmanager
+def counted(total: int, progress: bool, description: str) -> Iterator[Callable[[], None]]:
+    """A bar over so many steps; gives a function to call after each of them."""
+    with _bar() if progress else nullcontext() as bar:
+        task = None if bar is None else bar.add_task(description, total=total)
+        yield lambda: None if bar is None or task is None else bar.advance(task)
 
 
 def feed(

@@ -127,7 +127,7 @@ class Prepared:
         merged = any(layer < place for layer in self._cuts.layers)
         refitted = 0
         if refit and merged:
-            refitted = refit_parts(parts, self.alignment, self.spec, maps, place, self._loader, options)
+            refitted = refit_parts(parts, self.alignment, self.spec, maps, place, self._loader, options, progress)
         heads = dict(zip(self.names, parts.heads, strict=True))
         report = self._report(parts.trunk, heads, maps, place, cut, method, chosen, refitted)
         example = with_batch_size(*to_device(*self.spec.example, "cpu"), 2)

@@ -207,8 +207,8 @@ def _line(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
 
 
 def is_norm(module: nn.Module, node: fx.Node) -> bool:
-    """Whether a node is a normalisation module with an affine part."""
-    if node.op != "call_module":
+    """Whether a node is a normalisation module with an affine part that is used once."""
+    if node.op != "call_module" or sum(n.target == node.target for n in node.graph.nodes) > 1:
         return False
     target = module.get_submodule(str(node.target))
     return isinstance(target, _NORMS) and getattr(target, "weight", None) is not None

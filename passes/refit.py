@@ -16,8 +16,9 @@ to its own parent's values. No labels are used.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ from torch import Tensor, fx, nn
 
 from fxzip.channels import ChannelSpec
 from fxzip.errors import CalibrationError, OptionError
-from fxzip.loops import batches, device_of
+from fxzip.loops import batches, counted, device_of
 from fxzip.matching import MergeMap
+from fxzip.passes._lockstep import Batch, LockStep, Step, Stream
 from fxzip.passes._units import Layer, Unit, find_units, inner_sums, is_norm, scale_and_shift_of
 from fxzip.passes.align import Alignment
-from fxzip.passes.fuse import Mixing, applied
+from fxzip.passes.fuse import Mixing
 from fxzip.passes.split import Split, crossing
 from fxzip.regression import Regression, patches, scale_and_shift
 
@@ -45,6 +47,7 @@ class RefitOptions:
         images: Most images to use.
         samples: Positions that a layer is fitted on, at the least, if there are as many: layers with large feature
             maps take fewer images, so that memory is that of so many positions.
+        least_images: Images that every layer is fitted on, if there are as many.
         seed: Of the draw of positions.
     """
 
@@ -81,50 +84,49 @@ def refit(
         progress: Show a bar.
     """
     options = options or RefitOptions()
-    inputs = _read(loader, parts, options, progress)
+    inputs = _read(loader, parts, options)
     cross = crossing(alignment, cut)
     streams = [
-        _Stream(module, {names[0]: names[model] for names in alignment.shared[:cut]})
+        Stream(module, {names[0]: names[model] for names in alignment.shared[:cut]})
         for model, module in enumerate(alignment.modules)
     ]
-    streams.append(_Stream(parts.trunk, {}))
+    streams.append(Stream(parts.trunk, {}))
     feeds = [[_feed(parts.trunk, args, kwargs)] * len(streams) for args, kwargs in inputs]
     names = [alignment.shared[i][0] for i in cross]
-    trunk = _LockStep(streams, feeds, lambda n, values: merge_values(spec, maps, n, values), options, set(names))
-    trunk.run()
+    trunk = _Refitter(streams, feeds, lambda n, values: merge_values(spec, maps, n, values), options, set(names))
+    trunk.run(progress, "refitting the trunk")
     solved = trunk.solved
     for model, head in enumerate(parts.heads):
         own = [alignment.shared[i][model] for i in cross]
         feeds = [
             [{mine: env[name] for name, mine in zip(names, own, strict=True)} for env in (b.env[model], b.env[-1])]
-            for b in trunk.batches
+            for b in trunk.lock.batches
         ]
-        pair = [_Stream(alignment.modules[model], {}), _Stream(head, {})]
-        run = _LockStep(pair, feeds, lambda _, values: values[0], options, set())
-        run.run()
+        pair = [Stream(alignment.modules[model], {}), Stream(head, {})]
+        run = _Refitter(pair, feeds, lambda _, values: values[0], options, set())
+        run.run(progress, f"refitting head {model}")
         solved += run.solved
     return solved
 
 
 def merge_values(spec: ChannelSpec, maps: Mapping[str, MergeMap], node: str, values: Sequence[Tensor]) -> Tensor:
     """M [z_1; ...; z_N] for a node's output; channels that lie in no space are averaged."""
-    total = torch.zeros_like(values[0])
-    places = [(space, axes, index) for space, axes, index in spec.locate(node) if space.name in maps]
-    for model, value in enumerate(values):
-        share = torch.full((1,) * value.dim(), 1 / len(values), dtype=value.dtype, device=value.device)
-        for space, axes, index in places:
-            (axis,) = axes
-            index = index.to(value.device)
-            shape = [1] * value.dim()
-            shape[axis] = value.shape[axis]
-            full = share.expand(torch.broadcast_shapes(share.shape, shape)).clone()
-            share = full.index_fill(axis, index.reshape(-1), 1.0)
-            value = applied(value, axis, index, Mixing.of(maps[space.name], model, "produce"))
-        total += value * share
+    places = [(space, axes, index) for space, axes, index in spec.locate(node) if space.name in maps and axes]
+    total = sum(values[1:], values[0]) / len(values)
+    for space, axes, index in places:
+        index, front = index.to(total.device), tuple(range(len(axes)))
+        flat = total.movedim(axes, front).flatten(0, len(axes) - 1)
+        merged = torch.zeros_like(flat[index.reshape(-1)])
+        for model, value in enumerate(values):
+            rows = value.movedim(axes, front).flatten(0, len(axes) - 1)[index.reshape(-1)]
+            mixed = Mixing.of(maps[space.name], model, "produce")(rows.reshape(len(index), -1))
+            merged += mixed.reshape(merged.shape)
+        shape = [total.shape[a] for a in axes]
+        total = flat.index_copy(0, index.reshape(-1), merged).unflatten(0, shape).movedim(front, axes)
     return total
 
 
-def _read(loader: Iterable[Any], parts: Split, options: RefitOptions, progress: bool) -> list[Any]:
+def _read(loader: Iterable[Any], parts: Split, options: RefitOptions) -> list[Any]:
     """The calibration batches, up to the number of images that are wanted."""
     found, count = [], 0
     with batches(loader, device=device_of(parts.trunk) or device_of(parts.heads[0]), progress=False) as given:
@@ -147,192 +149,76 @@ def _feed(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]
     return values
 
 
-@dataclass(eq=False)
-class _Stream:
-    """One network of the lock step; ``names`` maps the merged graph's node names to this one's."""
+class _Refitter:
+    """Solves the layers of the last of several networks that run in lock step.
 
-    module: fx.GraphModule
-    names: Mapping[str, str]
-    nodes: dict[str, fx.Node] = field(default_factory=dict)
-    interpreter: fx.Interpreter | None = None
-
-    def __post_init__(self) -> None:
-        self.back = {own: name for name, own in self.names.items()}
-        self.reload()
-
-    def reload(self) -> None:
-        """See the graph as it is now."""
-        self.nodes = {node.name: node for node in self.module.graph.nodes}
-        self.interpreter = fx.Interpreter(self.module, garbage_collect_values=False)
-
-    def compute(self, name: str, env: dict[str, Any]) -> Any:
-        """The value of a node, its inputs being in ``env`` under the merged graph's names."""
-        node = self.nodes[self.names.get(name, name)]
-        interpreter = self.interpreter
-        assert interpreter is not None
-
-        def value(n: fx.Node) -> Any:
-            return interpreter.get_attr(n.target, (), {}) if n.op == "get_attr" else env[self.back.get(n.name, n.name)]
-
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-        return getattr(interpreter, node.op)(node.target, args, kwargs)
-
-    def reads(self, name: str) -> list[str]:
-        """The merged graph's names of what a node is computed from; none if this network lacks the node."""
-        node = self.nodes.get(self.names.get(name, name))
-        return [self.back.get(n.name, n.name) for n in node.all_input_nodes] if node is not None else []
-
-    def has(self, name: str) -> bool:
-        """Whether this network has the node (gathers are the merged one's alone)."""
-        return self.names.get(name, name) in self.nodes
-
-
-@dataclass(eq=False)
-class _Batch:
-    """One batch's values in every stream, by the merged graph's node names; None until it is taken in."""
-
-    feed: list[dict[str, Any]]
-    env: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """Compute a node in some streams (then forget what is used up), or solve a unit or a norm."""
-
-    node: fx.Node
-    streams: slice = field(default_factory=lambda: slice(None))
-    unit: Unit | None = None
-    norm: bool = False
-    forget: tuple[str, ...] = ()
-
-
-class _LockStep:
-    """Runs the parents and the merged network side by side and solves the merged one's layers on the way."""
+    Attributes:
+        merged: The network that is refitted, in place.
+        target: What a node of it should give, from the parents' values.
+        solved: How many layers were solved for.
+    """
 
     def __init__(
         self,
-        streams: list[_Stream],
+        streams: list[Stream],
         feeds: list[list[dict[str, Any]]],
         target: Target,
         options: RefitOptions,
         keep: set[str],
     ) -> None:
-        self.streams, self.target, self.options, self.keep = streams, target, options, keep
-        self.merged = streams[-1].module
-        self.batches = [_Batch(feed) for feed in feeds]
-        self.active = 0
+        self.merged, self.target, self.options = streams[-1].module, target, options
         self.solved = 0
         self.generator = torch.Generator().manual_seed(options.seed)
         self.units = find_units(self.merged)
-        self.steps = self._forgetting(self._schedule())
+        self.lock = LockStep(streams, feeds, list(self._schedule()), keep)
 
-    def run(self) -> None:
-        """Take every step; all batches have arrived at the end."""
-        with torch.no_grad():
-            self._take_in(1, 0)
-            for number, step in enumerate(self.steps):
-                if step.unit is not None or step.norm:
-                    self._enough(step, number)
-                    self._solve(step)
-                else:
-                    for batch in self.batches[: self.active]:
-                        self._compute(step, batch)
-            self._take_in(len(self.batches) - self.active, len(self.steps))
+    def run(self, progress: bool, description: str) -> None:
+        """Solve every layer, then cut out what was folded."""
+        count = sum(step.solve is not None for step in self.lock.steps)
+        with counted(count, progress, description) as done:
+            self.lock.run(self._enough, done)
         for unit in self.units:
             _cut_out(self.merged, unit)
         self.merged.graph.eliminate_dead_code()
         self.merged.delete_all_unused_submodules()
         self.merged.recompile()
 
-    def _schedule(self) -> list[_Step]:
+    def _schedule(self) -> Iterator[Step]:
         """The nodes in order, those of a unit's layers held back in the merged network until it is solved."""
         roots: dict[fx.Node, Unit | None] = {unit.root: unit for unit in self.units}
-        claimed: dict[fx.Node, Unit] = {n: each for each in self.units for n in each.claimed}
-        for each in self.units:
-            claimed |= dict.fromkeys(inner_sums(each.root), each)
+        held = {unit: unit.claimed | inner_sums(unit.root) | {unit.root} for unit in self.units}
+        claimed: set[fx.Node] = set().union(*held.values())
         parents, merged = slice(0, -1), slice(-1, None)
-        steps = []
         for node in self.merged.graph.nodes:
             if node.op == "output":
                 continue
+            yield Step(node, parents if node in claimed else slice(None))
             unit = roots.get(node)
-            if unit is None and node not in claimed:
-                steps.append(_Step(node))
-                if is_norm(self.merged, node):
-                    steps.append(_Step(node, norm=True))
-                continue
-            steps.append(_Step(node, parents))
             if unit is not None:
-                steps.append(_Step(node, unit=unit))
-                held = unit.claimed | inner_sums(unit.root) | {unit.root}
-                steps += [_Step(n, merged) for n in self.merged.graph.nodes if n in held]
-        return steps
+                reads = (*unit.known, *(layer.source for layer in unit.layers))
+                yield Step(node, solve=partial(self._solve_unit, unit), reads=reads)
+                yield from (Step(n, merged) for n in self.merged.graph.nodes if n in held[unit])
+            elif node not in claimed and is_norm(self.merged, node):
+                yield Step(node, solve=partial(self._solve_norm, node))
 
-    def _forgetting(self, steps: list[_Step]) -> list[_Step]:
-        last: dict[str, int] = {}
-        for number, step in enumerate(steps):
-            reads = [name for stream in self.streams for name in stream.reads(step.node.name)]
-            known = [n.name for n in step.unit.known] if step.unit is not None else []
-            for name in (step.node.name, *reads, *known):
-                last[name] = number
-        done: dict[int, list[str]] = {}
-        for name, number in last.items():
-            if name not in self.keep:
-                done.setdefault(number, []).append(name)
-        return [_Step(s.node, s.streams, s.unit, s.norm, tuple(done.get(number, ()))) for number, s in enumerate(steps)]
+    def _enough(self, step: Step) -> bool:
+        """Whether the layer has samples enough."""
+        values = [batch.env[0][step.node.name] for batch in self.lock.seen]
+        axis = 1 if values[0].dim() == 4 else -1
+        samples = sum(v.numel() // v.shape[axis] for v in values)
+        return samples >= self.options.samples and sum(len(v) for v in values) >= self.options.least_images
 
-    def _take_in(self, count: int, upto: int) -> None:
-        """Bring further batches to where the others are."""
-        for batch in self.batches[self.active : self.active + count]:
-            batch.env = [dict(values) for values in batch.feed]
-            for step in self.steps[:upto]:
-                if step.unit is None and not step.norm:
-                    self._compute(step, batch)
-                else:
-                    self._forget(step, batch)
-            self.active += 1
-
-    def _compute(self, step: _Step, batch: _Batch) -> None:
-        for stream, env in list(zip(self.streams, batch.env, strict=True))[step.streams]:
-            if step.node.op not in ("placeholder", "get_attr") and stream.has(step.node.name):
-                env[step.node.name] = stream.compute(step.node.name, env)
-        self._forget(step, batch)
-
-    def _forget(self, step: _Step, batch: _Batch) -> None:
-        for env in batch.env:
-            for name in step.forget:
-                env.pop(name, None)
-
-    def _enough(self, step: _Step, number: int) -> None:
-        """Take in batches until the layer has samples enough."""
-        while self.active < len(self.batches):
-            seen = self.batches[: self.active]
-            values = [b.env[0][step.node.name] for b in seen]
-            axis = 1 if step.unit is None or step.unit.layers[0].geometry is not None else -1
-            samples = sum(v.numel() // v.shape[axis] for v in values)
-            if samples >= self.options.samples and sum(len(v) for v in values) >= self.options.least_images:
-                return
-            self._take_in(1, number)
-
-    def _solve(self, step: _Step) -> None:
-        if step.unit is not None:
-            self._solve_unit(step.unit)
-        else:
-            self._solve_norm(step.node)
-        for batch in self.batches[: self.active]:
-            self._forget(step, batch)
-
-    def _goal(self, batch: _Batch, node: fx.Node) -> Tensor:
+    def _goal(self, batch: Batch, node: fx.Node) -> Tensor:
         return self.target(node.name, [env[node.name] for env in batch.env[:-1]])
 
     def _solve_unit(self, unit: Unit) -> None:
         sums = Regression()
-        for batch in self.batches[: self.active]:
+        for batch in self.lock.seen:
             goal = self._goal(batch, unit.root)
             for node in unit.known:
                 goal = goal - batch.env[-1][node.name]
             inputs = [_columns(self.merged, layer, batch.env[-1][layer.source.name]) for layer in unit.layers]
-            x, t = torch.cat(inputs, 1), _rows(unit.layers[0], goal)
+            x, t = (_precise(v) for v in (torch.cat(inputs, 1), _rows(unit.layers[0], goal)))
             sums.add(*self._drawn(x, t))
         priors = [_folded(self.merged, layer) for layer in unit.layers]
         groups = unit.layers[0].groups
@@ -346,7 +232,7 @@ class _LockStep:
 
     def _drawn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """At most this batch's share of the samples, drawn at random."""
-        share = -(-2 * self.options.samples // self.active)
+        share = -(-2 * self.options.samples // self.lock.active)
         if x.shape[2] <= share:
             return x, t
         here = torch.randperm(x.shape[2], generator=self.generator)[:share].to(x.device)
@@ -360,12 +246,12 @@ class _LockStep:
             start += width
             shift = bias.reshape(-1) if layer is unit.layers[0] else torch.zeros_like(bias).reshape(-1)
             _set_layer(self.merged, layer, part, shift)
-        self.streams[-1].reload()
+        self.lock.streams[-1].reload()
 
     def _solve_norm(self, node: fx.Node) -> None:
         module = self.merged.get_submodule(str(node.target))
         axis = -1 if isinstance(module, nn.LayerNorm) else 1
-        values = [(b.env[-1][node.name], self._goal(b, node)) for b in self.batches[: self.active]]
+        values = [(b.env[-1][node.name], self._goal(b, node)) for b in self.lock.seen]
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
             return
         slope, shift = scale_and_shift(torch.cat([x for x, _ in values]), torch.cat([t for _, t in values]), axis)
@@ -374,10 +260,15 @@ class _LockStep:
         weight.mul_(slope.to(weight))
         if isinstance(bias, Tensor):
             bias.copy_(bias * slope.to(bias) + shift.to(bias))
-        for batch, (value, _) in zip(self.batches, values, strict=False):
+        for batch, (value, _) in zip(self.lock.seen, values, strict=True):
             shape = [1] * value.dim()
             shape[axis] = -1
             batch.env[-1][node.name] = value * slope.to(value).reshape(shape) + shift.to(value).reshape(shape)
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Sums of products want float32 at the least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _columns(module: fx.GraphModule, layer: Layer, x: Tensor) -> Tensor:
