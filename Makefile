@@ -12,7 +12,7 @@ demo: $(STAMP)
 	$(BIN)/fxzip demo $(ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -96,7 +95,9 @@ def peak_memory(case: str, points: str, count: int) -> int:
     """Peak resident bytes of this process after observing so many batches; plain passes if negative."""
     _, _, plain, observing = prepare(case, points)
     plain(-count) if count < 0 else observing(count)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # not ru_maxrss: a child process starts from its parent's peak
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024
 
 
 def in_fresh_process(case: str, points: str, count: int, threads: int) -> int:
