@@ -62,7 +62,7 @@ def demo(
     from fxzip import demo as digits
 
     rows = digits.run(progress=not quiet)
-    Console().print(digits.table(rows))
+    Console(width=max(Console().width, 90)).print(digits.table(rows))  # not a column less, even into a pipe
     if json_path is not None:
         json_path.write_text(json.dumps(digits.as_json(rows), indent=2) + "\n", encoding="utf-8")
 
