@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxzip.batches import with_batch_size
 from fxzip.channels import ChannelSpec, Layout
 from fxzip.errors import FrozenSpaceWarning
-from fxzip.labels import FIRST, LabelGraph, Labelled
+from fxzip.labels import LabelGraph, Labelled
 from fxzip.partition import partition
 from fxzip.rules import RuleContext, Unsupported, find_rule, kind_of, target_of
 from fxzip.rules.movement import move, move_module, write
@@ -249,6 +249,3 @@ def _coverage(module: nn.Module, graph: LabelGraph, layout: Layout) -> float:
         total += parameter.numel()
         covered += parameter.numel() * (1 - outside)
     return covered / total if total else 1.0
-
-
-__all__ = ["FIRST", "Flow", "analyse_graph", "in_order", "propagate_shapes"]

@@ -16,7 +16,7 @@ from torch import fx
 from fxzip.channels import ChannelSpec
 from fxzip.errors import CutError
 from fxzip.passes.align import Alignment
-from fxzip.passes.observe import _writes
+from fxzip.passes.observe import writes_in_place
 from fxzip.rules import find_rule, kind_of, target_of
 
 Cut = str | float | None
@@ -133,7 +133,7 @@ def learned(module: fx.GraphModule) -> frozenset[str]:
     for node in module.graph.nodes:
         inputs = node.all_input_nodes
         computed = node.op in ("call_function", "call_method") and inputs and all(n.name in found for n in inputs)
-        if node.op == "get_attr" or (computed and not _writes(node, module)):
+        if node.op == "get_attr" or (computed and not writes_in_place(node, module)):
             found.add(node.name)
     return frozenset(found)
 

@@ -133,7 +133,7 @@ class _Copy:
         copied = self.graph.node_copy(node, lambda used: self.env[used])
         if node.op in ("call_module", "get_attr"):
             copied.target = f"{self.prefix}.{node.target}"
-        if not node.users and _writes(node, self.module):
+        if not node.users and writes_in_place(node, self.module):
             self.effects.add(copied)
         return copied
 
@@ -145,12 +145,12 @@ def _share_inputs(graph: fx.Graph, copies: Sequence[_Copy]) -> None:
             raise ValueError(f"the models take {len(copies[0].inputs)} and {len(copy.inputs)} inputs")
     shared = [graph.node_copy(node) for node in copies[0].inputs]
     for position, node in enumerate(shared):
-        written = any(_writes(user, copy.module) for copy in copies for user in copy.inputs[position].users)
+        written = any(writes_in_place(user, copy.module) for copy in copies for user in copy.inputs[position].users)
         for copy in copies:
             copy.env[copy.inputs[position]] = graph.call_function(torch.clone, (node,)) if written else node
 
 
-def _writes(node: fx.Node, module: fx.GraphModule) -> bool:
+def writes_in_place(node: fx.Node, module: fx.GraphModule) -> bool:
     """Whether a node writes to the memory of its first argument."""
     if node.op == "call_method":
         name = str(node.target)

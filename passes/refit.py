@@ -344,6 +344,3 @@ def _cut_out(module: fx.GraphModule, unit: Unit) -> None:
             node.replace_all_uses_with(layer.node)
         for node in reversed(layer.chain):
             module.graph.erase_node(node)
-
-
-__all__ = ["RefitOptions", "merge_values", "refit"]

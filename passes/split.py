@@ -22,7 +22,7 @@ from fxzip.matching import MergeMap
 from fxzip.passes.align import Alignment
 from fxzip.passes.cut import learned
 from fxzip.passes.fuse import Mixing, applied, fuse_parameter, part_of, sites_by_parameter
-from fxzip.passes.observe import _writes
+from fxzip.passes.observe import writes_in_place
 from fxzip.rules import kind_of, target_of
 
 
@@ -133,7 +133,7 @@ def _head(
     gathers: dict[str, Tensor] = {}
     own = learned(module)
     after = [node for node in module.graph.nodes if node.name not in before or node.name in own]
-    in_place = any(_writes(node, module) for node in after)
+    in_place = any(writes_in_place(node, module) for node in after)
     for i in cross:
         source = old[alignment.shared[i][model]]
         copies[source] = graph.placeholder(source.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,20 +11,8 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.rules import RuleContext, unregister_rule
+from tests.nets import Net
 from tests.oracles import TOLERANCE, call, difference, mutations_missed, permutation_error, randomise
-
-
-class Net(nn.Module):
-    """Layers by name, and a function of them and the input."""
-
-    def __init__(self, body: Callable[[Net, Tensor], Tensor], **layers: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(self, x)
 
 
 def conv(i: int, o: int, k: int = 3, **options: object) -> nn.Conv2d:
@@ -216,12 +203,6 @@ def test_outputs_and_inputs_stay_in_place() -> None:
         ("0.bias", 0),
         ("1.weight", 1),
     ]
-
-
-class Opaque(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.cumsum(1)
 
 
 class Sorted(nn.Module):
