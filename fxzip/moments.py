@@ -132,8 +132,7 @@ class Observer(nn.Module):
         if self._mean is None or self._scatter is None:
             zeros = torch.zeros(self.size, dtype=torch.float64)
             return Moments(0, zeros, torch.outer(zeros, zeros))
-        upper = self._scatter.triu()  # only the upper blocks are kept up to date
-        return Moments(self._count, self._mean.clone(), upper + upper.triu(1).T)
+        return Moments(self._count, self._mean.clone(), _mirrored(self._scatter))
 
     @torch.no_grad()
     def forward(self, point: int, *activations: Tensor) -> None:
@@ -175,7 +174,9 @@ class Observer(nn.Module):
         total = self._count + count
         # Two rank-one terms in one pass: between the batches, and from the shift to the batch's own mean.
         left = torch.stack([delta * (self._count * count / total), drift * -float(count)], dim=1)
-        self._scatter.add_(scatter.to(home)).addmm_(left, torch.stack([delta, drift]))
+        right = torch.stack([delta, drift])
+        for rows, columns in _upper_panels(self.size):
+            self._scatter[rows, columns].add_(scatter[rows, columns].to(home)).addmm_(left[rows], right[:, columns])
         self._mean.add_(delta, alpha=count / total)
         self._count = total
 
@@ -290,12 +291,33 @@ def _slices(outer: int, inner: int, limit: int) -> Iterator[tuple[slice, slice]]
             yield slice(start, min(start + step, outer)), slice(left, min(left + width, inner))
 
 
+def _upper_panels(channels: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the panels that hold a symmetric matrix on and above its diagonal.
+
+    Little more than half the work of the whole. What lies below the diagonal in a panel's first square is written,
+    but not to be read.
+    """
+    height = min(max(64, channels // 8), 256)
+    for start in range(0, channels, height):
+        yield slice(start, min(start + height, channels)), slice(start, channels)
+
+
 def _add_gram(part: Tensor, scatter: Tensor) -> None:
-    """``scatter += part @ part.T``, in the blocks on and above the diagonal only: some 5/8 of the work."""
-    channels = len(part)
-    panel = min(max(64, channels // 4), 256)
-    for start in range(0, channels, panel):
-        scatter[start : start + panel, start:].addmm_(part[start : start + panel], part[start:].T)
+    """``scatter += part @ part.T`` in the panels on and above the diagonal."""
+    for rows, columns in _upper_panels(len(part)):
+        scatter[rows, columns].addmm_(part[rows], part[columns].T)
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrix of which ``upper`` holds the panels on and above the diagonal."""
+    whole = torch.empty_like(upper)
+    for rows, columns in _upper_panels(len(upper)):
+        panel = upper[rows, columns]
+        square = panel[:, : len(panel)].triu()
+        whole[rows, columns] = panel
+        whole[columns, rows] = panel.T
+        whole[rows, rows] = square + square.triu(1).T
+    return whole
 
 
 def _require_finite(sums: Tensor, node: str) -> None:

@@ -14,6 +14,7 @@ from fxzip.errors import CalibrationError
 from fxzip.loops import describe, evaluating, feed
 from fxzip.moments import Moments, Observer
 from fxzip.passes.align import Alignment
+from fxzip.passes.reuse import reuse_memory
 
 
 def observe(
@@ -81,7 +82,7 @@ def insert_observers(alignment: Alignment, points: Mapping[str, Sequence[MergePo
     joint = fx.GraphModule(root, graph, class_name="Observed")
     joint.graph.eliminate_dead_code(lambda node: node in effects or node.is_impure())
     joint.graph.lint()
-    joint.recompile()
+    reuse_memory(joint)
     return joint
 
 

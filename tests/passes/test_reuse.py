@@ -1,0 +1,114 @@
+"""Numbered as the conditions at the head of passes/reuse.py."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxzip.passes.observe import writes_in_place
+from fxzip.passes.reuse import reuse_memory
+from fxzip.passes.trace import trace
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.other = nn.Conv2d(3, 3, 1)
+        self.norm = nn.BatchNorm2d(3)
+        self.relu = nn.ReLU()
+
+
+class Block(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(self.conv(x)) + x)
+
+
+class Functions(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.conv(x)) + F.relu(self.other(x))
+
+
+class OnInput(Net):  # 1: the user's own tensor
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.relu(x))
+
+
+class OnView(Net):  # 1: a view of what is read later
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.relu(y.flatten(1)).sum() + y.sum()
+
+
+class ReadLater(Net):  # 2
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.relu(y) * self.other(y)
+
+
+class ViewReadLater(Net):  # 2: a user that comes before, whose result is a view
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        flat = y.flatten(1)
+        return self.relu(y).flatten(1) * flat
+
+
+class Twice(Net):  # one call may, the other may not
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.conv(x))
+        return self.relu(y) - y * x
+
+
+class Broadcast(Net):  # 3
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3), keepdim=True) + self.conv(x)[:, :, :1] + self.other(x)
+
+
+def rewritten(net: nn.Module) -> tuple[fx.GraphModule, list[str]]:
+    traced = trace(net, (torch.randn(2, 3, 5, 5),))
+    reuse_memory(traced)
+    traced.graph.lint()
+    return traced, [node.name for node in traced.graph.nodes if writes_in_place(node, traced)]
+
+
+@pytest.mark.parametrize("net", [Block, Functions, OnInput, OnView, ReadLater, ViewReadLater, Twice, Broadcast])
+def test_the_function_and_the_input_stay(net: type[Net]) -> None:
+    torch.manual_seed(0)
+    model = net().eval()
+    module, _ = rewritten(model)
+    x = torch.randn(4, 3, 5, 5)
+    given = x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), model(given))
+    assert torch.equal(x, given)
+
+
+@pytest.mark.parametrize(
+    ("net", "expected"),
+    [
+        (Block, ["add", "relu"]),
+        (Functions, ["silu", "relu"]),
+        *((net, []) for net in (OnInput, OnView, ReadLater, ViewReadLater, Twice)),
+    ],
+)
+def test_what_works_in_place(net: type[Net], expected: list[str]) -> None:
+    assert rewritten(net().eval())[1] == expected
+
+
+def test_a_sum_writes_to_the_operand_of_its_own_shape() -> None:
+    module, names = rewritten(Broadcast().eval())
+    (last,) = (node for node in module.graph.nodes if node.name in names)
+    assert last.target is operator.iadd
+    assert last.args[0].name == "other"
+
+
+def test_the_given_submodules_are_not_changed() -> None:
+    traced = trace(Block().eval(), (torch.randn(2, 3, 5, 5),))
+    relu = traced.get_submodule("relu")
+    reuse_memory(traced)
+    assert traced.get_submodule("relu") is not relu
+    assert relu.inplace is False
