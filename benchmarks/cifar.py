@@ -1,15 +1,21 @@
 """Pairs of ResNet-20 on disjoint halves of CIFAR-10's classes, merged in every way (the paper's Table 1a).
 
-    python -m benchmarks.cifar --data ../shared/data --width 2 --size 16 --pairs 1 [--bf16]
+    python -m benchmarks.cifar --data ../shared/data --width 2 --size 16 --pairs 3
 
 Networks are trained first, or read from benchmarks/checkpoints. The merges see unlabelled training images of all
-classes. Results go to benchmarks/results/cifar_SETTING.json, pair by pair, so that a run can be taken up again.
+classes. Each merge's figures go to benchmarks/results/cifar_SETTING.json as they come, so that a run can be taken up
+again; means over the pairs go to benchmarks/results/cifar.json, which the docs show. Pair 0 is the one that options
+were tuned on; the means are of the others, where there are any.
+
+Without refit every merge has its BatchNorm statistics reset, which is what REPAIR (Jordan et al., arXiv 2211.08403,
+section 4.4) is for networks with BatchNorm.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,16 +32,23 @@ from benchmarks.data import Split, load_cifar10
 from benchmarks.pairs import Setting, halves, models
 
 RESULTS = Path(__file__).parent / "results"
-PAPER = {"alpha": 1e-4, "beta": 0.05}
-METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("average", {"method": "average", "refit": False}),
-    ("permute", {"method": "permute", "refit": False}),
-    ("zip, paper's α and β", {"method": "zip", "refit": False, **PAPER}),
-    ("zip, α = β = 1", {"method": "zip", "refit": False}),
-    ("average + refit", {"method": "average"}),
-    ("permute + refit", {"method": "permute"}),
-    ("zip + refit (the default)", {}),
-)
+CUTS = {"7 of 20": "layer2", "13 of 20": "layer3", "19 of 20": None}
+"""Layers in the trunk: convolutions of the main path."""
+METHODS: dict[str, dict[str, Any]] = {
+    "average": {"method": "average", "refit": False},
+    "Git Re-Basin (weights)": {"method": "weights", "refit": False},
+    "permute": {"method": "permute", "refit": False},
+    "MuDSC (dual)": {"method": "dual", "refit": False},
+    "CCA-Merge": {"method": "cca", "refit": False},
+    "ZipIt!": {"method": "zip", "refit": False, "alpha": 1e-4, "beta": 0.05},
+    "zip, α = β = 1": {"method": "zip", "refit": False},
+    "select, no refit": {"method": "select", "refit": False},
+    "average + refit": {"method": "average"},
+    "permute + refit": {"method": "permute"},
+    "zip + refit": {"method": "zip"},
+    "select + refit (default)": {},
+}
+SCORES = ("joint", "task0", "task1", "average")
 
 
 @torch.no_grad()
@@ -58,35 +71,58 @@ def percent(right: Tensor) -> float:
     return 100 * right.double().mean().item()
 
 
-def measure_pair(setting: Setting, pair: int, train: Split, test: Split, images: int) -> Iterator[dict[str, Any]]:
-    """A row for the ensemble and for each method."""
+def measure_pair(
+    setting: Setting, pair: int, train: Split, test: Split, images: int, done: set[tuple[Any, ...]]
+) -> Iterator[dict[str, Any]]:
+    """A row for the ensemble and for each cut and method that is not done."""
+    wanted = [(cut, name) for cut in CUTS for name in METHODS if (pair, cut, name) not in done]
+    if not wanted:
+        return
     networks, classes = models(setting, pair, train), halves(pair)
     drawn = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(pair))[:images]
     loader = list(train.images[drawn].split(125))
-    ensemble = accuracies(lambda x: tuple(network(x) for network in networks), test, classes)
+    if (pair, "none", "ensemble") not in done:
+        ensemble = accuracies(lambda x: tuple(network(x) for network in networks), test, classes)
+        yield {"pair": pair, "cut": "none", "method": "ensemble", "flops": 2.0, "seconds": 0.0, **ensemble}
     prepared = fxzip.prepare(*networks, example_inputs=loader[0][:2])
     start = time.perf_counter()
     prepared.observe(loader, progress=False)
     observing = time.perf_counter() - start
-    yield {"pair": pair, "method": "ensemble", "flops": None, "seconds": None, **ensemble}
-    for name, options in METHODS:
+    for cut, name in wanted:
         start = time.perf_counter()
-        zipped = prepared.convert(progress=False, **options)
+        zipped = prepared.convert(cut=CUTS[cut], progress=False, **METHODS[name])
         seconds = time.perf_counter() - start + observing
         ratio = zipped.report.flops_after / zipped.report.before[0].flops
-        yield {"pair": pair, "method": name, "flops": ratio, "seconds": seconds, **accuracies(zipped, test, classes)}
+        scores = accuracies(zipped, test, classes)
+        yield {"pair": pair, "cut": cut, "method": name, "flops": ratio, "seconds": seconds, **scores}
 
 
-def table(rows: list[dict[str, Any]], title: str) -> Table:
-    """The rows of all pairs, to print."""
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means and standard deviations over the pairs that nothing was tuned on, by cut and method."""
+    held_out = [row for row in rows if row["pair"] > 0] or rows
+    found = []
+    for cut, name in dict.fromkeys((row["cut"], row["method"]) for row in held_out):
+        mine = [row for row in held_out if (row["cut"], row["method"]) == (cut, name)]
+        line = {"layers merged": cut, "method": name, "FLOPs": f"{statistics.mean(r['flops'] for r in mine):.2f}"}
+        for score, title in zip(SCORES, ("joint", "task A", "task B", "average"), strict=True):
+            line[title] = spread([row[score] for row in mine])
+        found.append(line | {"merge_s": f"{statistics.mean(row['seconds'] for row in mine):.0f}"})
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def table(lines: list[dict[str, Any]], title: str) -> Table:
+    """The summary, to print."""
     result = Table(title=title)
-    for column in ("pair", "method", "FLOPs", "joint", "task A", "task B", "average", "seconds"):
-        result.add_column(column, justify="left" if column == "method" else "right")
-    for row in rows:
-        cost = "2.00" if row["flops"] is None else f"{row['flops']:.2f}"
-        scores = (f"{row[key]:.1f}" for key in ("joint", "task0", "task1", "average"))
-        seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        result.add_row(str(row["pair"]), row["method"], cost, *scores, seconds)
+    for column in lines[0]:
+        result.add_column(column.replace("_", ", "), justify="left" if column == "method" else "right")
+    for line in lines:
+        result.add_row(*line.values())
     return result
 
 
@@ -96,20 +132,31 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     for name, default in (("width", 2), ("size", 16), ("epochs", 7), ("pairs", 3), ("images", 1000), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
+    bf16 = torch.cpu._is_avx512_bf16_supported()
+    text = "train under bfloat16 autocast (the default where the CPU has instructions for it)"
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help=text)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     setting = Setting(options.width, options.size, options.epochs, options.bf16)
     path = RESULTS / f"cifar_{setting.key}.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    done = {(row["pair"], row["cut"], row["method"]) for row in rows}
+    facts = {
+        "command": " ".join(["python -m benchmarks.cifar", *sys.argv[1:]]),
+        "versions": {"torch": torch.__version__, "fxzip": fxzip.__version__},
+        "threads": options.threads,
+    }
     train, test = load_cifar10(options.data, options.size)
     for pair in range(options.pairs):
-        if any(row["pair"] == pair for row in rows):
-            continue
-        rows += measure_pair(setting, pair, train, test, options.images)
-        command = " ".join(["python -m benchmarks.cifar", *sys.argv[1:]])
-        path.write_text(json.dumps({"command": command, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
-    Console().print(table(rows, f"CIFAR-10 halves, ResNet-20 {setting.key}, {options.images} images"))
+        for row in measure_pair(setting, pair, train, test, options.images, done):
+            rows.append(row)
+            path.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+            print(f"pair {pair}, {row['cut']}, {row['method']}: {row['average']:.1f}", flush=True)
+    lines = summary(rows)
+    tested = sorted({row["pair"] for row in rows if row["pair"] > 0}) or [0]
+    facts |= {"setting": f"ResNet-20 {setting.key}, {options.images} images, pairs {tested}"}
+    (RESULTS / "cifar.json").write_text(json.dumps({**facts, "rows": lines}, indent=1, ensure_ascii=False) + "\n")
+    Console().print(table(lines, facts["setting"]))
 
 
 if __name__ == "__main__":

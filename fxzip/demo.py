@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 NAMES = ("low", "high")
 CLASSES = 5
-METHODS: tuple[Literal["average", "permute", "zip"], ...] = ("average", "permute", "zip")
-CUTS = (None, "layer3")
+PAPER = ("average", "permute", "zip")
+METHODS = {False: PAPER, True: (*PAPER, "select")}
+"""By whether layers are refitted."""
+CUTS = (None, "layer2")
 EPOCHS = 10
 BATCH = 64
 
@@ -210,7 +212,7 @@ def run(progress: bool = True, epochs: int = EPOCHS) -> list[Row]:
     prepared.observe(DataLoader(digits.train, batch_size=128), progress=progress)
     for refit in (False, True):
         for cut in CUTS:
-            for method in METHODS:
+            for method in METHODS[refit]:
                 zipped = prepared.convert(cut=cut, method=method, refit=refit, progress=False)
                 name = f"{method}{' + refit' if refit else ''}, {'full' if cut is None else f'to {cut}'}"
                 rows.append(measure(name, zipped, digits))

@@ -43,14 +43,13 @@ def fuse_parameter(tensors: Sequence[Tensor], sites: Sequence[Mapped]) -> Tensor
     first = tensors[0]
     if not first.is_floating_point():
         return first.clone()
-    ordered = sorted(sites, key=lambda pair: pair[0].rows is not None)
     work = torch.promote_types(first.dtype, torch.float32)
     total: Tensor | None = None
     for model, tensor in enumerate(tensors):
-        part = _transformed(tensor.detach().to(first.device, work), ordered, model)
+        part = transformed(tensor.detach().to(first.device, work), sites, model)
         total = part.clone() if total is None else total.add_(part)
     assert total is not None
-    return total.mul_(_weights(total, ordered, len(tensors))).to(first.dtype)
+    return total.mul_(_weights(total, sites, len(tensors))).to(first.dtype)
 
 
 def _weights(tensor: Tensor, sites: Sequence[Mapped], n_models: int) -> Tensor:
@@ -62,7 +61,8 @@ def _weights(tensor: Tensor, sites: Sequence[Mapped], n_models: int) -> Tensor:
     axes = {site.axis for site, _ in produced}
     if len(axes) > 1:
         ones = torch.ones_like(tensor)
-        return 1 / sum((_transformed(ones, produced, model) for model in range(n_models)), torch.zeros_like(ones))
+        count = sum((transformed(ones, produced, model) for model in range(n_models)), torch.zeros_like(ones))
+        return torch.where(count > 0, 1 / count, 0.0)  # no model has both channels where each is kept from another
     weights = torch.full((1,) * tensor.dim(), 1 / n_models, dtype=tensor.dtype, device=tensor.device)
     for site, _ in produced:
         axis, index = (site.axis, site.index) if site.rows is None else (0, site.rows)
@@ -71,9 +71,12 @@ def _weights(tensor: Tensor, sites: Sequence[Mapped], n_models: int) -> Tensor:
     return weights
 
 
-def _transformed(tensor: Tensor, sites: Sequence[Mapped], model: int) -> Tensor:
-    for site, merge_map in sites:
+def transformed(tensor: Tensor, sites: Sequence[Mapped], model: int) -> Tensor:
+    """One model's parameter with M_p and U_p applied at its sites, those inside groups last."""
+    for site, merge_map in sorted(sites, key=lambda pair: pair[0].rows is not None):
         index = site.index.to(tensor.device)
+        if site.parameter.endswith("running_var"):
+            merge_map = merge_map.positive
         if site.rows is None:
             tensor = applied(tensor, site.axis, index, Mixing.of(merge_map, model, site.role))
         else:

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fxzip.channels import ChannelSpace, ChannelSpec
-from fxzip.matching import MergeMap, match
+from fxzip.matching import MergeMap, evidence, match
 from fxzip.moments import Moments
 from fxzip.passes.permute import by_depth
 
@@ -37,17 +37,19 @@ def match_spaces(
         names: The spaces to match; their parents are matched too.
         options: Of the method.
     """
-    wanted = _with_parents(spec, names)
-    deciding = wanted | {below.name for name in wanted for below in _inside(spec, name)}
-    correlations = {name: moments[name].correlation.cpu() for name in deciding if name in moments}
+    wanted = with_parents(spec, names)
+    deciding = {name for name in wanted | {i.name for n in wanted for i in inside(spec, n)} if name in moments}
+    similar = {name: moments[name].correlation.cpu() for name in deciding}
+    own = similar if evidence(method) == "correlation" else {n: moments[n].covariance.cpu() for n in deciding}
     maps: dict[str, MergeMap] = {}
     for space in by_depth(spec):
         if space.name in wanted:
-            maps[space.name] = _match_space(spec, space, correlations, maps, method, n_models, options)
+            maps[space.name] = match_space(spec, space, own, similar, maps, method, n_models, options)
     return maps
 
 
-def _with_parents(spec: ChannelSpec, names: Collection[str]) -> set[str]:
+def with_parents(spec: ChannelSpec, names: Collection[str]) -> set[str]:
+    """The named spaces and those of the blocks that they lie in."""
     wanted = set(names)
     for space in reversed(by_depth(spec)):
         if space.name in wanted and space.parent is not None:
@@ -55,25 +57,38 @@ def _with_parents(spec: ChannelSpec, names: Collection[str]) -> set[str]:
     return wanted
 
 
-def _inside(spec: ChannelSpec, name: str) -> Iterator[ChannelSpace]:
+def inside(spec: ChannelSpec, name: str) -> Iterator[ChannelSpace]:
     """The spaces whose channels lie in blocks of a space, however deep."""
     for child in spec.children(name):
         yield child
-        yield from _inside(spec, child.name)
+        yield from inside(spec, child.name)
 
 
-def _match_space(
-    spec: ChannelSpec, space: ChannelSpace, correlations: Mapping[str, Tensor], maps: Mapping[str, MergeMap],
-    method: str, n_models: int, options: Mapping[str, Any],
+def match_space(
+    spec: ChannelSpec, space: ChannelSpace, own: Mapping[str, Tensor], similar: Mapping[str, Tensor],
+    maps: Mapping[str, MergeMap], method: str, n_models: int, options: Mapping[str, Any],
 ) -> MergeMap:  # fmt: skip
-    inside = list(_inside(spec, space.name))
-    similarity = correlations.get(space.name)
-    if inside:
-        seen = [correlations[below.name] for below in inside if below.name in correlations]
-        scores = [block_scores(correlation, n_models, space.size) for correlation in seen]
-        if scores:
-            similarity = sum(scores, torch.zeros_like(scores[0]) if similarity is None else similarity)
+    """The map of one space, those of its blocks being in ``maps``.
+
+    Args:
+        spec: The channel spaces.
+        space: One of them.
+        own: What ``method`` is given, by space.
+        similar: Correlations, or what else is greater the more alike two channels are, by space: blocks are assigned
+            by those of the channels in them.
+        maps: The maps that are there.
+        method: As for `fxzip.matching.match`.
+        n_models: Number of models N.
+        options: Of the method.
+    """
+    within = list(inside(spec, space.name))
+    similarity = (similar if within else own).get(space.name)
+    if within:
         method, options = ("average" if method == "average" else "permute"), {}
+    for below in within:
+        if below.name in similar:
+            scores = block_scores(similar[below.name], n_models, space.size)
+            similarity = scores if similarity is None else similarity + scores
     if similarity is None:
         similarity, method, options = torch.eye(n_models * space.size), "average", {}
     if space.parent is None:
@@ -115,10 +130,13 @@ def _match_in_blocks(
     """Match channels inside each set of blocks that the parent's map puts together."""
     blocks = parent.merge.shape[0]
     width = len(similarity) // (n_models * blocks)
-    assignment = torch.empty(n_models * blocks * width, dtype=torch.int64)
+    merge = torch.zeros(blocks * width, len(similarity), dtype=torch.float64)
+    unmerge = torch.zeros(len(similarity), blocks * width, dtype=torch.float64)
     for block in range(blocks):
         members = (parent.assignment == block).nonzero().flatten()
         here = (members[:, None] * width + torch.arange(width)).reshape(-1)
+        there = torch.arange(block * width, (block + 1) * width)
         inner = match(method, similarity[here][:, here], n_models=n_models, **options)
-        assignment[here] = block * width + inner.assignment
-    return MergeMap.from_assignment(assignment, n_models)
+        merge[there[:, None], here] = inner.merge
+        unmerge[here[:, None], there] = inner.unmerge
+    return MergeMap(merge, unmerge, n_models)

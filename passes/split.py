@@ -8,12 +8,11 @@ nothing stands between, and is else a gather of channels that is inserted.
 from __future__ import annotations
 
 import copy
-import operator
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxzip.channels import ChannelSpec
@@ -23,6 +22,7 @@ from fxzip.passes.align import Alignment
 from fxzip.passes.cut import learned
 from fxzip.passes.fuse import Mixing, applied, fuse_parameter, part_of, sites_by_parameter
 from fxzip.passes.observe import writes_in_place
+from fxzip.passes.untie import parameter_uses, untie
 from fxzip.rules import kind_of, target_of
 
 
@@ -92,14 +92,20 @@ def _write_fused(
     states = [module.state_dict(keep_vars=True) for module in alignment.modules]
     sites = sites_by_parameter(spec, maps)
     mapped = {id(states[0][name]): found for name, found in sites.items()}
+    untied = untie(trunk, spec)
     done: set[int] = set()
     with torch.no_grad():
         for name, tensor in trunk.state_dict(keep_vars=True).items():
             if id(tensor) in done:  # a tied parameter has several names, of which one has the sites
                 continue
             done.add(id(tensor))
-            tensors = [state[peer] for state, peer in zip(states, peers[name], strict=True)]
-            tensor.copy_(fuse_parameter(tensors, mapped.get(id(tensors[0]), ())))
+            own = untied.get(name)
+            source = name if own is None else own.source
+            tensors = [state[peer] for state, peer in zip(states, peers[source], strict=True)]
+            mine = mapped.get(id(tensors[0]), ())
+            if own is not None:
+                mine = [(replace(site, role=own.roles.get(site.axis, site.role)), found) for site, found in mine]
+            tensor.copy_(fuse_parameter(tensors, mine))
 
 
 def paired_parameters(alignment: Alignment, cut: int) -> dict[str, tuple[str, ...]]:
@@ -151,8 +157,9 @@ def _head(
         if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     device = device_of(module)
-    for name, index in gathers.items():
-        module.register_buffer(name, index.to(device))
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    for name, how in gathers.items():
+        module.register_buffer(name, how.to(device, dtype if how.is_floating_point() else how.dtype))
     head = _module(module, graph, "Head")
     for name in gathers:
         delattr(module, name)
@@ -163,15 +170,16 @@ def _head(
 
 @dataclass(frozen=True, eq=False)
 class Unmerge:
-    """How one model's channels are found in a merged tensor: a gather for each axis that has channels.
+    """How one model's channels are found in a merged tensor, for each axis that has channels.
 
     Attributes:
         node: The tensor's node in the first model.
-        gathers: (axis, merged position of each of the model's positions) pairs.
+        steps: (axis, how) pairs; ``how`` is the merged position of each of the model's positions, int64 of shape
+            (positions,), or where one position is found from several, U itself, (positions, positions).
     """
 
     node: str
-    gathers: tuple[tuple[int, Tensor], ...]
+    steps: tuple[tuple[int, Tensor], ...]
 
     @classmethod
     def of(cls, spec: ChannelSpec, maps: Mapping[str, MergeMap], node: str, model: int) -> Unmerge:
@@ -182,23 +190,36 @@ class Unmerge:
                 continue
             (axis,) = axes
             size = max(f.shape[axis] for f in spec.layout.factors[node])
-            positions = by_axis.setdefault(axis, torch.arange(size))
-            positions[index] = index[part_of(maps[space.name], model, "contract").argmax(0)]
-        return cls(node, tuple(by_axis.items()))
+            matrix = by_axis.setdefault(axis, torch.eye(size, dtype=torch.float64))
+            part = part_of(maps[space.name], model, "contract").T
+            for copy_ in index.T:
+                matrix[copy_[:, None], copy_] = part
+        return cls(node, tuple((axis, _as_gather(matrix)) for axis, matrix in by_axis.items()))
 
     @property
     def moves(self) -> bool:
         """Whether any channel is elsewhere than it was."""
-        return any(not torch.equal(index, torch.arange(len(index))) for _, index in self.gathers)
+        return any(how.dim() == 2 or not torch.equal(how, torch.arange(len(how))) for _, how in self.steps)
 
     def insert(self, graph: fx.Graph, node: fx.Node, buffers: dict[str, Tensor]) -> fx.Node:
-        """Append the gathers to a graph; the indices are added to ``buffers`` under new names."""
-        for axis, index in self.gathers:
-            name = f"unmerge_{self.node}" if len(self.gathers) == 1 else f"unmerge_{self.node}_{axis}"
-            buffers[name] = index
-            select = (node, axis, graph.get_attr(name))
-            node = graph.create_node("call_function", torch.index_select, select, name=f"{name}_gather")
+        """Append the steps to a graph; indices and matrices are added to ``buffers`` under new names."""
+        for axis, how in self.steps:
+            name = f"unmerge_{self.node}" if len(self.steps) == 1 else f"unmerge_{self.node}_{axis}"
+            buffers[name] = how
+            if how.dim() == 1:
+                select = (node, axis, graph.get_attr(name))
+                node = graph.create_node("call_function", torch.index_select, select, name=f"{name}_gather")
+            else:
+                last = graph.call_function(torch.movedim, (node, axis, -1))
+                mixed = graph.call_function(F.linear, (last, graph.get_attr(name)))
+                node = graph.create_node("call_function", torch.movedim, (mixed, -1, axis), name=f"{name}_mix")
         return node
+
+
+def _as_gather(matrix: Tensor) -> Tensor:
+    """The position of the only 1 in each row, or the matrix where rows are anything else."""
+    place = matrix.argmax(1)
+    return place if torch.equal(matrix, F.one_hot(place, matrix.shape[1]).to(matrix)) else matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,14 +246,16 @@ def foldable(
 ) -> list[Fold] | None:
     """The folds that undo the merge of one crossing tensor, or None where something else uses it.
 
-    Between the cut and the linear layers only operations that act on each channel alone may stand.
+    Between the cut and the linear layers only operations that act on each channel alone may stand, and none
+    where U mixes channels: what it undoes must be undone before anything that is not linear.
     """
     module = alignment.modules[model]
     first = {names[model]: names[0] for names in alignment.shared}
     old = {node.name: node for node in module.graph.nodes}
-    uses = _uses(module)
+    ours = learned(module)
     pending, folds = [old[alignment.shared[start][model]]], []
     before = {names[model] for names in alignment.shared[:cut]}
+    uses = parameter_uses(module, (n for n in module.graph.nodes if n.name not in before or n.name in ours))
     while pending:
         node = pending.pop()
         for user in node.users:
@@ -247,6 +270,7 @@ def foldable(
                 folds += found
             elif (
                 user.name in first
+                and not _mixes(spec, maps, first[node.name])
                 and user.op != "output"
                 and kind_of(target) in ("passive", "pointwise")
                 and (len(user.all_input_nodes) == 1 and _same_spaces(spec, first[node.name], first[user.name]))
@@ -257,15 +281,9 @@ def foldable(
     return folds
 
 
-def _uses(module: fx.GraphModule) -> Counter[int]:
-    """How many nodes use each parameter, by its identity: modules are called again, parameters tied."""
-    used: Counter[int] = Counter()
-    for node in module.graph.nodes:
-        if node.op == "call_module":
-            used.update(id(p) for p in module.get_submodule(str(node.target)).parameters())
-        elif node.op == "get_attr":
-            used[id(operator.attrgetter(str(node.target))(module))] += 1
-    return used
+def _mixes(spec: ChannelSpec, maps: Mapping[str, MergeMap], node: str) -> bool:
+    """Whether some channel of a node is found from several merged ones."""
+    return any(space.name in maps and maps[space.name].sparse is None for space, _, _ in spec.locate(node))
 
 
 def _same_spaces(spec: ChannelSpec, left: str, right: str) -> bool:

@@ -8,17 +8,20 @@ lies above the diagonal is read.
 
 To add a matcher, decorate a function ``(similarity, n_models, **options) -> assignment`` with
 ``@matcher("name")``: it is given a finite, symmetric float64 array and returns, for each of the Σn channels,
-the merged channel (0 to n - 1) that it goes to. Its further parameters are the options it takes.
+the merged channel (0 to n - 1) that it goes to, or a whole `MergeMap`. Its further parameters are the options it
+takes. ``@matcher("name", of="covariance")`` is given covariances.
 
 Dead channels (similarity 0 to every other channel, as zero variance gives) match last in every matcher.
 """
 
 from fxzip.matching import assign as _assign
+from fxzip.matching import cca as _cca
 from fxzip.matching import greedy as _greedy
+from fxzip.matching import selection as _selection
 from fxzip.matching.greedy import zip_merges
 from fxzip.matching.merge_map import MergeMap
-from fxzip.matching.registry import match, matcher, methods, options
+from fxzip.matching.registry import evidence, match, matcher, methods, options
 
-del _assign, _greedy  # imported to register their matchers
+del _assign, _cca, _greedy, _selection  # imported to register their matchers
 
-__all__ = ["MergeMap", "match", "matcher", "methods", "options", "zip_merges"]
+__all__ = ["MergeMap", "evidence", "match", "matcher", "methods", "options", "zip_merges"]

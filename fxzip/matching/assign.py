@@ -35,6 +35,24 @@ def _permute(similarity: Floats, n_models: int) -> Ints:
     return assignment
 
 
+@matcher("weights", of="weights")
+def _weights(similarity: Floats, n_models: int) -> Ints:
+    """`permute`, of how alike the channels' weights are (`fxzip.passes.match_weights`): it needs no data.
+
+    Git Re-Basin's weight matching (Ainsworth et al., arXiv 2209.04836, algorithm 1).
+    """
+    return _permute(similarity, n_models)
+
+
+@matcher("dual", of="weights")
+def _dual(similarity: Floats, n_models: int, gamma: float = 0.5) -> Ints:
+    """`permute`, of a blend of weights and activations, ``gamma`` being the share of the activations.
+
+    Dual-space matching (MuDSC; Xu et al., arXiv 2403.01753). The blend is made where the similarity is.
+    """
+    return _permute(similarity, n_models)
+
+
 @matcher("optimal")
 def _optimal(similarity: Floats, n_models: int) -> Ints:
     """The n disjoint pairs of the greatest summed similarity, within and across two models.

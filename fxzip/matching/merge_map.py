@@ -21,8 +21,10 @@ class MergeMap:
     """The map of one channel space between N models' channels and the merged ones: f* = M [f_1; ...; f_N].
 
     Attributes:
-        merge: M, float64 of shape (n, Σn): Uᵀ with each row divided by its group's size, so rows sum to one.
-        unmerge: U, float64 of shape (Σn, n); 0/1 membership, one 1 in each row.
+        merge: M, float64 of shape (n, Σn); rows sum to one. By the paper Uᵀ with each row divided by its group's
+            size; one 1 in each row where channels are kept, not averaged.
+        unmerge: U, float64 of shape (Σn, n). By the paper 0/1 membership, one 1 in each row; any weights where
+            channels are found again by regression.
         n_models: N; Σn = N · n.
     """
 
@@ -59,6 +61,19 @@ class MergeMap:
         unmerge[torch.arange(size), channels] = 1.0
         return cls(merge, unmerge, n_models)
 
+    @classmethod
+    def from_selection(cls, kept: Tensor, unmerge: Tensor, n_models: int) -> MergeMap:
+        """The map that keeps some channels and finds all others from them.
+
+        Args:
+            kept: The channels that are kept, int64 of shape (n,), all different.
+            unmerge: U, (Σn, n), with the rows of the kept ones those of the identity.
+            n_models: N.
+        """
+        merge = torch.zeros(len(kept), len(unmerge), dtype=torch.float64)
+        merge[torch.arange(len(kept)), kept] = 1.0
+        return cls(merge, unmerge.double(), n_models)
+
     @cached_property
     def sparse(self) -> tuple[Tensor, Tensor] | None:
         """The merged channel of each channel and its weight there, both (Σn,); None if a channel goes to several."""
@@ -67,10 +82,18 @@ class MergeMap:
         target = self.unmerge.argmax(1)
         return target, self.merge[target, torch.arange(len(target))]
 
+    @cached_property
+    def positive(self) -> MergeMap:
+        """The map with each row of M as shares, |M| over its sum, for what may not be negative (variances)."""
+        if bool((self.merge >= 0).all()):
+            return self
+        shares = self.merge.abs()
+        return MergeMap(shares / shares.sum(1, keepdim=True), self.unmerge, self.n_models)
+
     @property
     def assignment(self) -> Tensor:
-        """The merged channel of each channel, int64 of shape (Σn,)."""
-        return self.unmerge.argmax(1)
+        """The merged channel of each channel, the one that it is found from most; int64 of shape (Σn,)."""
+        return self.unmerge.abs().argmax(1)
 
     @property
     def within_share(self) -> float:

@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 from numbers import Real
-from typing import TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy.typing as npt
 from torch import Tensor
@@ -15,20 +15,33 @@ from fxzip.errors import OptionError
 from fxzip.matching.merge_map import MergeMap
 from fxzip.matching.similarity import Ints, as_similarity
 
-Matcher: TypeAlias = Callable[..., Ints]
+Matcher: TypeAlias = Callable[..., Ints | MergeMap]
+Registered = TypeVar("Registered", bound=Matcher)
+Evidence = Literal["correlation", "covariance", "weights"]
 _MATCHERS: dict[str, Matcher] = {}
+_EVIDENCE: dict[str, Evidence] = {}
 
 
-def matcher(name: str) -> Callable[[Matcher], Matcher]:
-    """Registers a matcher under a name; a name that is taken raises ValueError."""
+def matcher(name: str, of: Evidence = "correlation") -> Callable[[Registered], Registered]:
+    """Registers a matcher under a name, and what it wants to be given; a taken name raises ValueError."""
 
-    def register(function: Matcher) -> Matcher:
+    def register(function: Registered) -> Registered:
         if name in _MATCHERS:
             raise ValueError(f"matcher {name!r} is registered already: {_MATCHERS[name].__qualname__}")
-        _MATCHERS[name] = function
+        _MATCHERS[name], _EVIDENCE[name] = function, of
         return function
 
     return register
+
+
+def evidence(method: str) -> Evidence:
+    """Whether a matcher takes correlations, covariances, or how alike the weights are.
+
+    Raises:
+        OptionError: No matcher has that name.
+    """
+    _find(method)
+    return _EVIDENCE[method]
 
 
 def methods() -> tuple[str, ...]:
@@ -50,8 +63,9 @@ def match(method: str, similarity: Tensor | npt.ArrayLike, n_models: int = 2, **
     """Matches the channels of N models by their similarity.
 
     Args:
-        method: ``average``, ``permute``, ``zip``, ``optimal`` or any other registered name.
-        similarity: Correlations, shape (Σn, Σn) with Σn = N · n; rows ``[k * n : (k + 1) * n]`` are model k.
+        method: ``average``, ``permute``, ``zip``, ``optimal``, ``select`` or any other registered name.
+        similarity: Correlations, or what else `evidence` says, shape (Σn, Σn) with Σn = N · n; rows
+            ``[k * n : (k + 1) * n]`` are model k.
         n_models: N.
         **chosen: The method's options; ``zip`` takes ``alpha`` and ``beta``, both in [0, 1].
 
@@ -67,7 +81,8 @@ def match(method: str, similarity: Tensor | npt.ArrayLike, n_models: int = 2, **
         if not isinstance(value, Real) or not 0 <= value <= 1:
             raise OptionError(f"{name} must be a number in [0, 1], got {value!r}")
     values = as_similarity(similarity, n_models)
-    return MergeMap.from_assignment(function(values, n_models, **chosen), n_models)
+    found = function(values, n_models, **chosen)
+    return found if isinstance(found, MergeMap) else MergeMap.from_assignment(found, n_models)
 
 
 def _find(method: str) -> Matcher:

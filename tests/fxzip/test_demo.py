@@ -48,7 +48,7 @@ def test_both_networks_are_well_trained(rows: dict[str, demo.Row]) -> None:
 
 def test_a_full_zip_costs_one_network_and_a_partial_one_less_than_two(rows: dict[str, demo.Row]) -> None:
     one, two = rows["low alone"], rows["ensemble"]
-    full, partial = rows["zip, full"], rows["zip, to layer3"]
+    full, partial = rows["zip, full"], rows["zip, to layer2"]
     assert one.flops < full.flops < 1.01 * one.flops  # the second head
     assert full.flops < partial.flops < two.flops
     assert one.params < full.params < partial.params < two.params
@@ -61,11 +61,11 @@ def test_zip_beats_average_and_the_partial_cut_lies_between(rows: dict[str, demo
         return value
 
     assert average("zip, full") > average("average, full") + 10
-    assert average("zip, full") < average("zip, to layer3") <= average("ensemble")
+    assert average("zip, full") < average("zip, to layer2") <= average("ensemble")
 
 
 @pytest.mark.parametrize("merge", ["average", "permute", "zip"])
-@pytest.mark.parametrize("cut", ["full", "to layer3"])
+@pytest.mark.parametrize("cut", ["full", "to layer2"])
 def test_refit_is_better_than_the_papers_rule(rows: dict[str, demo.Row], merge: str, cut: str) -> None:
     plain, refitted = rows[f"{merge}, {cut}"], rows[f"{merge} + refit, {cut}"]
     assert (refitted.average or 0) > (plain.average or 0)

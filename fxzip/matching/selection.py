@@ -1,0 +1,75 @@
+"""The matcher that keeps channels instead of averaging them: `select`.
+
+Averaging two channels that are not alike gives one that is like neither. With a refit behind it the merged
+network does better to keep n of the Σn channels as they are, those that the others can be told from, and to
+let the next layers' weights find the rest from them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fxzip.matching.merge_map import MergeMap
+from fxzip.matching.registry import matcher
+from fxzip.matching.similarity import Floats, Ints
+
+_EXPLAINED = 1e-6
+"""Share of the largest variance below which what is left of a channel counts as explained: U stays of moderate size."""
+_DAMPING = 1e-10
+
+
+@matcher("select", of="covariance")
+def _select(covariance: Floats, n_models: int) -> MergeMap:
+    """Keep the n channels that leave the least variance unexplained, each next one given those before.
+
+    Cholesky decomposition with pivoting on the covariance (Higham, "Analysis of the Cholesky decomposition of
+    a semi-definite matrix", 1990): the next channel is the one of the greatest variance that the kept ones do
+    not explain. U is the regression of all channels on the kept ones, M has one 1 in each row. Merged channels
+    are in the order of the kept ones' numbers. Each model's variances are first scaled to a mean of one, so
+    that a model with larger activations is not preferred.
+    """
+    n = len(covariance) // n_models
+    power = covariance.diagonal().reshape(n_models, n).mean(1)
+    scale = np.repeat(1 / np.sqrt(np.where(power > 0, power, 1.0)), n)
+    found = pivots(covariance * scale[:, None] * scale[None, :], n)
+    left = np.setdiff1d(np.arange(len(covariance)), found)[: n - len(found)]
+    kept = np.sort(np.concatenate([found, left]))
+    unmerge = np.zeros((len(covariance), n))
+    unmerge[:, np.searchsorted(kept, found)] = regression(covariance, found)
+    unmerge[kept] = np.eye(n)
+    return MergeMap.from_selection(torch.from_numpy(kept), torch.from_numpy(unmerge), n_models)
+
+
+def pivots(covariance: Floats, count: int) -> Ints:
+    """The first ``count`` pivots of a Cholesky decomposition, in their order; of equals the lowest first.
+
+    They are fewer where fewer explain everything (dead channels, fewer samples than channels).
+    """
+    left = covariance.diagonal().copy()
+    noise = _EXPLAINED * float(left.max(initial=0.0))
+    factor = np.zeros((count, len(covariance)))
+    found = np.empty(count, dtype=np.int64)
+    for step in range(count):
+        pivot = int(np.argmax(left))
+        if left[pivot] <= noise:
+            return found[:step]
+        found[step] = pivot
+        row = (covariance[pivot] - factor[:step, pivot] @ factor[:step]) / np.sqrt(left[pivot])
+        row[found[:step]] = 0.0
+        factor[step] = row
+        left = np.maximum(left - row * row, 0.0)
+        left[found[: step + 1]] = -1.0
+    return found
+
+
+def regression(covariance: Floats, kept: Ints) -> Floats:
+    """All channels from linearly independent kept ones by least squares: (Σn, kept)."""
+    from scipy.linalg import cho_factor, cho_solve
+
+    if len(kept) == 0:
+        return np.zeros((len(covariance), 0))
+    own = covariance[np.ix_(kept, kept)].copy()
+    own.flat[:: len(own) + 1] *= 1 + _DAMPING
+    weights: Floats = cho_solve(cho_factor(own, lower=True), covariance[kept]).T
+    return weights

@@ -1,0 +1,94 @@
+"""`Sweep`: accuracy over FLOPs, of many merges from one pass of observing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+
+from fxzip.errors import OptionError
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One merge.
+
+    Attributes:
+        method: The matcher.
+        cut: Where the heads begin.
+        flops: FLOPs of trunk and heads, in multiples of the mean network's.
+        params: Parameters likewise.
+        scores: What ``evaluate`` gave, by name.
+    """
+
+    method: str
+    cut: str
+    flops: float
+    params: float
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The merges of a sweep, in the order in which they were made. Printed it is a table."""
+
+    rows: tuple[SweepRow, ...]
+
+    def best(self, flops: float, score: str | None = None) -> SweepRow:
+        """The row of the greatest score among those of at most so many networks' FLOPs.
+
+        Args:
+            flops: In multiples of the mean network's.
+            score: Which of the scores; None: the first.
+
+        Raises:
+            OptionError: No row is that cheap; the cheapest is named.
+        """
+        allowed = [row for row in self.rows if row.flops <= flops]
+        if not allowed:
+            cheapest = min(row.flops for row in self.rows)
+            raise OptionError(f"no merge of the sweep costs at most {flops:g}x; the cheapest costs {cheapest:.3f}x")
+        return max(allowed, key=lambda row: row.scores[score or next(iter(row.scores))])
+
+    def to_json(self, path: str | PathLike[str]) -> None:
+        """Write the rows."""
+        Path(path).write_text(json.dumps({"rows": [asdict(row) for row in self.rows]}, indent=1) + "\n")
+
+    def plot(self, path: str | PathLike[str], score: str | None = None) -> None:
+        """Draw a score over FLOPs, a line for each method, to a file of any type that matplotlib writes.
+
+        Raises:
+            OptionError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise OptionError("Sweep.plot needs matplotlib: pip install fxzip[report]") from error
+        name = score or next(iter(self.rows[0].scores))
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for method in dict.fromkeys(row.method for row in self.rows):
+            points = sorted((row.flops, row.scores[name]) for row in self.rows if row.method == method)
+            axes.plot(*zip(*points, strict=True), marker="o", label=method)
+        axes.set_xlabel("FLOPs (networks)")
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(path)
+
+    def __str__(self) -> str:
+        from fxzip.report import new_table, render
+
+        names = list(self.rows[0].scores) if self.rows else []
+        shown = new_table("", "method", "cut", "FLOPs", "parameters", *names)
+        for row in self.rows:
+            scores = (f"{row.scores[name]:.2f}" for name in names)
+            shown.add_row(row.method, row.cut, f"{row.flops:.2f}x", f"{row.params:.2f}x", *scores)
+        return render(shown)
+
+
+def as_scores(value: float | Mapping[str, float]) -> dict[str, float]:
+    """What ``evaluate`` gave, by name."""
+    return {k: float(v) for k, v in value.items()} if isinstance(value, Mapping) else {"score": float(value)}
