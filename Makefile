@@ -1,4 +1,4 @@
-# make demo | test | lint | dev: each makes .venv first where it is missing or older than its inputs.
+# make demo | test | lint | docs | dev: each makes .venv first where it is missing or older than its inputs.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint dev format clean
+.PHONY: demo test lint docs pictures dev format clean
 
 demo: $(STAMP)
 	$(BIN)/fxzip demo $(ARGS)
@@ -18,6 +18,16 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/site; a warning is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# What the docs and the readme show and takes time: drawings, what the guides' code prints, tables.
+pictures: $(STAMP)
+	$(BIN)/python docs/make_pictures.py
+	$(BIN)/python docs/examples/run.py
+	$(BIN)/python -m benchmarks.tables
 
 dev: $(STAMP)
 

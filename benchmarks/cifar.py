@@ -72,10 +72,10 @@ def percent(right: Tensor) -> float:
 
 
 def measure_pair(
-    setting: Setting, pair: int, train: Split, test: Split, images: int, done: set[tuple[Any, ...]]
+    setting: Setting, pair: int, train: Split, test: Split, images: int, cuts: list[str], done: set[tuple[Any, ...]]
 ) -> Iterator[dict[str, Any]]:
     """A row for the ensemble and for each cut and method that is not done."""
-    wanted = [(cut, name) for cut in CUTS for name in METHODS if (pair, cut, name) not in done]
+    wanted = [(cut, name) for cut in cuts for name in METHODS if (pair, cut, name) not in done]
     if not wanted:
         return
     networks, classes = models(setting, pair, train), halves(pair)
@@ -135,6 +135,7 @@ def main() -> None:
     bf16 = torch.cpu._is_avx512_bf16_supported()
     text = "train under bfloat16 autocast (the default where the CPU has instructions for it)"
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help=text)
+    parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), help="layers in the trunk")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     setting = Setting(options.width, options.size, options.epochs, options.bf16)
@@ -148,7 +149,7 @@ def main() -> None:
     }
     train, test = load_cifar10(options.data, options.size)
     for pair in range(options.pairs):
-        for row in measure_pair(setting, pair, train, test, options.images, done):
+        for row in measure_pair(setting, pair, train, test, options.images, options.cuts, done):
             rows.append(row)
             path.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
             print(f"pair {pair}, {row['cut']}, {row['method']}: {row['average']:.1f}", flush=True)

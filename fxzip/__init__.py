@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fxzip.errors import (
         AlignmentError,
         CalibrationError,
+        CheckpointError,
         CutError,
         ExportError,
         FileFormatError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from fxzip.prepared import Prepared
     from fxzip.report import Report
     from fxzip.rules import register_rule
+    from fxzip.sweep import Sweep
 
 try:
     __version__ = version("fxzip")
@@ -46,6 +48,7 @@ _HOMES = {
     "ChannelSpec": "fxzip.channels",
     "AlignmentError": "fxzip.errors",
     "CalibrationError": "fxzip.errors",
+    "CheckpointError": "fxzip.errors",
     "CutError": "fxzip.errors",
     "ExportError": "fxzip.errors",
     "FileFormatError": "fxzip.errors",
@@ -62,14 +65,16 @@ _HOMES = {
     "Prepared": "fxzip.prepared",
     "Report": "fxzip.report",
     "register_rule": "fxzip.rules",
+    "Sweep": "fxzip.sweep",
 }
-_MODULES = ("channels", "errors", "matching", "rules")
+_MODULES = ("channels", "errors", "matching", "rules", "zoo")
 
 __all__ = [
     "AlignmentError",
     "CalibrationError",
     "ChannelSpace",
     "ChannelSpec",
+    "CheckpointError",
     "CutError",
     "Export",
     "ExportError",
@@ -82,6 +87,7 @@ __all__ = [
     "Prepared",
     "Report",
     "SaveError",
+    "Sweep",
     "TraceError",
     "ZippedModel",
     "analyse",

@@ -10,6 +10,7 @@ from torch import nn
 from fxzip.batches import model_inputs, to_device
 from fxzip.channels import ChannelSpec
 from fxzip.errors import AlignmentError, CalibrationError, OptionError
+from fxzip.loaders import as_one_loader
 from fxzip.loops import device_of
 from fxzip.merged import ZippedModel
 from fxzip.passes.align import align
@@ -19,7 +20,7 @@ from fxzip.passes.cut import Cut, find_cuts
 from fxzip.passes.points import Which
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
-from fxzip.prepared import Prepared, check_method, check_models, task_names
+from fxzip.prepared import Prepared, check_method, check_models, default_method, task_names
 
 Loader = Iterable[Any]
 
@@ -28,7 +29,7 @@ def zip(
     *models: Any,
     loader: Loader | None = None,
     cut: Cut = None,
-    method: str = "zip",
+    method: str | None = None,
     alpha: float | None = None,
     beta: float | None = None,
     names: Iterable[str] | None = None,
@@ -36,6 +37,7 @@ def zip(
     refit: bool = True,
     ridge: float = RefitOptions.ridge,
     progress: bool = True,
+    **others: Any,
 ) -> ZippedModel:
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
@@ -46,9 +48,12 @@ def zip(
         models: Two networks or more, then the loader. They are left as they are.
         loader: Images like those that the networks were trained on, of all tasks, no labels needed: it gives tensors,
             tuples or lists whose first element is the input, or dicts of keyword inputs. It is read more than once.
-        cut: The module or node that the heads begin at, a share (0 to 1) of the layers for the trunk, or None for
-            everything up to where the models part or their classifiers begin.
-        method: ``zip``, ``permute``, ``average`` or ``optimal`` (see `fxzip.matching`).
+            Or a loader for each network: a list of them, or a dict by the tasks' names.
+        cut: The module or node that the heads begin at, a share (0 to 1) of the layers for the trunk, a budget
+            (``"flops<=1.3x"`` of one network: the earliest cut that meets it), or None for everything up to where
+            the models part or their classifiers begin.
+        method: ``select``, ``zip``, ``permute``, ``average``, ``optimal``, ``weights``, ``dual`` or ``cca`` (see
+            `fxzip.matching`); None: ``select`` with refit, ``zip`` without.
         alpha: For ``zip``: how readily merged channels merge again (arXiv 2305.03053, section 4.3), 0 to 1.
         beta: For ``zip``: budget of merges within one model, 0 to 1.
         names: Names of the tasks; ``task0``, ``task1`` ... without.
@@ -57,17 +62,22 @@ def zip(
             (`fxzip.passes.refit`); False: the paper's rule, and BatchNorm statistics are reset.
         ridge: For ``refit``: how much the weights are held to the paper's rule, as a share of the inputs' power.
         progress: Show bars.
+        others: Further options of the method, ``gamma`` of ``dual`` and of ``cca``.
 
     Raises:
         TraceError, AlignmentError, CutError, CalibrationError, OptionError: see `fxzip.errors`.
     """
     given, loader = _models_and_loader(models, loader)
     check_models(given)
-    check_method(method, alpha, beta, len(given))
-    prepared = prepare(*given, example_inputs=_first_batch(loader), names=names)
+    check_method(method or default_method(refit, alpha, beta), {"alpha": alpha, "beta": beta, **others}, len(given))
+    tasks = task_names(names, len(given))
+    loader = as_one_loader(loader, tasks)
+    prepared = prepare(*given, example_inputs=_first_batch(loader), names=tasks)
     prepared.place(cut)
     prepared.observe(loader, points=points, progress=progress)
-    return prepared.convert(cut=cut, method=method, alpha=alpha, beta=beta, refit=refit, ridge=ridge, progress=progress)
+    return prepared.convert(
+        cut=cut, method=method, alpha=alpha, beta=beta, refit=refit, ridge=ridge, progress=progress, **others
+    )
 
 
 def prepare(*models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None) -> Prepared:

@@ -8,6 +8,7 @@ space move whole blocks and act inside them. The blocks are themselves the chann
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -98,6 +99,7 @@ class Layout:
         space: For each label the number of its space in `ChannelSpec.spaces`, -1 if it is in none; (labels,).
         channel: For each label the number of the channel in its space; (labels,).
         frozen: For each label whether an operation keeps its channel in place; (labels,).
+        order: For each label its rank among the copies of its channel; (labels,).
         factors: For each node with a tensor output the label tensors of that output.
         bundles: The nodes whose output is a collection of tensors with channels.
     """
@@ -105,6 +107,7 @@ class Layout:
     space: Tensor
     channel: Tensor
     frozen: Tensor
+    order: Tensor
     factors: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
     bundles: frozenset[str] = field(default=frozenset(), repr=False)
 
@@ -119,6 +122,10 @@ class ChannelSpec:
         coverage: Share of the weight elements that lie in a space, 0 to 1.
         layout: Which channel lies where in which tensor.
         example: Example inputs (args, kwargs) of the network.
+        probed: The operations without a rule that were understood by trying them (`fxzip.rules.probe`), and what was
+            found: a sentence for each.
+        opposed: For each node that uses axes of a parameter in another role than its sites have (a language model's
+            read-out that is its embedding too) those axes: (parameter, axis, role).
     """
 
     spaces: tuple[ChannelSpace, ...]
@@ -126,6 +133,8 @@ class ChannelSpec:
     coverage: float
     layout: Layout = field(repr=False)
     example: tuple[tuple[Any, ...], dict[str, Any]] = field(default=((), {}), repr=False)
+    probed: tuple[str, ...] = ()
+    opposed: Mapping[str, tuple[tuple[str, int, Role], ...]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> ChannelSpace:
         """The space of that name; raises KeyError naming the spaces that there are."""
@@ -148,7 +157,7 @@ class ChannelSpec:
             for number in owner[owner >= 0].unique().tolist():
                 space = self.spaces[number]
                 here = (owner == number).nonzero().flatten()
-                index = group(channel[here], here)
+                index = group(channel[here], here, self.layout.order[flat[here]])
                 if len(index) == space.size:
                     found.append((space, axes, index))
         return tuple(found)
@@ -174,12 +183,12 @@ class ChannelSpec:
         return spec_table(self)
 
 
-def group(keys: Tensor, values: Tensor) -> Tensor:
-    """Values in rows by ascending key, each row in ascending order; int64 (distinct keys, values per key).
+def group(keys: Tensor, values: Tensor, order: Tensor) -> Tensor:
+    """Values in rows by ascending key, each row by its order, then ascending; int64 (distinct keys, values per key).
 
     Every key must come equally often, as channels of one space do.
     """
-    order = torch.argsort(values)
-    keys, values = keys[order], values[order]
-    order = torch.argsort(keys, stable=True)
-    return values[order].reshape(int(keys.unique().numel()), -1)
+    arranged = torch.argsort(values)
+    arranged = arranged[torch.argsort(order[arranged], stable=True)]
+    arranged = arranged[torch.argsort(keys[arranged], stable=True)]
+    return values[arranged].reshape(int(keys.unique().numel()), -1)

@@ -29,6 +29,10 @@ class SaveError(FxzipError, RuntimeError):
     """The merged network, or the place where it should go, does not let it be saved."""
 
 
+class CheckpointError(FxzipError, ValueError):
+    """A checkpoint is missing, cannot be read, or is of another architecture."""
+
+
 class FileFormatError(FxzipError, ValueError):
     """A saved network is missing, cut short, altered, too new, or asks for what a file may not."""
 

@@ -78,3 +78,18 @@ def replace_files(source: Path, target: Path, scratch: Path) -> None:
             elif not (source / name).exists():
                 (target / name).unlink(missing_ok=True)
         raise
+
+
+def write_file(path: Path, content: bytes, error: type[Exception] = SaveError) -> Path:
+    """Write a file whole or not at all; an earlier one is replaced.
+
+    Raises:
+        Exception: ``error``, where ``path`` is a folder or nothing can be written there.
+    """
+    path = Path(os.path.abspath(path))
+    if path.is_dir():
+        raise error(f"{path} is a folder: give the name of a file")
+    with scratch_folder(path.parent, error) as scratch:
+        (scratch / "file").write_bytes(content)
+        os.replace(scratch / "file", path)
+    return path

@@ -21,6 +21,8 @@ FIXED = 1
 """The label of an element that must stay where it is."""
 FIRST = 2
 """The first label that names a channel."""
+SMALL = 4096
+"""Up to so many elements a simple pass over them is cheaper than cleverness."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,7 @@ class Labelled:
 
 def varying(factor: Tensor) -> frozenset[int]:
     """The axes along which the labels of a factor vary."""
-    return frozenset(axis for axis, size in enumerate(factor.shape) if size > 1)
+    return frozenset([axis for axis, size in enumerate(factor.shape) if size > 1])
 
 
 def compress(labels: Tensor) -> Tensor | None:
@@ -52,8 +54,15 @@ def compress(labels: Tensor) -> Tensor | None:
     """
     if labels.numel() == 0:
         return None
+    for axis, stride in enumerate(labels.stride()):
+        if stride == 0:  # an expanded axis needs no look
+            labels = labels.narrow(axis, 0, 1)
     for axis in range(labels.dim()):
-        if labels.shape[axis] == 1:
+        if labels.shape[axis] == 1 or (labels.numel() > SMALL and _differ(labels, axis)):
+            continue
+        first = labels.narrow(axis, 0, 1)
+        if bool((labels == first).all()):
+            labels = first
             continue
         top = labels.amax(axis, keepdim=True)
         if bool(((labels == top) | (labels == VOID)).all()):
@@ -63,8 +72,16 @@ def compress(labels: Tensor) -> Tensor | None:
     return None if bool((labels == VOID).all()) else labels.contiguous()
 
 
+def _differ(labels: Tensor, axis: int) -> bool:
+    """Whether the first two positions along an axis tell that labels vary along it; often they do."""
+    first, second = labels.select(axis, 0), labels.select(axis, 1)
+    return bool(((first != second) & (first != VOID) & (second != VOID)).any())
+
+
 def aligned(value: Labelled, rank: int) -> Labelled:
     """The value with leading axes of size 1, as broadcasting adds them."""
+    if len(value.shape) == rank:
+        return value
     lead = (1,) * (rank - len(value.shape))
     return Labelled(
         lead + tuple(value.shape),
@@ -76,13 +93,14 @@ def aligned(value: Labelled, rank: int) -> Labelled:
 
 @dataclass(eq=False)
 class ParameterAxis:
-    """The labels along one axis of a parameter; of shape (blocks, n) where they depend on ``rows``."""
+    """The labels along one axis of a parameter, first used by ``node``; (blocks, n) where they depend on ``rows``."""
 
     parameter: str
     axis: int
     labels: Tensor
     role: Role
     rows: Tensor | None = None
+    node: str = ""
 
 
 @dataclass(eq=False)
@@ -91,11 +109,16 @@ class LabelGraph:
 
     Attributes:
         axes: Labels along the axes of parameters, by (parameter, axis).
-        edges: Pairs of labels that are one channel.
+        edges: Pairs of labels that meet; two that name channels are one channel.
         parents: (relation, child labels, block labels): children move with their block.
         frozen: (labels, reason): labels that may not be permuted.
         uses: (node, labels): labels that a node treats as one set (a norm, an activation, a mean).
+        places: (node, labels, places): at a node these labels stand at fixed places, inside blocks that may move:
+            only labels of one place can be permuted among themselves.
         aliases: The one name to use for a parameter that has several.
+        opposed: For each node the axes of parameters (parameter, axis, role) that it uses in another role than the
+            node that used them first.
+        node: The node whose rule runs.
     """
 
     axes: dict[tuple[str, int], ParameterAxis] = field(default_factory=dict)
@@ -103,7 +126,10 @@ class LabelGraph:
     parents: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     uses: list[tuple[str, Tensor]] = field(default_factory=list)
+    places: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
+    opposed: dict[str, list[tuple[str, int, Role]]] = field(default_factory=dict)
+    node: str = ""
     count: int = FIRST
 
     def fresh(self, *shape: int) -> Tensor:
@@ -113,25 +139,27 @@ class LabelGraph:
         self.count += n
         return labels
 
-    def unite(self, left: Tensor, right: Tensor, reason: str = "position") -> None:
-        """Labels that meet at one position (after broadcasting) are one channel."""
-        left, right = (t.reshape(-1) for t in torch.broadcast_tensors(left, right))
-        both = (left >= FIRST) & (right >= FIRST)
-        self.edges.append((left[both], right[both]))
-        self.freeze(left[(left >= FIRST) & (right == FIXED)], reason)
-        self.freeze(right[(right >= FIRST) & (left == FIXED)], reason)
+    def unite(self, left: Tensor, right: Tensor) -> None:
+        """Labels that meet at one position (after broadcasting) are one channel, or in place if one is `FIXED`."""
+        if left.shape != right.shape:
+            left, right = torch.broadcast_tensors(left, right)
+        if left is not right:
+            self.edges.append((left.reshape(-1), right.reshape(-1)))
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """These labels may not be permuted, and why."""
-        labels = labels[labels >= FIRST].unique()
-        if labels.numel():
-            self.frozen.append((labels, reason))
+        self.frozen.append((_distinct(labels), reason))
 
     def use(self, node: str, labels: Tensor) -> None:
         """A node treats these labels as one set: they can be permuted among themselves only."""
-        labels = labels[labels >= FIRST].unique()
-        if labels.numel():
-            self.uses.append((node, labels))
+        self.uses.append((node, _distinct(labels)))
+
+    def place(self, node: str, labels: Tensor, places: Tensor) -> None:
+        """Labels (after broadcasting) that stand at fixed places."""
+        labels, places = (t.reshape(-1) for t in torch.broadcast_tensors(labels, places))
+        pairs = torch.stack([labels, places], 1)[labels >= FIRST].unique(dim=0)
+        if len(pairs):
+            self.places.append((node, pairs[:, 0], pairs[:, 1]))
 
     def nest(self, relation: str, children: Tensor, blocks: Tensor) -> None:
         """Children move with their block (after broadcasting); a `FIXED` block does not move."""
@@ -149,14 +177,30 @@ class LabelGraph:
         """The labels along an axis of a parameter: the same ones each time that it is used."""
         key = (self.aliases.get(parameter, parameter), axis)
         if key not in self.axes:
-            self.axes[key] = ParameterAxis(*key, self.fresh(size), role)
+            self.axes[key] = ParameterAxis(*key, self.fresh(size), role, node=self.node)
+        elif self.axes[key].role != role:
+            self.opposed.setdefault(self.node, []).append((*key, role))
         return self.axes[key].labels
+
+    def contract(self, parameter: str, axis: int) -> None:
+        """An axis of a parameter that was opened as a value is contracted at this node."""
+        key = (self.aliases.get(parameter, parameter), axis)
+        known = self.axes.get(key)
+        if known is None:
+            return
+        opposed = self.opposed.get(self.node, [])
+        if (*key, "produce") in opposed:  # so said the opening
+            opposed.remove((*key, "produce"))
+        elif known.node == self.node:
+            known.role = "contract"
+        elif known.role != "contract":
+            self.opposed.setdefault(self.node, []).append((*key, "contract"))
 
     def grouped_axis(self, parameter: str, rows: Tensor, size: int, role: Role) -> Tensor:
         """The labels (groups × size) that lie along axis 1 in ``rows`` (groups × rows of a group)."""
         key = (self.aliases.get(parameter, parameter), 1)
         if key not in self.axes:
-            self.axes[key] = ParameterAxis(*key, self.fresh(len(rows), size), role, rows)
+            self.axes[key] = ParameterAxis(*key, self.fresh(len(rows), size), role, rows, self.node)
         return self.axes[key].labels
 
     def parameter(self, name: str, shape: Sequence[int]) -> Labelled:
@@ -176,6 +220,16 @@ class LabelGraph:
         return self.parameter(value.parameter, value.shape)
 
 
+def _distinct(labels: Tensor) -> Tensor:
+    """Labels in one row, without repetitions where there are many."""
+    labels = labels.reshape(-1)
+    if labels.numel() <= SMALL:
+        return labels
+    low = labels.amin()
+    seen = torch.zeros(int(labels.amax() - low) + 1, dtype=torch.bool)
+    return seen.index_fill_(0, labels - low, True).nonzero().flatten() + low
+
+
 def collapse(graph: LabelGraph, factor: Tensor, axis: int) -> Tensor:
     """Tie labels that differ only off ``axis``; labels of shape (size,) along it."""
     flat = factor.movedim(axis, 0).reshape(factor.shape[axis], -1)
@@ -186,12 +240,47 @@ def collapse(graph: LabelGraph, factor: Tensor, axis: int) -> Tensor:
 
 
 def along(graph: LabelGraph, value: Labelled, axis: int) -> Tensor | None:
-    """The labels (size,) of a value along one axis, tied over the others; None if the axis is positional."""
+    """The labels (size,) of a value along one axis, tied over the others; None if the axis is positional.
+
+    Where the axis is a product (heads by channels of a head, each with labels of its own), its elements get labels
+    of their own, which move with both.
+    """
     axis %= len(value.shape)
     found = [collapse(graph, f, axis) for f in value.factors if f.shape[axis] > 1]
-    for other in found[1:]:
-        graph.unite(found[0], other)
-    return found[0] if found else None
+    found = [f for f in _without_redundant(graph, found) if bool((f != VOID).any())]
+    if len(found) < 2:
+        return found[0] if found else None
+    labels = graph.fresh(value.shape[axis])
+    for other in found:
+        graph.nest(f"product:{int(labels[0])}:{int(other.amax())}", labels, other)
+    return labels
+
+
+def simplified(graph: LabelGraph, value: Labelled) -> Labelled:
+    """The value without the factors that another factor of it determines; what moves with what is noted."""
+    if len(value.factors) < 2:
+        return value
+    factors = tuple(_without_redundant(graph, list(value.factors)))
+    return Labelled(value.shape, factors, value.parameter, value.uniform)
+
+
+def _without_redundant(graph: LabelGraph, factors: list[Tensor]) -> list[Tensor]:
+    for coarse in sorted(factors, key=lambda f: f.numel()):
+        for fine in factors:
+            if fine is not coarse and varying(coarse) <= varying(fine) and _determines(fine, coarse):
+                if varying(coarse) == varying(fine) and _determines(coarse, fine):
+                    graph.unite(fine, coarse)
+                else:
+                    graph.nest(f"within:{int(fine.amax())}:{int(coarse.amax())}", fine, coarse)
+                factors = [f for f in factors if f is not coarse]
+                break
+    return factors
+
+
+def _determines(fine: Tensor, coarse: Tensor) -> bool:
+    """Whether equal labels of the one always come with equal labels of the other."""
+    fine, coarse = (t.reshape(-1) for t in torch.broadcast_tensors(fine, coarse))
+    return len(torch.stack([fine, coarse], 1).unique(dim=0)) == len(fine.unique())
 
 
 def mixed(graph: LabelGraph, factor: Tensor, axes: Sequence[int], reason: str) -> Tensor | None:
@@ -216,12 +305,17 @@ def meet(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:
     x, y = graph.opened(x), graph.opened(y)
     rank = max(len(x.shape), len(y.shape))
     x, y = aligned(x, rank), aligned(y, rank)
-    shape = tuple(torch.broadcast_shapes(x.shape, y.shape))
+    if any(a != b and a != 1 != b for a, b in zip(x.shape, y.shape, strict=True)):
+        raise ValueError(f"shapes {x.shape} and {y.shape} do not broadcast")
+    shape = tuple(b if a == 1 else a for a, b in zip(x.shape, y.shape, strict=True))
     if x.uniform or y.uniform:
         both = x.uniform and y.uniform
         return Labelled(shape, (y if x.uniform else x).factors, uniform=both)
-    _respect_positions(graph, node, x, y)
-    _respect_positions(graph, node, y, x)
+    if len(x.factors) == len(y.factors) == 1 and x.factors[0].shape == y.factors[0].shape:  # as in most nodes
+        graph.unite(x.factors[0], y.factors[0])
+        return Labelled(shape, y.factors if x.parameter else x.factors)
+    x, y = _at_repeats(graph, node, x, y), _at_repeats(graph, node, y, x)
+    x, y = _at_positions(graph, node, x, y), _at_positions(graph, node, y, x)
     left, right, kept = list(x.factors), list(y.factors), []
     for f in x.factors:
         twin = next((g for g in right if varying(g) == varying(f)), None)
@@ -232,46 +326,91 @@ def meet(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:
             right = [other for other in right if other is not twin]
     for f in list(left):
         for g in [g for g in y.factors if varying(f) & varying(g)]:
-            coarser = _tie(graph, node, (x.shape, f), (y.shape, g))
-            left = [h for h in left if h is not coarser]
-            right = [h for h in right if h is not coarser]
+            redundant = _tie(graph, node, (x, f), (y, g))
+            left = [h for h in left if h is not redundant]
+            right = [h for h in right if h is not redundant]
     for g in list(right):
         for f in [f for f in kept if varying(f) & varying(g)]:
-            if _tie(graph, node, (x.shape, f), (y.shape, g)) is g:
+            if _tie(graph, node, (x, f), (y, g)) is g:
                 right = [h for h in right if h is not g]
     return Labelled(shape, tuple(kept + left + right))
 
 
-def _respect_positions(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> None:
-    """Labels of ``x`` along an axis on which ``y`` is positional may not be permuted."""
+def _at_positions(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:
+    """Labels of ``x`` along an axis on which ``y`` is positional stay at their place on it.
+
+    A factor that varies along such axes only is frozen, and says no more of the result than its place does. One
+    that varies along others too (heads by channels, met by the table of a rotary embedding) moves along those.
+    """
     seen: frozenset[int] = frozenset().union(*(varying(g) for g in y.factors))
+    kept = []
     for f in x.factors:
-        if any(y.shape[axis] > 1 and axis not in seen for axis in varying(f)):
+        fixed = [axis for axis in varying(f) if y.shape[axis] > 1 and axis not in seen]
+        if varying(f) <= set(fixed) and fixed:
             graph.freeze(f, f"meets fixed positions at {node}")
+            continue
+        if fixed:
+            graph.place(node, f, _slices(f, fixed))
+        kept.append(f)
+    return Labelled(x.shape, tuple(kept), x.parameter, x.uniform)
 
 
-def _tie(
-    graph: LabelGraph, node: str, x: tuple[Sequence[int], Tensor], y: tuple[Sequence[int], Tensor]
-) -> Tensor | None:
+def _at_repeats(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:
+    """Labels of ``x`` that differ along an axis on which those of ``y`` repeat themselves stay where they are.
+
+    So do the position embeddings of tokens, where a class token was put before the others: the tokens' channels
+    are the same at all places but the first.
+    """
+    kept = []
+    for f in x.factors:
+        wider = [g for g in y.factors if varying(f) < varying(g)]
+        alone = all(varying(f) < varying(g) or not varying(f) & varying(g) for g in y.factors)
+        places = [_slices(g, sorted(varying(f))) for g in wider] if alone else []
+        if any(not _determines(place, f) for place in places):
+            graph.freeze(f, f"meets fixed positions at {node}")
+        else:
+            kept.append(f)
+    return Labelled(x.shape, tuple(kept), x.parameter, x.uniform)
+
+
+def _slices(factor: Tensor, axes: Sequence[int]) -> Tensor:
+    """Number the slices of a factor at each place along some axes, equal slices alike; of size 1 on the others."""
+    rows = factor.movedim(list(axes), list(range(len(axes))))
+    rows = rows.reshape(int(torch.Size(rows.shape[: len(axes)]).numel()), -1)
+    number = torch.unique(rows, dim=0, return_inverse=True)[1]
+    return number.reshape([size if a in axes else 1 for a, size in enumerate(factor.shape)])
+
+
+def _tie(graph: LabelGraph, node: str, left: tuple[Labelled, Tensor], right: tuple[Labelled, Tensor]) -> Tensor | None:
     """Tie two factors that vary along some common axes; returns the factor that the other makes redundant."""
-    (x_shape, f), (y_shape, g) = x, y
+    (x, f), (y, g) = left, right
     axes = varying(f) | varying(g)
-    on_x = {a for a in axes if x_shape[a] > 1}
-    on_y = {a for a in axes if y_shape[a] > 1}
-    if on_y < on_x and varying(g) < varying(f) and not varying(f) <= on_y:
-        graph.nest(f"{node}:broadcast", f, g)
-        return g
-    if on_x < on_y and varying(f) < varying(g) and not varying(g) <= on_x:
-        graph.nest(f"{node}:broadcast", g, f)
-        return f
+    on_x = {a for a in axes if x.shape[a] > 1}
+    on_y = {a for a in axes if y.shape[a] > 1}
+    for fine, coarse, here, there in ((f, g, on_x, on_y), (g, f, on_y, on_x)):
+        if there < here and varying(coarse) < varying(fine) and not varying(fine) <= there:
+            places = _slices(fine, sorted(varying(fine) - varying(coarse)))
+            if places.numel() > len(places.unique()):  # tokens, some of which have the same channels
+                graph.unite(fine, coarse)
+                return fine
+            graph.nest(f"{node}:broadcast", fine, coarse)
+            return coarse
     common = varying(f) & varying(g)
     if on_x - on_y and on_y - on_x:
         blocks = graph.fresh(*(f.shape[a] if a in common else 1 for a in range(f.dim())))
         graph.nest(f"{node}:outer", f, blocks)
         graph.nest(f"{node}:outer", g, blocks)
         return None
+    for fine, coarse, owner in ((f, g, y), (g, f, x)):
+        if varying(coarse) < varying(fine):
+            rest = varying(fine) - varying(coarse)
+            if any(varying(other) & rest for other in owner.factors if other is not coarse):
+                graph.nest(f"{node}:product:{min(varying(coarse))}", fine, coarse)
+                return coarse
+            graph.unite(fine, coarse)
+            return fine
     graph.unite(f, g)
-    return g if varying(f) <= varying(g) else f if varying(g) <= varying(f) else None
+    return g if varying(f) == varying(g) else None
 
 
 def reduce(graph: LabelGraph, node: str, value: Labelled, axes: Sequence[int], keepdim: bool = False) -> Labelled:
@@ -289,7 +428,7 @@ def reduce(graph: LabelGraph, node: str, value: Labelled, axes: Sequence[int], k
             graph.use(node, f)
             if varying(f) <= gone:
                 continue
-            blocks = graph.fresh(*(1 if a in gone else size for a, size in enumerate(f.shape)))
+            blocks = _blocks(graph, f, sorted(varying(f) - gone))
             graph.nest(f"{node}:reduce", f, blocks)
             f = blocks
         factors.append(f)
@@ -298,3 +437,16 @@ def reduce(graph: LabelGraph, node: str, value: Labelled, axes: Sequence[int], k
         shape = tuple(size for a, size in enumerate(shape) if a not in gone)
         factors = [f.reshape([size for a, size in enumerate(f.shape) if a not in gone]) for f in factors]
     return Labelled(shape, tuple(factors), uniform=value.uniform)
+
+
+def _blocks(graph: LabelGraph, factor: Tensor, axes: Sequence[int]) -> Tensor:
+    """Labels for what is reduced together at each place along ``axes``; equal sets of labels are one block.
+
+    A set with an element that must stay where it is is `FIXED` as a whole.
+    """
+    rows = factor.movedim(list(axes), list(range(len(axes))))
+    rows = rows.reshape(int(torch.Size(rows.shape[: len(axes)]).numel()), -1).sort(1).values
+    distinct, number = torch.unique(rows, dim=0, return_inverse=True)
+    labels = graph.fresh(len(distinct))
+    labels = labels.where((distinct != FIXED).all(1), FIXED).where((distinct != VOID).any(1), VOID)
+    return labels[number].reshape([size if a in axes else 1 for a, size in enumerate(factor.shape)])

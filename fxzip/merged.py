@@ -86,6 +86,12 @@ class ZippedModel(nn.Module):
 
         return save(self, folder, overwrite=overwrite)
 
+    def draw(self, path: str | PathLike[str]) -> Path:
+        """Draw the trunk and the heads (``.svg``, ``.png``, ``.pdf``, ``.dot`` or ``.mmd``); see `fxzip.draw.draw`."""
+        from fxzip.draw import draw
+
+        return draw(self, path)
+
     def export(
         self,
         path: str | PathLike[str],

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxzip.batches import to_device, with_batch_size
 from fxzip.channels import ChannelSpec
 from fxzip.errors import AlignmentError, CalibrationError, CutError, OptionError
-from fxzip.matching import MergeMap, match, options
+from fxzip.flops import flop_counter
+from fxzip.loaders import as_one_loader
+from fxzip.loops import counted
+from fxzip.matching import MergeMap, evidence, match, options
 from fxzip.merged import ZippedModel
 from fxzip.moments import Moments
+from fxzip.outline import outline
 from fxzip.passes.align import Alignment
+from fxzip.passes.budget import cost_of_cuts, cut_within, parse_budget
 from fxzip.passes.cut import Cut, Cuts
 from fxzip.passes.match import match_spaces
+from fxzip.passes.match_weights import match_by_weights
 from fxzip.passes.observe import observe
 from fxzip.passes.points import Which, merge_points
 from fxzip.passes.recalibrate import recalibrate
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.refit import refit as refit_parts
-from fxzip.passes.split import split
+from fxzip.passes.reuse import reuse_memory
+from fxzip.passes.split import paired_parameters, split
 from fxzip.report import Cost, Report, SpaceRow
+from fxzip.sweep import Sweep, SweepRow, as_scores
 
 
 class Prepared:
@@ -55,9 +62,11 @@ class Prepared:
         """The number of shared nodes in the trunk of a cut.
 
         Raises:
-            CutError: The cut is unknown or invalid, or has layers before it that share no channel space.
+            CutError: The cut is unknown or invalid, no cut meets the budget, or the layers before it share no
+                channel space.
         """
-        place = self._cuts.resolve(cut)
+        budget = parse_budget(cut)
+        place = self._cuts.resolve(cut) if budget is None else cut_within(self._costs, budget)
         layers = any(layer < place for layer in self._cuts.layers)
         if cut is None and not layers:
             why = self.alignment.parting or "their classifiers come first"
@@ -66,6 +75,11 @@ class Prepared:
             frozen = "; ".join(f"{f.name}: {f.reason}" for f in self.spec.frozen[:3])
             raise CutError(f"cut={cut!r}: the layers before it share no channel space that can be merged; {frozen}")
         return place
+
+    @cached_property
+    def _costs(self) -> dict[int, float]:
+        places = [place for place in self._cuts.valid if place <= self._cuts.default]
+        return cost_of_cuts(self.alignment, places, self.spec.example)
 
     def _spaces_before(self, place: int) -> set[str]:
         nodes = self.alignment.trunk_names(0)[:place]
@@ -82,6 +96,7 @@ class Prepared:
         Raises:
             CalibrationError: The loader is empty, gives the wrong thing, or activations are not finite.
         """
+        loader = as_one_loader(loader, self.names)
         module = self.alignment.modules[0]
         nodes = self.alignment.trunk_names(0)[: self._cuts.default]
         where = merge_points(module, self.spec, nodes, points)
@@ -93,13 +108,14 @@ class Prepared:
         self,
         *,
         cut: Cut = None,
-        method: str = "zip",
+        method: str | None = None,
         alpha: float | None = None,
         beta: float | None = None,
         refit: bool = True,
         ridge: float = RefitOptions.ridge,
         reset_batch_norm: bool = True,
         progress: bool = True,
+        **others: Any,
     ) -> ZippedModel:
         """Merge the networks, from what was observed.
 
@@ -112,17 +128,19 @@ class Prepared:
             ridge: As for `fxzip.zip`.
             reset_batch_norm: Without refit: reset the merged network's BatchNorm statistics on the loader.
             progress: Show a bar.
+            others: Further options of the method, ``gamma`` of ``dual`` and of ``cca``.
 
         Raises:
             CalibrationError: Nothing was observed yet.
             CutError, OptionError: The cut, the method or its options are not valid.
         """
-        chosen = check_method(method, alpha, beta, len(self.names))
+        method = method or default_method(refit, alpha, beta)
+        chosen = check_method(method, {"alpha": alpha, "beta": beta, **others}, len(self.names))
         options = RefitOptions(ridge=ridge)
         place = self.place(cut)
         if self._loader is None:
             raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")
-        maps = match_spaces(self.spec, self.moments, method, len(self.names), self._spaces_before(place), **chosen)
+        maps = self._match(method, chosen, place)
         parts = split(self.alignment, self.spec, maps, place)
         merged = any(layer < place for layer in self._cuts.layers)
         refitted = 0
@@ -135,7 +153,61 @@ class Prepared:
         if reset_batch_norm and merged and not refit:
             count = recalibrate(zipped, self._loader, progress=progress)
             zipped.report = report.with_recalibrated(count)
+        for part in (parts.trunk, *parts.heads):
+            reuse_memory(part)
         return zipped
+
+    def sweep(
+        self,
+        cuts: Iterable[Cut] | None = None,
+        methods: Iterable[str | Mapping[str, Any]] = ("select",),
+        evaluate: Callable[[ZippedModel], float | Mapping[str, float]] | None = None,
+        progress: bool = True,
+    ) -> Sweep:
+        """Merge at many cuts and in many ways, and evaluate each: accuracy over FLOPs.
+
+            curve = prepared.sweep(["layer2", "layer3", None], ["permute", "zip"], evaluate)
+            print(curve); curve.best(flops=1.3)
+
+        Args:
+            cuts: As for `fxzip.zip`; None: about eight of the valid ones, spread over the network.
+            methods: Names of methods, or dicts of `convert`'s options, with a ``name`` for the table if wanted.
+            evaluate: Gives a number, the greater the better, or several by name, for a merged network.
+            progress: Show a bar.
+
+        Raises:
+            OptionError: There is no ``evaluate``.
+            CalibrationError, CutError: As for `convert`.
+        """
+        if evaluate is None:
+            raise OptionError("sweep needs evaluate: a function from the merged network to a number or to several")
+        places = self._spread() if cuts is None else list(cuts)
+        chosen = [{"method": m} if isinstance(m, str) else dict(m) for m in methods]
+        names = [str(options.pop("name", options.get("method", "default"))) for options in chosen]
+        rows = []
+        with counted(len(places) * len(chosen), progress, "merging") as done:
+            for name, options in zip(names, chosen, strict=True):
+                for cut in places:
+                    zipped = self.convert(cut=cut, progress=False, **options)
+                    rows.append(_sweep_row(name, zipped, as_scores(evaluate(zipped))))
+                    done()
+        return Sweep(tuple(rows))
+
+    def _spread(self, count: int = 8) -> list[Cut]:
+        """Cuts that merge something, at equal shares of the layers, and the last one."""
+        shares = {self._cuts.resolve(k / count): k / count for k in range(1, count)}
+        return [*(share for place, share in shares.items() if self._spaces_before(place)), None]
+
+    def _match(self, method: str, chosen: Mapping[str, float], place: int) -> dict[str, MergeMap]:
+        names = self._spaces_before(place)
+        if evidence(method) != "weights":
+            return match_spaces(self.spec, self.moments, method, len(self.names), names, **chosen)
+        peers = paired_parameters(self.alignment, len(self.alignment.shared))
+        whole = [module.state_dict() for module in self.alignment.modules]
+        states = [{name: state[own[k]] for name, own in peers.items()} for k, state in enumerate(whole)]
+        gamma = chosen.get("gamma", 0.0)
+        seen = {name: found.correlation.cpu() for name, found in self.moments.items()} if gamma else {}
+        return match_by_weights(self.spec, states, names, seen, gamma)
 
     def _report(
         self, trunk: fx.GraphModule, heads: Mapping[str, fx.GraphModule], maps: Mapping[str, MergeMap], place: int,
@@ -147,7 +219,7 @@ class Prepared:
         return Report(
             names=self.names,
             method=f"{method}({shown})" if shown else method,
-            cut=self._name_of(place) if cut is None or isinstance(cut, float | int) else cut,
+            cut=cut if isinstance(cut, str) and parse_budget(cut) is None else self._name_of(place),
             traced_by=tuple(str(module.meta.get("traced_by")) for module in self.alignment.modules),
             parting=self.alignment.parting,
             spaces=tuple(self._row(name, maps[name]) for name in (s.name for s in self.spec.spaces) if name in maps),
@@ -157,7 +229,12 @@ class Prepared:
             trunk=trunk_cost,
             heads=tuple(measure_cost(head, crossing, {})[0] for head in heads.values()),
             refitted=refitted,
+            layers=outline(trunk, heads, args, kwargs, lambda node: self._merged_in(node, maps)),
         )
+
+    def _merged_in(self, node: str, maps: Mapping[str, MergeMap]) -> tuple[str, ...]:
+        """The merged spaces in a node's output."""
+        return tuple(space.name for space, _, _ in self.spec.locate(node) if space.name in maps)
 
     @cached_property
     def _before(self) -> tuple[Cost, ...]:
@@ -173,9 +250,16 @@ class Prepared:
         return next((name for name, at in self._cuts.named.items() if at == place), "the output")
 
 
+def _sweep_row(name: str, zipped: ZippedModel, scores: dict[str, float]) -> SweepRow:
+    report = zipped.report
+    one = len(report.before)
+    flops = one * report.flops_after / max(report.flops_before, 1)
+    return SweepRow(name, report.cut, flops, one * report.params_after / max(report.params_before, 1), scores)
+
+
 def measure_cost(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Cost, Any]:
     """Parameters and floating-point operations of a module on one example, and what it gives."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         result = module(*args, **kwargs)
     return Cost(sum(p.numel() for p in module.parameters()), int(counter.get_total_flops())), result
 
@@ -209,13 +293,18 @@ def task_names(names: Iterable[str] | None, count: int) -> tuple[str, ...]:
     return found
 
 
-def check_method(method: str, alpha: float | None, beta: float | None, n_models: int) -> dict[str, float]:
-    """The options to pass to a matcher.
+def default_method(refit: bool, alpha: float | None = None, beta: float | None = None) -> str:
+    """``select`` where layers are refitted, which was the best of all then; ``zip`` where its options are given."""
+    return "select" if refit and alpha is None and beta is None else "zip"
+
+
+def check_method(method: str, given: Mapping[str, float | None], n_models: int) -> dict[str, float]:
+    """The options to pass to a matcher: its defaults, and what is given and not None.
 
     Raises:
         OptionError: The method is unknown or does not take so many models, or an option is out of range or not
             one of its own.
     """
-    chosen = {key: value for key, value in (("alpha", alpha), ("beta", beta)) if value is not None}
+    chosen = {key: value for key, value in given.items() if value is not None}
     match(method, torch.eye(n_models), n_models=n_models, **chosen)
     return {**options(method), **chosen}

@@ -7,9 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from os import PathLike
+    from pathlib import Path
+
     from rich.table import Table
 
     from fxzip.channels import ChannelSpec
+    from fxzip.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,33 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class LayerRow:
+    """A step of the merged network: a layer or a sum, with what follows it on the same tensor.
+
+    Attributes:
+        name: The module, or the operation by the module that it is in.
+        kind: Class of the module, or name of the operation.
+        part: Task of the head that it is in; empty in the trunk.
+        layer: Whether weights contract channels there.
+        inputs: Places in `Report.layers` of the rows whose results it takes.
+        spaces: The merged channel spaces of its result.
+        shape: Of its result, for one example.
+        params: Parameters.
+        flops: Floating-point operations on one example.
+    """
+
+    name: str
+    kind: str
+    part: str
+    layer: bool
+    inputs: tuple[int, ...]
+    spaces: tuple[str, ...]
+    shape: tuple[int, ...]
+    params: int
+    flops: int
+
+
+@dataclass(frozen=True)
 class Report:
     """What was merged, and what it costs; printed as a table.
 
@@ -57,6 +88,7 @@ class Report:
         heads: Cost of each head.
         recalibrated: BatchNorm layers whose statistics were reset.
         refitted: Layers whose weights were solved for.
+        layers: What the network computes, in the order of execution, the trunk first.
     """
 
     names: tuple[str, ...]
@@ -72,6 +104,7 @@ class Report:
     heads: tuple[Cost, ...]
     recalibrated: int = 0
     refitted: int = 0
+    layers: tuple[LayerRow, ...] = ()
 
     def with_recalibrated(self, count: int) -> Report:
         """The same report, with the number of BatchNorm layers that were reset."""
@@ -97,13 +130,25 @@ class Report:
         """Floating-point operations of the trunk and all heads on one example."""
         return self.trunk.flops + sum(cost.flops for cost in self.heads)
 
+    def to_html(self, path: str | PathLike[str], *, sweep: Sweep | None = None) -> Path:
+        """Write the report as one HTML page that needs no other file; see `fxzip.page.write_page`."""
+        from fxzip.page import write_page
+
+        return write_page(self, path, sweep=sweep)
+
+    def _repr_html_(self) -> str:
+        """The report as a notebook shows it."""
+        from fxzip.page import fragment
+
+        return fragment(self)
+
     def __str__(self) -> str:
         title = f"{' + '.join(self.names)}: {self.method}, cut at {self.cut}"
-        spaces = _table(title, "space", "channels", "sites", "correlation", "within models")
+        spaces = new_table(title, "space", "channels", "sites", "correlation", "within models")
         for row in self.spaces:
             shown = "-" if row.correlation is None else f"{row.correlation:.3f}"
             spaces.add_row(row.name, str(row.size), str(row.sites), shown, f"{row.within:.1%}")
-        costs = _table("", "", "before", "after", "ratio")
+        costs = new_table("", "", "before", "after", "ratio")
         for label, before, after, unit, scale in (
             ("parameters", self.params_before, self.params_after, "M", 1e6),
             ("FLOPs", self.flops_before, self.flops_after, "G", 1e9),
@@ -120,19 +165,25 @@ class Report:
 def spec_table(spec: ChannelSpec) -> str:
     """The channel spaces of a network as a table."""
     title = f"{len(spec.spaces)} channel spaces cover {spec.coverage:.2%} of the weights"
-    table = _table(title, "space", "channels", "sites", "in blocks of")
+    table = new_table(title, "space", "channels", "sites", "in blocks of")
     for space in spec.spaces:
         table.add_row(space.name, str(space.size), str(len(space.sites)), space.parent or "")
     text = render(table)
     if spec.frozen:
-        frozen = _table("kept in place", "channels of", "number", "why")
+        frozen = new_table("kept in place", "channels of", "number", "why")
         for row in spec.frozen:
             frozen.add_row(row.name, str(row.size), row.reason)
         text += render(frozen)
+    if spec.probed:
+        probed = new_table("found by trying, for want of a rule", "operation and channels")
+        for sentence in spec.probed:
+            probed.add_row(sentence)
+        text += render(probed)
     return text
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
+    """An empty table of fxzip's looks: the first column left, the others right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

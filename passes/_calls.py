@@ -49,7 +49,8 @@ _REFLECTED: dict[str, Callable[..., Any]] = {
     "__rmatmul__": operator.matmul,
     "__rmod__": operator.mod,
 }
-READS_VALUES = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "__array__"}
+READS_ARRAYS = {"tolist", "numpy", "__array__"}
+READS_VALUES = {"item", "__bool__", "__int__", "__float__", "__index__", *READS_ARRAYS}
 
 
 def _without_override(function: Callable[..., Any]) -> Callable[..., Any]:

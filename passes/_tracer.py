@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxzip.errors import TraceError
 from fxzip.passes._calls import (
     LOOKED_INTO,
+    READS_ARRAYS,
     READS_VALUES,
     call_of,
     is_constant,
@@ -30,6 +31,7 @@ from fxzip.passes._calls import (
     mutates,
     with_free_axis,
 )
+from fxzip.passes._constants import constant_value
 from fxzip.passes._sizes import BatchSizes
 
 
@@ -151,6 +153,13 @@ class GraphRecorder(TorchFunctionMode):
         if name in READS_VALUES and args and is_constant(args[0]):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        if name in READS_VALUES and args and id(args[0]) in self._nodes:
+            value = constant_value(self.graph, self.attributes, self._nodes[id(args[0])][1])
+            if value is not None:
+                with unset_fake_temporarily():
+                    return func(value, *args[1:], **kwargs)
+        if name in READS_ARRAYS and args and isinstance(args[0], FakeTensor):
+            raise DataDependentOutputException(func)  # type: ignore[arg-type]
         if name == "__setitem__":
             return self._set_item(func, args)
         result = func(*args, **kwargs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fxzip.passes.untie import attribute_of, parameter_uses
 from fxzip.rules.registry import key_of
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
@@ -67,7 +68,7 @@ class Unit:
 
 def find_units(module: fx.GraphModule) -> list[Unit]:
     """All units of a graph, in the order of their roots; layers that are shared or unknown are left out."""
-    uses = Counter(str(n.target) for n in module.graph.nodes if n.op in ("call_module", "get_attr"))
+    uses = _uses(module)
     layers = {}
     for node in module.graph.nodes:
         layer = _layer(module, node, uses)
@@ -87,6 +88,18 @@ def find_units(module: fx.GraphModule) -> list[Unit]:
     units += [Unit(end, (layer,)) for end, layer in layers.items() if end not in placed]
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     return sorted(units, key=lambda unit: order[unit.root])
+
+
+def _uses(module: fx.GraphModule) -> Counter[str]:
+    """How many nodes use each module or parameter, or one that is tied to it."""
+    of = parameter_uses(module, module.graph.nodes)
+    uses = Counter(str(n.target) for n in module.graph.nodes if n.op == "call_module")
+    for name in uses:
+        tied = [of[id(p)] for p in module.get_submodule(name).parameters()]
+        uses[name] = max([uses[name], *tied])
+    for node in module.graph.find_nodes(op="get_attr"):
+        uses[str(node.target)] = of[id(attribute_of(module, node))]
+    return uses
 
 
 def is_sum(node: fx.Node) -> bool:
@@ -134,6 +147,8 @@ def _functional_layer(module: fx.GraphModule, node: fx.Node, uses: Counter[str])
     weight = given["weight"]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or uses[str(weight.target)] != 1:
         return None
+    if not isinstance(attribute_of(module, weight), nn.Parameter):
+        return None  # the matrix of an unmerge, which no parent has
     if node.target is F.linear:
         return Layer(node, str(weight.target), None, 1, _chain(module, node, uses))
     if isinstance(given.get("padding"), str):

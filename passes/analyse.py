@@ -1,9 +1,10 @@
 """Analyse: find the channel spaces of a traced network by running its graph on labels.
 
-1. Shapes are propagated with fake tensors at batch 1.
+1. Shapes at batch 1 are read off the trace, or propagated with fake tensors.
 2. Each node's rule (`fxzip.rules`) turns the labels of its inputs into those of its output, and records which
    labels are one channel, which move as blocks and which must stay in place.
-3. An operation without a rule, or with arguments that its rule does not cover, freezes what it touches.
+3. An operation without a rule, or with arguments that its rule does not cover, is probed (`fxzip.rules.probe`); what
+   that does not explain is frozen.
 4. The labels are partitioned into channel spaces (`fxzip.partition`).
 """
 
@@ -13,20 +14,28 @@ import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxzip.batches import with_batch_size
 from fxzip.channels import ChannelSpec, Layout
 from fxzip.errors import FrozenSpaceWarning
-from fxzip.labels import LabelGraph, Labelled
+from fxzip.labels import LabelGraph, Labelled, simplified
 from fxzip.partition import partition
+from fxzip.passes._shapes import propagate_shapes
 from fxzip.rules import RuleContext, Unsupported, find_rule, kind_of, target_of
 from fxzip.rules.movement import move, move_module, write
+from fxzip.rules.probe import probe
 from fxzip.rules.registry import as_labelled, mapped
+
+_SIZES = {
+    "size", "sym_size", "dim", "ndimension", "numel", "sym_numel", "nelement", "stride", "sym_stride", "getattr", "len",
+    "is_floating_point", "is_complex", "get_device", "element_size", "storage_offset",
+}  # fmt: skip
+"""What is asked of a tensor without looking at its values."""
 
 
 def analyse_graph(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ChannelSpec:
@@ -46,48 +55,9 @@ def analyse_graph(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping
     flow.run()
     spaces, frozen, layout = partition(flow.graph)
     layout = replace(layout, factors=flow.factors(), bundles=flow.bundles())
-    return ChannelSpec(spaces, frozen, _coverage(module, flow.graph, layout), layout, example)
-
-
-class _Shapes(fx.Interpreter):
-    """Keeps every value that it computes."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.values: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        self.values[n.name] = value
-        return value
-
-
-def propagate_shapes(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Every node's value, tensors as fake tensors."""
-    interpreter = _Shapes(module)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def fake(value: Any) -> Any:
-        return mode.from_tensor(value) if isinstance(value, Tensor) else value
-
-    with mode, torch.no_grad():
-        interpreter.run(*in_order(module, tuple(map(fake, args)), {k: fake(v) for k, v in kwargs.items()}))
-    return interpreter.values
-
-
-def in_order(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The inputs in the order of the graph's placeholders; trailing ones without a value keep their default."""
-    names = [node.target for node in module.graph.find_nodes(op="placeholder")]
-    given = list(args)
-    for node in module.graph.find_nodes(op="placeholder")[len(args) :]:
-        if node.target in kwargs:
-            given.append(kwargs[str(node.target)])
-        elif node.args:
-            given.append(node.args[0])
-    unknown = set(kwargs) - set(names)
-    if unknown:
-        raise TypeError(f"the model takes no input {', '.join(sorted(unknown))}; it takes {', '.join(map(str, names))}")
-    return tuple(given)
+    opposed = {node: tuple(axes) for node, axes in flow.graph.opposed.items() if axes}
+    share = _coverage(module, flow.graph, layout)
+    return ChannelSpec(spaces, frozen, share, layout, example, probed=tuple(flow.probed), opposed=opposed)
 
 
 @dataclass(eq=False)
@@ -96,15 +66,17 @@ class Flow:
 
     Attributes:
         module: The network.
-        shapes: Each node's value as fake tensors.
+        shapes: Each node's value, tensors without memory.
         graph: The labels found so far.
         values: Each node's value as the analysis sees it: `Labelled`, a real tensor for a constant, or a number.
+        probed: What probing found, a sentence for each operation that was understood by it.
     """
 
     module: fx.GraphModule
     shapes: dict[str, Any]
     graph: LabelGraph = field(default_factory=LabelGraph)
     values: dict[fx.Node, Any] = field(default_factory=dict)
+    probed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         state = self.module.state_dict(keep_vars=True)
@@ -130,11 +102,20 @@ class Flow:
         if node.op == "get_attr":
             return self._attribute(str(node.target))
         if not _holds_tensor(out):
+            self._read(node)
             return out
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
         if node.op != "call_module" and not _any(args, kwargs, Labelled):
             return _constant(node, args, kwargs, out)
         return self._apply_rule(node, args, kwargs, out)
+
+    def _read(self, node: fx.Node) -> None:
+        """A number that is no size was read from a tensor: it is known by its place, and so are the channels there."""
+        if str(getattr(node.target, "__name__", node.target)).split(".")[0] in _SIZES:
+            return
+        for source in node.all_input_nodes:
+            ctx = RuleContext(self.graph, node, None)
+            mapped(self.values[source], partial(ctx.freeze, why=f"{node.name} (a number that is read)"))
 
     def _attribute(self, name: str) -> Any:
         value: Any = self.module
@@ -148,19 +129,36 @@ class Flow:
         target = target_of(self.module, node)
         module = target if node.op == "call_module" else None
         ctx = RuleContext(self.graph, node, out, module)
+        self.graph.node = node.name
         rule = find_rule(target)
         if rule is None:
-            return self._freeze(ctx, args, kwargs, "no rule for it")
+            return self._probe(ctx, args, kwargs, "no rule for it")
         own = () if module is None else (module,)
+        args, kwargs = mapped((args, kwargs), _operand)
         try:
-            result = rule(ctx, *own, *args, **kwargs)
+            result = mapped(rule(ctx, *own, *args, **kwargs), self._simplified)
             if rule not in (move, move_module):  # the values change, so all channels must be treated alike
                 mapped(result, ctx.use)
             return result
         except Unsupported as error:
-            return self._freeze(ctx, args, kwargs, str(error))
+            return self._probe(ctx, args, kwargs, str(error))
         except Exception as error:
             return self._freeze(ctx, args, kwargs, f"its rule failed: {error}")
+
+    def _simplified(self, value: Any) -> Any:
+        return simplified(self.graph, value) if isinstance(value, Labelled) else value
+
+    def _probe(self, ctx: RuleContext, args: Any, kwargs: Any, why: str) -> Any:
+        """Try what the operation does; keep in place what it touches where that tells nothing."""
+        node = ctx.node
+        fakes = fx.node.map_arg((node.args, node.kwargs), lambda n: self.shapes[n.name])
+        try:
+            result, found = probe(ctx, (args, kwargs), fakes)
+        except Unsupported as error:
+            return self._freeze(ctx, args, kwargs, f"{why}, {error}")
+        mapped(result, ctx.use)
+        self.probed.append(f"{_title(ctx)}: {found}")
+        return result
 
     def _set_item(self, node: fx.Node) -> None:
         """Part of a tensor is overwritten: from here on it has the labels that the same writing gives."""
@@ -182,8 +180,7 @@ class Flow:
 
     def _freeze(self, ctx: RuleContext, args: Any, kwargs: Any, why: str) -> Any:
         node = ctx.node
-        what = type(ctx.module).__name__ if ctx.module is not None else getattr(node.target, "__name__", node.target)
-        reason = f"{node.name} ({what}): {why}"
+        reason = f"{_title(ctx)}: {why}"
         mapped((args, kwargs), lambda v: ctx.freeze(v, reason))
         if ctx.module is not None:
             for name, tensor in ctx.module.named_parameters():
@@ -207,6 +204,18 @@ class Flow:
         return frozenset(
             n.name for n, v in self.values.items() if not isinstance(v, Labelled) and _any(v, {}, Labelled)
         )
+
+
+def _operand(value: Any) -> Any:
+    """A constant among the operands as a labelled value; integers and masks are indices, and stay as they are."""
+    return as_labelled(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _title(ctx: RuleContext) -> str:
+    """A node and what it calls, to be shown."""
+    target = ctx.node.target
+    what = type(ctx.module).__name__ if ctx.module is not None else getattr(target, "__name__", target)
+    return f"{ctx.name} ({what})"
 
 
 def _positional(out: Any) -> Any:
@@ -239,9 +248,9 @@ def _coverage(module: nn.Module, graph: LabelGraph, layout: Layout) -> float:
     """Share of the elements of all parameters that lie in a space along at least one axis."""
     total = covered = 0.0
     by_name: dict[str, list[float]] = {}
+    inside = (layout.space >= 0).numpy()
     for (name, _), axis in graph.axes.items():
-        free = (layout.space[axis.labels] < 0).double().mean()
-        by_name.setdefault(name, []).append(float(free))
+        by_name.setdefault(name, []).append(1 - float(inside[axis.labels.numpy()].mean()))
     for name, parameter in module.named_parameters():
         outside = 1.0
         for share in by_name.get(name, []):

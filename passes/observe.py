@@ -43,8 +43,15 @@ def observe(
     Raises:
         CalibrationError: the loader is empty, a batch is of a wrong type or shape (the message has the shape
         given
-            and the one expected), or activations are not finite (the message names the node).
+            and the one expected), activations are not finite (the message names the node), or a model is on the meta
+            device.
     """
+    for number, module in enumerate(alignment.modules):
+        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            raise CalibrationError(
+                f"model {number} is on the meta device and has no weights: load them first, by "
+                "model.to_empty(device='cpu') and load_state_dict"
+            )
     joint = insert_observers(alignment, points)
     checked = _Checked(joint, alignment.modules[0])
     with evaluating(checked):

@@ -30,6 +30,7 @@ _NEEDS_VALUES = {
     "DynamicOutputShapeException",
     "GuardOnDataDependentSymNode",
 }
+_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 _GRAPH_OPS = {"placeholder", "get_attr", "call_module", "call_function", "call_method", "output"}
 
 
@@ -52,10 +53,11 @@ def trace(
         ``meta["val"]`` and the modules around them in ``meta["nn_module_stack"]``.
 
     Raises:
-        TraceError: The model cannot run on the example, its control flow hangs on values of tensors (the
-            line is named), or the graph computes something else.
+        TraceError: The model is quantised or TorchScript, it cannot run on the example, its control flow hangs on
+            values of tensors (the line is named), or the graph computes something else.
     """
     model = unwrap(model)
+    _refuse_opaque(model)
     inputs = _on_device_of(model, args, kwargs or {})
     reference = Reference(model, inputs) if verify and not _has_no_values(model, inputs) else None
     failures: list[tuple[str, Exception]] = []
@@ -83,6 +85,23 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = cast(nn.Module, model._orig_mod)
         else:
             return model
+
+
+def _refuse_opaque(model: nn.Module) -> None:
+    """Raise TraceError where weights are packed away or the code is no Python, with what to do instead."""
+    for name, module in model.named_modules():
+        where = f"{type(model).__name__}{f', at {name!r}' if name else ''}"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{where}: a TorchScript module cannot be looked into; give the nn.Module that it was made of"
+            )
+        if type(module).__module__.startswith(_QUANTISED) or any(
+            t.is_quantized for t in module._buffers.values() if t is not None
+        ):
+            raise TraceError(
+                f"{where}: {type(module).__name__} is quantised, and quantised weights cannot be averaged; merge the "
+                "networks as they were before, then quantise the result"
+            )
 
 
 def eval_copy(model: nn.Module, shared: bool = False) -> nn.Module:

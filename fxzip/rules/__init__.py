@@ -1,6 +1,6 @@
 """Rules of operations, by kind; importing this package registers them all."""
 
-from fxzip.rules import contractions, elementwise, movement, norms, reductions
+from fxzip.rules import contractions, elementwise, movement, norms, products, reductions
 from fxzip.rules.registry import (
     RuleContext,
     Unsupported,
@@ -20,6 +20,7 @@ __all__ = [
     "kind_of",
     "movement",
     "norms",
+    "products",
     "reductions",
     "register_rule",
     "target_of",

@@ -176,9 +176,7 @@ def _inserted(value: Labelled, axis: int) -> Labelled:
 def _contracted_by(ctx: RuleContext, value: Labelled, axis: int) -> None:
     """A parameter that is an operand is contracted along that axis."""
     if value.parameter is not None:
-        found = ctx.graph.axes.get((value.parameter, axis % len(value.shape)))
-        if found is not None:
-            found.role = "contract"
+        ctx.graph.contract(value.parameter, axis % len(value.shape))
 
 
 @register_rule("matmul", "bmm", "mm", kind="layer")
@@ -198,14 +196,22 @@ def _transposed(value: Labelled) -> Labelled:
     return Labelled(shape, tuple(f.transpose(-2, -1) for f in value.factors))
 
 
+def _repeated(ctx: RuleContext, value: Labelled, times: int) -> Labelled:
+    """The value with each of its heads (axis -3) so many times in a row."""
+    value = ctx.graph.opened(value)
+    shape = (*value.shape[:-3], value.shape[-3] * times, *value.shape[-2:])
+    factors = (f if f.shape[-3] == 1 else f.repeat_interleave(times, -3) for f in value.factors)
+    return Labelled(shape, tuple(factors), uniform=value.uniform)
+
+
 @register_rule("scaled_dot_product_attention")
 def attention(
     ctx: RuleContext, query: Labelled, key: Labelled, value: Labelled, attn_mask: Any = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Labelled:  # fmt: skip
-    """softmax(Q Kᵀ) V: two products and a softmax."""
+    """softmax(Q Kᵀ) V: two products and a softmax; with ``enable_gqa`` some heads of Q share one of K and V."""
     if enable_gqa:
-        raise Unsupported("grouped-query attention inside scaled_dot_product_attention")
+        key, value = (_repeated(ctx, v, query.shape[-3] // v.shape[-3]) for v in (key, value))
     logits = matmul(ctx, query, _transposed(key))
     if attn_mask is not None:
         logits = ctx.elementwise(logits, attn_mask)

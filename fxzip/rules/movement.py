@@ -48,7 +48,7 @@ def move(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     """Views, permutations, concatenations, slices, padding... on labels."""
     target = ctx.node.target
     if str(getattr(target, "__name__", target)).strip("_") in CASTS:
-        return Labelled(ctx.shape, ctx.graph.opened(args[0]).factors)
+        return Labelled(ctx.shape, ctx.graph.opened(as_labelled(args[0])).factors)
     if isinstance(target, str):
         return run(ctx, lambda a, k: getattr(a[0], str(target))(*a[1:], **k), args, kwargs)
     assert callable(target)
@@ -66,39 +66,52 @@ def run(ctx: RuleContext, op: Callable[[Any, Any], Any], args: Any, kwargs: Any)
     args, kwargs = mapped((args, kwargs), lambda v: ctx.graph.opened(v) if isinstance(v, Labelled) else v)
     found: list[Labelled] = []
     mapped((args, kwargs), lambda v: found.append(v) if isinstance(v, Labelled) else None)
-    depth = max((len(v.factors) for v in found), default=0)
     results = []
-    for slot in range(depth):
-        dense = partial(_dense_argument, slot=slot, peers=found)
+    for slot in _slots(found):
+        dense = partial(_dense_argument, slot=slot)
         results.append(_attempt(op, *mapped((args, kwargs), dense)))
     uniform = bool(found) and all(v.uniform for v in found)
     return _gather(ctx.outputs, results, uniform)
 
 
+def _slots(values: list[Labelled]) -> list[dict[int, Tensor]]:
+    """The factors of several values that are moved together, each slot a factor by the identity of its value.
+
+    Factors that vary along the same axes go together; so do those along fewer axes, where the value has no other.
+    """
+    found: dict[tuple[frozenset[int], int], dict[int, Tensor]] = {}
+    for value in values:
+        seen: list[frozenset[int]] = []
+        for f in value.factors:
+            found.setdefault((varying(f), seen.count(varying(f))), {})[id(value)] = f
+            seen.append(varying(f))
+    keys = sorted(found, key=lambda key: (len(key[0]), sorted(key[0]), key[1]))
+    for place, key in enumerate(keys):
+        for wider in keys[place + 1 :]:
+            if key[0] < wider[0] and not found[key].keys() & found[wider].keys():
+                found[wider].update(found.pop(key))
+                break
+    return [found[key] for key in keys if key in found]
+
+
 def write(ctx: RuleContext, old: Labelled, index: Any, value: Labelled) -> Labelled:
     """The labels of a tensor after part of it was overwritten."""
-    before = _dense(old, 0, [old, value]).clone() if old.factors or old.uniform else torch.full(old.shape, FIXED)
-    after = _dense(value, 0, [old, value]) if value.factors or value.uniform else torch.full(value.shape, FIXED)
+    slot = {id(v): v.factors[0] for v in (old, value) if v.factors}
+    before, after = _dense(old, slot).clone(), _dense(value, slot)
     before[index] = after
     factor = compress(before)
     return Labelled(old.shape, () if factor is None else (factor,), uniform=old.uniform and value.uniform)
 
 
-def _dense_argument(value: Any, slot: int, peers: list[Labelled]) -> Any:
-    return _dense(value, slot, peers) if isinstance(value, Labelled) else value
+def _dense_argument(value: Any, slot: dict[int, Tensor]) -> Any:
+    return _dense(value, slot) if isinstance(value, Labelled) else value
 
 
-def _dense(value: Labelled, slot: int, peers: list[Labelled]) -> Tensor:
+def _dense(value: Labelled, slot: dict[int, Tensor]) -> Tensor:
     """One factor at the value's full size; what has no labels of that kind is fixed, or void if it is uniform."""
-    if value.uniform:
-        return torch.full(value.shape, VOID)
-    lead = max(peers, key=lambda v: len(v.factors))
-    if value is lead or len(value.factors) == len(lead.factors) == 1:
-        return value.factors[slot].expand(value.shape)
-    twin = [f for f in value.factors if varying(f) == varying(lead.factors[slot])]
-    if len(value.factors) > 1 and not twin:
-        raise Unsupported("tensors whose channels lie along different axes are joined")
-    return (twin or value.factors)[0].expand(value.shape) if value.factors else torch.full(value.shape, FIXED)
+    if id(value) in slot:
+        return slot[id(value)].expand(value.shape)
+    return torch.full(value.shape, VOID if value.uniform else FIXED)
 
 
 def _attempt(op: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
@@ -146,22 +159,27 @@ def cut_in_half(value: Labelled, axis: int) -> tuple[Labelled, Labelled]:
 
 @register_rule("fold", "col2im", nn.Fold, kind="passive")
 def fold(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
-    """Patches back into an image: overlapping patches are summed, so labels must agree wherever they meet."""
+    """Patches back into an image: overlapping patches are summed, and labels that are summed are tied."""
     module, x = (args[0], args[1]) if isinstance(args[0], nn.Module) else (None, as_labelled(args[0]))
     if module is None:
         module = nn.Fold(*args[1:], **kwargs)
-    if len(x.factors) > 1:
-        raise Unsupported("patches with channels along several axes are folded")
+    places = _pixels(module, ctx.shape)
     factors = []
     for f in x.factors:
-        dense = f.expand(x.shape).double()
-        times = module(torch.ones_like(dense))
-        mean = module(dense) / times.clamp(min=1)
-        square = module(dense * dense) / times.clamp(min=1)
-        if not bool(((square - mean * mean).abs() < 0.25).all()):
-            raise Unsupported("different channels are summed by fold")
-        factors.append(compress(mean.round().long()))
+        dense = f.expand(x.shape).reshape(-1)
+        image = torch.zeros(1 + torch.Size(ctx.shape).numel(), dtype=torch.int64)
+        image = image.scatter_reduce(0, places, dense, "amax")
+        pairs = torch.stack([dense, image[places]], 1)[places > 0].unique(dim=0)
+        ctx.graph.unite(pairs[:, 0], pairs[:, 1])
+        factors.append(compress(image[1:].reshape(ctx.shape)))
     return Labelled(ctx.shape, tuple(f for f in factors if f is not None))
+
+
+def _pixels(module: nn.Fold, shape: tuple[int, ...]) -> Tensor:
+    """For each element of the patches, flat, one plus the element of the image that it is added to; 0 for none."""
+    image = torch.arange(1, 1 + torch.Size(shape).numel()).double().reshape(shape)
+    patches = F.unfold(image, module.kernel_size, module.dilation, module.padding, module.stride)
+    return patches.long().reshape(-1)
 
 
 @register_rule(

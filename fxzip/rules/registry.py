@@ -9,6 +9,23 @@ To add your own::
     @fxzip.register_rule(MyScale)                     # a module class, a function, or a torch.Tensor method
     def my_scale(ctx, module, x):
         return ctx.elementwise(x, ctx.per_channel("scale", axis=1, like=x))
+
+The rule says what the operation does to channels: which come out where, and which meet and so are one. What that means
+for weights follows: ``scale`` above lies along the channels of axis 1, so it is permuted and merged with them.
+
+- Each element by itself, with one operand or several that broadcast: ``ctx.elementwise(x, y)``.
+- A vector of a module along an axis: ``ctx.per_channel("scale", axis=1, like=x)``.
+- A function that does not depend on the order along an axis (a sum, a norm): ``ctx.reduce(x, axis)``.
+- A product with a parameter: take the labels of its axes by ``ctx.graph.axis(name, axis, size, role)``, with the role
+  ``contract`` where it meets the input (``ctx.graph.unite``), and ``produce`` where new channels begin.
+- What the rule does not cover: ``raise Unsupported("why")``.
+
+Only own operations need rules: modules are looked into down to those of torch.nn. An operation without a rule, or whose
+rule gives up, is probed (`fxzip.rules.probe`): run on random numbers with its channels in other orders. That finds
+functions of each element, of the pixels of a channel, symmetric ones, and plain contractions; the spec lists what was
+found. A rule is needed where channels lie in two axes at once (heads), or in blocks. What neither explains is kept in
+place, with a warning that names the node. Test a rule by the oracle: ``fxzip.analyse(model, x).permute(model)`` must
+compute what ``model`` does.
 """
 
 from __future__ import annotations

@@ -252,7 +252,9 @@ class Scale(nn.Module):
         self.scale = nn.Parameter(torch.rand(n))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.cumprod(2) * self.scale[:, None, None]
+        b, c, h, w = x.shape  # channels in two axes, which probing does not look into
+        x = x.view(b, 2, c // 2, h, w).cumprod(3).view(b, c, h, w)
+        return x * self.scale[:, None, None]
 
 
 def test_a_user_can_add_a_rule_once() -> None:

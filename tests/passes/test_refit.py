@@ -148,3 +148,17 @@ def test_bad_options() -> None:
         fxzip.zip(*models, [X], ridge=-1, progress=False)
     with pytest.raises(fxzip.OptionError, match="images=0"):
         RefitOptions(images=0)
+
+
+@pytest.mark.parametrize("cut", ["layer1.gate", "layer2", "layer2.norm2"])
+def test_what_is_kept_is_found_again_behind_a_cut(cut: str) -> None:
+    models = pair(Residual, X)
+    prepared = fxzip.prepare(*models, example_inputs=X).observe([X], progress=False)
+    expected = [call(model, X) for model in models]
+
+    def error(refit: bool) -> float:
+        zipped = prepared.convert(cut=cut, method="select", refit=refit, progress=False)
+        assert any(".unmerge_" in key for key in zipped.state_dict())
+        return sum(difference(a, b) for a, b in zip(expected, call(zipped, X), strict=True))
+
+    assert error(refit=True) < error(refit=False)

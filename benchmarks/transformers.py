@@ -1,0 +1,284 @@
+"""Pairs of small transformers on disjoint tasks, merged in every way: does what merges convolutions merge attention?
+
+    python -m benchmarks.transformers --data ../shared/data [--threads 1] [--only vit gpt]
+
+``vit``: two vision transformers on the MNIST digits 0-4 and 5-9 (28×28, patches of 7×7).
+``gpt``: two language models of characters, one on English prose (the topics of Python's own help), the other on
+Python code (its standard library, without comments and docstrings). Both texts come with every Python.
+
+Each network is trained from its own seed, for some two minutes, or read from benchmarks/checkpoints. The merges see
+unlabelled training inputs of both tasks. Writes benchmarks/results/transformers.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import platform
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+import fxzip
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "transformers.json"
+CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"
+LENGTH = 48
+METHODS = ("average", "permute", "zip", "select")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Inputs and labels of one task; labels are (n,) or, one for each position, (n, length)."""
+
+    name: str
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A pair of tasks and how networks are trained on them.
+
+    Attributes:
+        make: A network from the current seed.
+        tasks: The two tasks.
+        steps: Batches of training.
+        batch: Inputs in a batch.
+        cuts: Where the merges are cut; None for full.
+        calibration: Inputs of each task that the merges see.
+    """
+
+    make: Callable[[], nn.Module]
+    tasks: tuple[Task, Task]
+    steps: int
+    batch: int
+    cuts: tuple[str | None, ...]
+    calibration: int
+
+
+class Block(nn.Module):
+    """Causal attention and an MLP, each after a norm and beside the residual stream."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(mixed.transpose(1, 2).reshape(b, n, c))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """A language model of characters (Radford et al., 2019) whose embedding is its read-out too."""
+
+    def __init__(self, width: int = 64, heads: int = 4, depth: int = 3) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(len(CHARACTERS), width)
+        self.wpe = nn.Embedding(LENGTH, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, len(CHARACTERS), bias=False)
+        nn.init.normal_(self.wte.weight, std=0.1)
+        nn.init.normal_(self.wpe.weight, std=0.1)
+        self.head.weight = self.wte.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)))
+
+
+def make_vit() -> nn.Module:
+    """A vision transformer of some 200,000 parameters for 16 patches and a class token."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=28, patch_size=7, in_chans=1, embed_dim=64, depth=4, num_heads=4, num_classes=5, class_token=True
+    )
+
+
+def vit(data: Path) -> Setting:
+    """MNIST in two halves of five classes."""
+    with np.load(data / "mnist.npz") as archive:
+        found = {key: torch.from_numpy(archive[key]) for key in archive}
+    parts = {}
+    for part in ("train", "test"):
+        images = found[f"{part}_images"][:, None].float() / 255
+        parts[part] = (images - 0.1307) / 0.3081, found[f"{part}_labels"].long()
+
+    def half(name: str, first: int) -> Task:
+        chosen = [(x[mine], y[mine] - first) for x, y in parts.values() for mine in [(y // 5) == first // 5]]
+        return Task(name, chosen[0], chosen[1])
+
+    tasks = half("0-4", 0), half("5-9", 5)
+    return Setting(make_vit, tasks, steps=700, batch=128, cuts=(None, "blocks.3", "blocks.2"), calibration=500)
+
+
+def gpt(data: Path) -> Setting:
+    """Two texts that come with Python."""
+    tasks = _language("prose", prose()), _language("code", code())
+    return Setting(GPT, tasks, steps=1500, batch=48, cuts=(None, "blocks.2", "blocks.1"), calibration=500)
+
+
+def prose() -> str:
+    """The topics of Python's help: English about Python."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[key] for key in sorted(topics))
+
+
+def code() -> str:
+    """Modules of the standard library without comments and docstrings."""
+    found = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:80]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                first = body[0].value
+                if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                    body[0] = ast.Pass()
+        found.append(ast.unparse(tree))
+    return "\n".join(found)
+
+
+def _language(name: str, text: str) -> Task:
+    """Next-character prediction; the last tenth of the text is the test."""
+    place = {character: i for i, character in enumerate(CHARACTERS)}
+    tokens = torch.tensor([place[c] for c in text if c in place])
+    rows = tokens[: len(tokens) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)
+    end = len(rows) * 9 // 10
+    shifted = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in (rows[:end], rows[end:][:500])]
+    return Task(name, shifted[0], shifted[1])
+
+
+def trained(setting: Setting, task: Task, seed: int, checkpoint: Path) -> nn.Module:
+    """A network trained by AdamW with a one-cycle schedule; read from its checkpoint if there is one."""
+    torch.manual_seed(seed)
+    model = setting.make()
+    if checkpoint.exists():
+        model.load_state_dict(torch.load(checkpoint, weights_only=True))
+        return model.eval()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=setting.steps, pct_start=0.1)
+    inputs, labels = task.train
+    start = time.perf_counter()
+    for step in range(setting.steps):
+        here = torch.randint(len(inputs), (setting.batch,))
+        loss = F.cross_entropy(model(inputs[here]).flatten(0, -2), labels[here].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99:
+            print(
+                f"{task.name}: step {step + 1}, loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True
+            )
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), checkpoint)
+    return model.eval()
+
+
+@torch.no_grad()
+def scores(network: Callable[[Tensor], Tensor], task: Task) -> dict[str, float]:
+    """Accuracy in percent and cross-entropy in nats on a task's test set."""
+    right = loss = 0.0
+    inputs, labels = task.test
+    for x, y in zip(inputs.split(500), labels.split(500), strict=True):
+        logits = network(x).flatten(0, -2)
+        right += float((logits.argmax(-1) == y.flatten()).sum())
+        loss += float(F.cross_entropy(logits, y.flatten(), reduction="sum"))
+    return {"accuracy": 100 * right / labels.numel(), "loss": loss / labels.numel()}
+
+
+def _row(
+    name: str, cut: str | None, found: list[dict[str, float]], flops: float | None, seconds: float
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": name, "cut": cut, "flops": flops, "seconds": seconds, "tasks": found}
+    return row | {key: sum(f[key] for f in found) / len(found) for key in ("accuracy", "loss")}
+
+
+def measure(name: str, setting: Setting, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """A row for the networks alone, and one for each merge."""
+    models = [
+        trained(setting, task, seed + n, HERE / "checkpoints" / f"transformers_{name}_{seed + n}.pt")
+        for n, task in enumerate(setting.tasks)
+    ]
+    yield _row("alone", None, [scores(m, t) for m, t in zip(models, setting.tasks, strict=True)], None, 0.0)
+    g = Generator().manual_seed(seed)
+    drawn = [t.train[0][torch.randperm(len(t.train[0]), generator=g)[: setting.calibration]] for t in setting.tasks]
+    mixed = torch.cat(drawn)[torch.randperm(2 * setting.calibration, generator=g)]
+    loader = list(mixed.split(125))
+    prepared = fxzip.prepare(*models, example_inputs=loader[0][:2]).observe(loader, progress=False)
+    for cut in setting.cuts:
+        for refit in (False, True):
+            for method in METHODS:
+                start = time.perf_counter()
+                zipped = prepared.convert(cut=cut, method=method, refit=refit, progress=False)
+                seconds = time.perf_counter() - start
+                found = [
+                    scores(partial(zipped, task=key), task)
+                    for key, task in zip(zipped.heads, setting.tasks, strict=True)
+                ]
+                ratio = zipped.report.flops_after / zipped.report.before[0].flops
+                yield _row(f"{method} + refit" if refit else method, cut, found, ratio, seconds)
+
+
+def table(name: str, setting: Setting, rows: list[dict[str, Any]]) -> Table:
+    """The rows, to print."""
+    result = Table(title=name)
+    tasks = [task.name for task in setting.tasks]
+    for column in ("method", "cut", "FLOPs", *tasks, "average", "loss", "seconds"):
+        result.add_column(column, justify="left" if column in ("method", "cut") else "right")
+    for row in rows:
+        cost = "2.00" if row["flops"] is None else f"{row['flops']:.2f}"
+        accuracy = [f"{found['accuracy']:.1f}" for found in row["tasks"]] + [f"{row['accuracy']:.1f}"]
+        cut = "full" if row["cut"] is None else row["cut"]
+        result.add_row(row["method"], cut, cost, *accuracy, f"{row['loss']:.3f}", f"{row['seconds']:.1f}")
+    return result
+
+
+def main() -> None:
+    """Train what is missing, merge, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="a folder with mnist.npz")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=("vit", "gpt"), default=["vit", "gpt"])
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    known: dict[str, Any] = json.loads(options.json.read_text())["pairs"] if options.json.exists() else {}
+    for name in options.only:
+        setting = {"vit": vit, "gpt": gpt}[name](options.data)
+        known[name] = list(measure(name, setting))
+        Console().print(table(name, setting, known[name]))
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        command = " ".join(["python -m benchmarks.transformers", *sys.argv[1:]])
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"command": command, "versions": versions, "pairs": known}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The models of the zoo, by name: ``timm:NAME``, ``torchvision:NAME``, ``backbone:NAME`` of torchvision's detectors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+FAMILIES = Path(__file__).parent / "results" / "zoo_families.json"
+BACKBONES = (
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_mobilenet_v3_large_fpn",
+    "retinanet_resnet50_fpn",
+    "ssd300_vgg16",
+    "ssdlite320_mobilenet_v3_large",
+)
+SIZES = (64, 96, 128, 160, 192, 224)
+"""Sides of the images that are tried, smallest first; then the model's own."""
+
+
+def zoo() -> list[str]:
+    """The zoo: timm's smallest model of each family, and torchvision's models for classes, pixels, videos and boxes."""
+    return [f"timm:{name}" for name in families().values()] + torchvision_models()
+
+
+def torchvision_models() -> list[str]:
+    """All classifiers, segmentation and video models of torchvision, and the backbones of its detectors."""
+    from torchvision import models
+
+    kinds = (models, models.segmentation, models.video)
+    found = [f"torchvision:{name}" for kind in kinds for name in models.list_models(module=kind)]
+    return found + [f"backbone:{name}" for name in BACKBONES]
+
+
+def families() -> dict[str, str]:
+    """The model of timm with the fewest parameters in each family (module); found once for each version of timm."""
+    import timm
+
+    if FAMILIES.exists():
+        known = json.loads(FAMILIES.read_text())
+        if known["timm"] == timm.__version__:
+            return dict(known["families"])
+    sizes: dict[str, list[tuple[int, str]]] = {}
+    for family in timm.list_modules():
+        for name in timm.list_models(module=family):
+            with torch.device("meta"):
+                model = timm.create_model(name)
+            sizes.setdefault(family, []).append((sum(p.numel() for p in model.parameters()), name))
+    found = {family: min(counted)[1] for family, counted in sizes.items()}
+    FAMILIES.write_text(json.dumps({"timm": timm.__version__, "families": found}, indent=1) + "\n")
+    return found
+
+
+def make(name: str, fake: bool = False) -> nn.Module:
+    """A model with random weights.
+
+    Args:
+        name: As `zoo` gives them.
+        fake: Parameters without values, which take no memory while the model is made; buffers have theirs.
+    """
+    torch.manual_seed(0)
+    library, _, model = name.partition(":")
+    handle = register_module_parameter_registration_hook(_without_values) if fake else None
+    try:
+        return {"timm": _timm, "torchvision": _torchvision, "backbone": _backbone}[library](model)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _without_values(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is None or parameter.is_meta:
+        return parameter
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+def _timm(name: str) -> nn.Module:
+    import timm
+
+    found = timm.create_model(name)
+    if getattr(found, "num_classes", 1) == 0:  # features only, all of which stay in place
+        return timm.create_model(name, num_classes=10)
+    return found
+
+
+def _torchvision(name: str) -> nn.Module:
+    from torchvision import models
+
+    extra: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    if name in models.list_models(module=models.segmentation):
+        extra = {"weights_backbone": None}
+    found: Any = models.get_model(name, weights=None, **extra)
+    if name.startswith(("vgg", "alexnet")):  # as it is, but narrow: 4096 wide it takes 0.8 GB a copy in float64
+        width = next(m.in_features for m in found.classifier if isinstance(m, nn.Linear))
+        narrow = (nn.Linear(width, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        found.classifier = nn.Sequential(*narrow)
+    return found
+
+
+def _backbone(name: str) -> nn.Module:
+    from torchvision import models
+
+    detector: Any = models.get_model(name, weights=None, weights_backbone=None)
+    found: nn.Module = detector.backbone
+    return found
+
+
+def input_shape(name: str, model: nn.Module) -> tuple[int, ...]:
+    """The shape of one input: of the smallest images that the model takes, or of a short video.
+
+    Raises:
+        RuntimeError: It takes none of the shapes that were tried.
+    """
+    library, _, short = name.partition(":")
+    if library == "backbone":
+        return (3, 300, 300) if short == "ssd300_vgg16" else (3, 64, 64)
+    if library == "torchvision":
+        return _torchvision_shape(short)
+    settings = getattr(model, "default_cfg", {})
+    channels, *own = settings.get("input_size", (3, 224, 224))
+    if settings.get("fixed_input_size"):
+        return (channels, *own)
+    least = max(settings.get("min_input_size", (0, 0, 0))[1:])
+    for side in (*(s for s in SIZES if s >= least), max(own)):
+        if _takes(model, (channels, side, side)):
+            return (channels, side, side)
+    raise RuntimeError(f"{name} takes no images of the sides {SIZES} or {own}")
+
+
+def _torchvision_shape(name: str) -> tuple[int, ...]:
+    from torchvision import models
+
+    if name in models.list_models(module=models.video):
+        return (3, 16, 224, 224) if name.startswith(("mvit", "s3d")) else (3, 4, 64, 64)
+    if name.startswith(("vit_", "maxvit")):
+        return (3, 224, 224)
+    return (3, 96, 96) if name.startswith("inception") else (3, 64, 64)
+
+
+def _takes(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a model runs on two images of a shape."""
+    try:
+        with torch.no_grad():
+            output = model.eval()(torch.rand(2, *shape))
+    except (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivisionError):
+        return False
+    return not isinstance(output, Tensor) or bool(output.isfinite().all())
+
+
+if __name__ == "__main__":
+    print("\n".join(zoo()))

@@ -1,0 +1,63 @@
+# %% [markdown]
+# # Pick the cut
+#
+# The trunk is shared up to the *cut*, and each task has its own head behind it. A late cut saves more, an early one
+# keeps more. Early layers of networks for related tasks look alike; late ones are often worth keeping apart.
+
+# %%
+from digits import HALVES, digit_net, digits, fit, joint, loader
+
+import fxzip
+
+models = [fit(digit_net, classes) for classes in HALVES.values()]
+prepared = fxzip.prepare(*models, example_inputs=digits().test.tensors[0][:2], names=tuple(HALVES))
+
+# %% [markdown]
+# ## Where it can be cut
+#
+# A cut has the name of the module that the heads begin at.
+
+# %%
+print(prepared.cuts)
+
+# %% [markdown]
+# ## Try many
+#
+# Observing is one pass over the data, and is done once. Every merge after that starts from what was observed, so a
+# sweep over cuts and methods is cheap. `evaluate` is a function of your own; here it is the choice among all ten
+# digits, from both heads' logits. It gives a number, or several by name.
+
+# %%
+prepared.observe(loader())
+sweep = prepared.sweep(
+    cuts=["layer2", "layer3", None],
+    methods=["zip", {"method": "zip", "refit": False, "name": "zip, paper's rule"}],
+    evaluate=lambda zipped: {"joint": joint(zipped)},
+)
+print(sweep)
+
+# %% [markdown]
+# ## Choose
+#
+# ![Scores over operations](../pictures/sweep.svg)
+#
+# The best row within a budget, in multiples of one network's FLOPs:
+
+# %%
+best = sweep.best(flops=1.5)
+zipped = prepared.convert(cut=best.cut, method="zip")
+
+# %% [markdown]
+# Without a sweep a cut can be a name, a share of the layers for the trunk, or a budget:
+
+# %%
+for cut in ("layer3", 0.5, "flops<=1.5x"):
+    merged = prepared.convert(cut=cut)
+    ratio = merged.report.flops_after / merged.report.before[0].flops
+    print(f"{cut}: {ratio:.2f} networks")
+
+# %% [markdown]
+# The report's page shows the sweep as a chart:
+
+# %%
+zipped.report.to_html("cut.html", sweep=sweep)

@@ -1,0 +1,173 @@
+"""``fxzip zip``: merge checkpoints of one architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fxzip.cli import options as shared
+from fxzip.cli import parameters as p
+from fxzip.cli.errors import warn
+from fxzip.errors import OptionError
+
+
+def zip_models(
+    ctx: typer.Context,
+    checkpoints: p.Checkpoints,
+    data: p.Data,
+    out: p.Out,
+    model: p.Model = None,
+    names: p.Names = None,
+    model_args: p.ModelArgs = None,
+    num_classes: p.Classes = None,
+    ema: p.Ema = True,
+    device: p.Device = "cpu",
+    cut: p.Cut = None,
+    method: p.Method = None,
+    alpha: p.Alpha = None,
+    beta: p.Beta = None,
+    options: p.Options = None,
+    points: p.Points = "last",
+    refit: p.Refit = True,
+    ridge: p.Ridge = None,
+    limit: p.Limit = None,
+    seed: p.Seed = 0,
+    batch_size: p.BatchSize = 32,
+    workers: p.Workers = 0,
+    strict: p.Strict = False,
+    input_size: p.InputSize = None,
+    mean: p.Mean = None,
+    std: p.Std = None,
+    interpolation: p.Interpolation = None,
+    crop_pct: p.CropPct = None,
+    crop_mode: p.CropMode = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder with other files.")] = False,
+    recipe: p.Recipe = None,
+    quiet: p.Quiet = False,
+    debug: p.Debug = False,
+) -> None:
+    """Merge networks of one architecture into one with a shared trunk and a head for each.
+
+    Beside the network goes recipe.yaml, with every option that was used.
+    """
+    _Merge({param.name: ctx.params[param.name] for param in ctx.command.params if param.name in ctx.params}).run()
+
+
+class _Merge:
+    """One run of the command, from its options."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        from fxzip.passes.refit import RefitOptions
+        from fxzip.prepared import default_method
+
+        self.given = given
+        self.quiet = bool(given["quiet"])
+        self.checkpoints = [str(path) for path in given["checkpoints"]]
+        self.method = given["method"] or default_method(given["refit"], given["alpha"], given["beta"])
+        named = {"alpha": given["alpha"], "beta": given["beta"], **shared.pairs(given["options"], "--option")}
+        self.options = {key: value for key, value in named.items() if value is not None}
+        self.model_args = shared.pairs(given["model_args"], "--model-arg")
+        self.cut = shared.share_or_name(given["cut"])
+        self.ridge = RefitOptions.ridge if given["ridge"] is None else given["ridge"]
+
+    def run(self) -> None:
+        """Check, load, merge, save."""
+        import fxzip
+        from fxzip.images import ImageLoader, find_images
+        from fxzip.zoo import data_config, transform
+
+        given = self.given
+        names = self._check()
+        groups = find_images(given["data"])
+        models = self._load()
+        config = data_config(models[0], **{key: given[key] for key in shared.PREPARATION})
+        loader = ImageLoader(
+            groups.values(),
+            transform(config),
+            channels=config["input_size"][0],
+            **{key: given[key] for key in ("batch_size", "limit", "seed", "strict", "workers")},
+        )
+        with shared.spinner("tracing and analysing", self.quiet):
+            first = next(iter(loader))[0]
+            prepared = fxzip.prepare(*models, example_inputs=first, names=names)
+            prepared.place(self.cut)
+        prepared.observe(loader, points=given["points"], progress=not self.quiet)
+        zipped = prepared.convert(
+            cut=self.cut,
+            method=self.method,
+            refit=given["refit"],
+            ridge=self.ridge,
+            progress=not self.quiet,
+            **self.options,
+        )
+        self._save(zipped, config)
+        if loader.skipped():
+            warn(str(loader.skipped()))
+        if not self.quiet:
+            typer.echo(f"{zipped.report}\nsaved to {given['out']}")
+
+    def _check(self) -> tuple[str, ...] | None:
+        """Raise what can be known before the work; returns the tasks' names."""
+        from fxzip.passes.refit import RefitOptions
+        from fxzip.prepared import check_method, task_names
+
+        given, count = self.given, len(self.checkpoints)
+        shared.check_output(given["out"], overwrite=given["overwrite"])
+        if count < 2:
+            raise OptionError(f"{count} checkpoint given: merging takes two or more")
+        self.options = check_method(self.method, self.options, count)
+        RefitOptions(ridge=self.ridge)
+        self.device = shared.device_named(given["device"])
+        if given["names"]:
+            return task_names(given["names"], count)
+        try:
+            return task_names(task_names_of(self.checkpoints), count)
+        except OptionError:  # files of one name, in several folders
+            return None
+
+    def _load(self) -> list[Any]:
+        from fxzip.loops import counted
+        from fxzip.zoo import load
+
+        models, given = [], self.given
+        with counted(len(self.checkpoints), not self.quiet, "loading") as step:
+            for path in self.checkpoints:
+                model = load(
+                    given["model"], path, num_classes=given["num_classes"], ema=given["ema"], **self.model_args
+                )
+                models.append(model.to(self.device))
+                step()
+        return models
+
+    def _save(self, zipped: Any, config: dict[str, Any]) -> None:
+        """The network, and beside it the recipe with everything that was chosen."""
+        from fxzip.folders import new_folder
+        from fxzip.recipe import NAME, write_recipe
+
+        own = ("alpha", "beta")
+        kept = {key: value for key, value in self.given.items() if key not in _NOT_KEPT}
+        kept |= {key: config[key] for key in shared.PREPARATION}
+        kept |= {"names": list(zipped.names), "model_args": self.model_args or None, "ridge": self.ridge}
+        kept |= {"method": self.method, **{key: self.options.get(key) for key in own}}
+        kept |= {"options": {key: value for key, value in self.options.items() if key not in own} or None}
+        with new_folder(self.given["out"]) as fresh:
+            zipped.save(fresh)
+            write_recipe(fresh / NAME, kept, beside=self.given["out"])
+
+
+_NOT_KEPT = frozenset({"recipe", "debug", "quiet", "out", "overwrite"})
+
+
+def task_names_of(checkpoints: Sequence[str]) -> tuple[str, ...]:
+    """The names of the files or repositories, without their endings."""
+    last = (text.rstrip("/").rpartition("/")[2].rpartition(":")[2] for text in checkpoints)
+    endings = {".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt"}
+    found = []
+    for name in last:
+        while Path(name).suffix in endings:
+            name = Path(name).stem
+        found.append(name.replace(".", "_"))
+    return tuple(found)

@@ -1,0 +1,142 @@
+"""What commands share: how options are read, recipes, places to write to."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from fxzip.errors import OptionError, SaveError
+from fxzip.folders import scratch_folder, write_file
+from fxzip.recipe import read_recipe
+
+PREPARATION = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""The options that say how images are prepared; the names are timm's."""
+
+
+def numbers(text: Any) -> tuple[float, ...]:
+    """Numbers separated by commas, or a list of a recipe."""
+    parts = text.split(",") if isinstance(text, str) else text if isinstance(text, (list, tuple)) else [text]
+    try:
+        return tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        raise typer.BadParameter(f"{text!r}: give numbers with commas between them") from None
+
+
+def input_size(text: Any) -> tuple[int, ...]:
+    """``3,224,224``, or ``224`` for coloured images."""
+    found = numbers(text)
+    if len(found) == 1:
+        found = (3, found[0], found[0])
+    if len(found) != 3 or any(size < 1 or size != int(size) for size in found) or found[0] not in (1, 3):
+        raise typer.BadParameter(f"{text!r}: give channels (1 or 3), height and width, like 3,224,224")
+    return tuple(int(size) for size in found)
+
+
+def pairs(given: list[str] | None, option: str) -> dict[str, Any]:
+    """``NAME=VALUE`` options; the values are read as YAML: numbers, true, null, [7, 7]."""
+    found = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise OptionError(f"{option} {text}: write NAME=VALUE")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise OptionError(f"{option} {text}: {value!r} cannot be read: {error}") from error
+    return found
+
+
+def share_or_name(cut: str | None) -> str | float | None:
+    """A cut: a number with a point is a share of the layers, all else a name."""
+    return float(cut) if cut is not None and re.fullmatch(r"\d*\.\d*", cut) and cut != "." else cut
+
+
+def read_options(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Take a recipe's options as the defaults of a command's."""
+    if path is None or ctx.resilient_parsing:
+        return path
+    commands: Mapping[str, Any] = ctx.find_root().command.commands  # type: ignore[attr-defined]
+    names = {p.name for command in commands.values() for p in command.params}
+    values = read_recipe(path, names - {"recipe", "debug", "help"})
+    own = {p.name: p for p in ctx.command.params}
+    ctx.default_map = {name: _as_given(value) for name, value in values.items() if name in own}
+    return path
+
+
+def _as_given(value: Any) -> Any:
+    """A value of a recipe in the form that an option takes: a mapping is a list of ``NAME=VALUE``."""
+    if isinstance(value, dict):
+        return [f"{name}={yaml.safe_dump(part, default_flow_style=True).strip()}" for name, part in value.items()]
+    return value
+
+
+def set_debug(ctx: typer.Context, wanted: bool) -> bool:
+    """``--debug`` after the command means what it means before it."""
+    if wanted:
+        ctx.find_root().params["debug"] = True
+    return wanted
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Raise now what saving a network there would raise after the work.
+
+    Raises:
+        SaveError: The folder holds other things, is a file, or cannot be written to.
+    """
+    from fxzip.io import PLAN
+
+    if folder.exists() and not folder.is_dir():
+        raise SaveError(f"{folder} is a file: give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite and not (folder / PLAN).exists():
+        raise SaveError(f"{folder} holds other files: choose another folder, or give --overwrite")
+    check_writable(folder)
+
+
+def check_writable(path: Path) -> None:
+    """Raise unless files can be made at the path, or in the nearest folder above it that exists.
+
+    Raises:
+        SaveError: They cannot.
+    """
+    near = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
+    with scratch_folder(near):
+        pass
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write plain values as JSON."""
+    write_file(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+@contextmanager
+def spinner(text: str, quiet: bool) -> Iterator[None]:
+    """A sign of life on stderr, for work whose length is not known."""
+    from rich.console import Console
+
+    if quiet:
+        yield
+        return
+    with Console(stderr=True).status(text):
+        yield
+
+
+def device_named(text: str) -> Any:
+    """The device of a name.
+
+    Raises:
+        OptionError: There is no such device here.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=text).add_(1)
+        return torch.device(text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OptionError(f"--device {text}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,45 @@
+"""``fxzip export`` and ``fxzip draw``: a merged network for others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fxzip.cli import options as shared
+from fxzip.cli import parameters as p
+
+
+def export(
+    folder: p.Network,
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A file that ends in .onnx or .pt2 (torch.export).")],
+    task: Annotated[str | None, typer.Option(metavar="TASK", help="One head only.")] = None,
+    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators.")] = None,
+    recipe: p.Recipe = None,
+    quiet: p.Quiet = False,
+    debug: p.Debug = False,
+) -> None:
+    """Export a merged network to ONNX or torch.export, and check the file against it."""
+    import fxzip
+
+    shared.check_writable(path.absolute().parent)
+    zipped = fxzip.load(folder)
+    with shared.spinner(f"exporting and checking {path.name}", quiet):
+        done = zipped.export(path, task=task, opset=opset)
+    typer.echo(str(done))
+
+
+def draw(
+    folder: p.Network,
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A picture: .svg, .png, .pdf, .dot or .mmd (Mermaid).")],
+    quiet: p.Quiet = False,
+    debug: p.Debug = False,
+) -> None:
+    """Draw a merged network: trunk, heads, and what is shared."""
+    import fxzip
+
+    shared.check_writable(path.absolute().parent)
+    fxzip.load(folder).draw(path)
+    if not quiet:
+        typer.echo(str(path))

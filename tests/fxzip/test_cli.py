@@ -1,0 +1,383 @@
+"""The command line on two tiny networks of timm: what it writes, and how it complains."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import typer
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+import fxzip
+from fxzip import cli, io, prepared
+from fxzip.errors import FrozenSpaceWarning, OptionError
+from fxzip.images import ImageLoader, find_images
+from fxzip.matching import options
+from fxzip.zoo import data_config, load, transform
+
+NAME = "timm:test_resnet"
+CLASSES = {"dogs": 3, "birds": 4}
+SIZE = ("--input-size", "3,32,32")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints, IMAGES/task/class/*.png, and the network that they make: merged/."""
+    folder = tmp_path_factory.mktemp("cli")
+    noise = np.random.default_rng(0)
+    for seed, (task, classes) in enumerate(CLASSES.items()):
+        torch.manual_seed(seed)
+        model = timm.create_model("test_resnet", num_classes=classes)
+        save_file(model.state_dict(), folder / f"{task}.safetensors")
+        for label in range(classes):
+            where = folder / "IMAGES" / task / f"class{label}"
+            where.mkdir(parents=True)
+            for number in range(4):
+                pixels = noise.integers(0, 255, (36, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(where / f"{number}.png")
+    done = run(*zip_arguments(folder, folder / "merged"))
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def zip_arguments(place: Path, out: Path, *more: object, tasks: Sequence[str] = ("dogs", "birds")) -> list[object]:
+    files = [place / f"{task}.safetensors" for task in tasks]
+    fixed = ["--model", NAME, *files, "--data", place / "IMAGES", *SIZE, "--out", out, "--quiet"]
+    return ["zip", *fixed, "--cut", "layer3", "--method", "zip", *more]
+
+
+def one_line(done: Result, status: int = 1) -> str:
+    assert done.exit_code == status, done.output
+    assert done.stdout == ""
+    assert done.stderr.startswith("fxzip: error: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+# ---- what the commands do
+
+
+def test_zip_is_what_the_library_does(place: Path) -> None:
+    models = [load(NAME, place / f"{task}.safetensors") for task in CLASSES]
+    config = data_config(models[0], input_size=(3, 32, 32))
+    loader = ImageLoader(find_images(place / "IMAGES").values(), transform(config))
+    ours = fxzip.zip(*models, loader=loader, cut="layer3", method="zip", names=tuple(CLASSES), progress=False)
+    saved = fxzip.load(place / "merged")
+    assert saved.names == ("dogs", "birds")
+    assert str(saved.report) == str(ours.report)
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), saved.state_dict().values(), strict=True))
+
+
+def test_recipe_beside_the_network_makes_it_again(place: Path, tmp_path: Path) -> None:
+    recipe = place / "merged" / "recipe.yaml"
+    values = yaml.safe_load(recipe.read_text())
+    assert values["checkpoints"] == ["../dogs.safetensors", "../birds.safetensors"]
+    assert values["data"] == "../IMAGES"
+    assert values["input_size"] == [3, 32, 32]
+    assert values["mean"] == list(timm.create_model("test_resnet").pretrained_cfg["mean"])
+    assert (values["method"], values["alpha"], values["beta"]) == ("zip", *options("zip").values())
+    done = run("zip", "--recipe", recipe, "--out", tmp_path / "again")
+    assert done.exit_code == 0, done.output
+    assert "dogs + birds" in done.stdout
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in (place / "merged", tmp_path / "again"))
+    assert first == second
+
+
+def test_command_line_comes_before_the_recipe(place: Path, tmp_path: Path) -> None:
+    own = {
+        "model": NAME,
+        "checkpoints": [str(place / "dogs.safetensors"), str(place / "birds.safetensors")],
+        "data": str(place / "IMAGES"),
+        "input_size": [3, 32, 32],
+        "cut": "layer2",
+        "method": "zip",
+        "alpha": 0.25,
+        "refit": False,
+        "names": ["a", "b"],
+        "model_args": {"drop_rate": 0.5},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(own))
+    done = run("zip", "--recipe", tmp_path / "r.yaml", "--cut", "layer3", "--quiet", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert done.output == ""
+    report = fxzip.load(tmp_path / "out").report
+    assert report.names == ("a", "b")
+    assert report.cut == "layer3"
+    assert report.refitted == 0
+    assert "alpha=0.25" in report.method
+    written = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert written["model_args"] == {"drop_rate": 0.5}
+    assert written["cut"] == "layer3"
+
+
+def test_every_option_of_the_function_is_one_of_the_command() -> None:
+    wanted = set(inspect.signature(fxzip.zip).parameters) - {"models", "loader", "progress", "others"}
+    command: Any = typer.main.get_command(cli.app)
+    assert wanted <= {param.name for param in command.commands["zip"].params}
+
+
+def test_eval_counts_what_the_network_gets_right(place: Path, tmp_path: Path) -> None:
+    zipped = fxzip.load(place / "merged")
+    prepare = transform(data_config(load(NAME), input_size=(3, 32, 32)))
+    done = run(
+        "eval", place / "merged", "--data", place / "IMAGES", "--originals", "--quiet", "--json", tmp_path / "e.json"
+    )
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "e.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dogs + birds", "dogs alone", "birds alone"]
+    for number, (task, classes) in enumerate(CLASSES.items()):
+        original = load(NAME, place / f"{task}.safetensors")
+        right = {"merged": 0, "alone": 0}
+        for label in range(classes):
+            for path in (place / "IMAGES" / task / f"class{label}").iterdir():
+                x = prepare(Image.open(path).convert("RGB"))[None]
+                with torch.no_grad():
+                    right["merged"] += int(zipped(x, task=task).argmax()) == label
+                    right["alone"] += int(original(x).argmax()) == label
+        assert rows[0]["tasks"][task] == pytest.approx(100 * right["merged"] / (4 * classes))
+        assert rows[1 + number]["tasks"][task] == pytest.approx(100 * right["alone"] / (4 * classes))
+    assert f"{rows[0]['joint']:.1f}" in done.stdout
+
+
+def test_eval_of_an_archive_without_a_recipe(place: Path, tmp_path: Path) -> None:
+    fxzip.load(place / "merged").save(tmp_path / "bare")
+    x = np.zeros((5, 3, 32, 32), dtype=np.float32)
+    np.savez(tmp_path / "d.npz", **{"dogs.images": x, "dogs.labels": np.zeros(5, dtype=int)})
+    done = run("eval", tmp_path / "bare", "--data", tmp_path / "d.npz", "--task", "dogs", "--quiet")
+    assert done.exit_code == 0, done.output
+    assert "no images of the task 'birds'" in one_line(
+        run("eval", tmp_path / "bare", "--data", tmp_path / "d.npz", "--quiet")
+    )
+    done = run("eval", tmp_path / "bare", "--data", place / "IMAGES", "--quiet")
+    assert "give --input-size, --mean, --std" in one_line(done)
+    done = run("eval", tmp_path / "bare", "--data", place / "IMAGES", "--recipe", place / "merged" / "recipe.yaml")
+    assert done.exit_code == 0, done.output
+
+
+def test_export_draw_and_inspect_a_saved_network(place: Path, tmp_path: Path) -> None:
+    done = run("export", place / "merged", tmp_path / "m.pt2", "--task", "birds", "--quiet")
+    assert done.exit_code == 0, done.output
+    assert torch.export.load(tmp_path / "m.pt2").module()(torch.zeros(3, 3, 32, 32)).shape == (3, 4)
+    assert "differs from the network by" in done.stdout
+    done = run("draw", place / "merged", tmp_path / "m.mmd")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "m.mmd").stat().st_size > 0
+    done = run("inspect", place / "merged", "--json", tmp_path / "i.json")
+    assert str(fxzip.load(place / "merged").report) in done.stdout
+    assert json.loads((tmp_path / "i.json").read_text())["names"] == ["dogs", "birds"]
+
+
+def test_inspect_an_architecture(tmp_path: Path) -> None:
+    done = run("inspect", NAME, *SIZE, "--quiet", "--json", tmp_path / "i.json")
+    assert done.exit_code == 0, done.output
+    spec = fxzip.analyse(load(NAME), torch.zeros(2, 3, 32, 32))
+    assert str(spec) in done.stdout
+    assert "layer3" in done.stdout.rpartition("valid cuts")[2]
+    values = json.loads((tmp_path / "i.json").read_text())
+    assert [space["size"] for space in values["spaces"]] == [space.size for space in spec.spaces]
+    assert "layer3" in values["cuts"]
+
+
+def test_three_checkpoints_and_a_share_as_cut(place: Path, tmp_path: Path) -> None:
+    more = ["--cut", "0.3", "--method", "permute", "--no-refit", "--limit", "6"]
+    done = run(*zip_arguments(place, tmp_path / "out", *more, tasks=("dogs", "birds", "dogs")))
+    assert done.exit_code == 0, done.output
+    saved = fxzip.load(tmp_path / "out")
+    assert saved.names == ("task0", "task1", "task2")  # two of the files have one name
+    assert [value.shape[1] for value in saved(torch.zeros(1, 3, 32, 32))] == [3, 4, 3]
+    assert saved.report.method == "permute"
+
+
+# ---- bad input
+
+
+def test_missing_checkpoint(place: Path, tmp_path: Path) -> None:
+    text = one_line(run(*zip_arguments(place, tmp_path / "out", tasks=("dogs", "cats"))))
+    assert "cats.safetensors does not exist" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoint_of_another_architecture(place: Path, tmp_path: Path) -> None:
+    save_file(timm.create_model("test_vit", num_classes=2).state_dict(), tmp_path / "vit.safetensors")
+    arguments = ["zip", "--model", NAME, place / "dogs.safetensors", tmp_path / "vit.safetensors"]
+    text = one_line(run(*arguments, "--data", place / "IMAGES", "--out", tmp_path / "out", "--quiet"))
+    assert "names missing (conv1.0.weight" in text
+    assert "unknown to the model (blocks.0.attn" in text
+
+
+def test_broken_image_is_skipped_with_a_count_or_an_error(place: Path, tmp_path: Path) -> None:
+    os.symlink(place / "IMAGES" / "dogs", tmp_path / "dogs")
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "birds" / "b.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    arguments = zip_arguments(place, tmp_path / "out", "--data", tmp_path)
+    assert "birds/b.png cannot be read" in one_line(run(*arguments, "--strict"))
+    assert not (tmp_path / "out").exists()
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    assert done.stderr.startswith("fxzip: warning: 1 image was skipped; the first: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("out", ["file", "file/merged", "full", "/proc/fxzip"])
+def test_unusable_output_is_told_before_the_work(place: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    # The checkpoints are missing, too: the folder is looked at before them.
+    text = one_line(run(*zip_arguments(tmp_path, tmp_path / out)))
+    assert str(tmp_path / out) in text or "cannot be written to" in text
+    assert "safetensors" not in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+
+
+def test_overwrite(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert "give --overwrite" in one_line(run(*zip_arguments(place, tmp_path)))
+    done = run(*zip_arguments(place, tmp_path, "--overwrite"))
+    assert done.exit_code == 0, done.output
+    assert {"thesis.tex", "fxzip.json", "recipe.yaml"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("stage", ["observe", "save"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_interrupt_leaves_nothing_half_written(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, earlier: bool
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    if earlier:
+        fxzip.load(place / "merged").save(tmp_path / "out")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    owner, name = (prepared.Prepared, "observe") if stage == "observe" else (io, "model_card")
+    monkeypatch.setattr(owner, name, stop)
+    done = run(*zip_arguments(place, tmp_path / "out"))
+    assert done.exit_code == 130
+    assert done.stderr == "fxzip: stopped; nothing was written\n"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if earlier else [])
+
+
+STOPPED = """
+import sys, time
+from fxzip import cli, prepared
+def wait(self, *_, **__):
+    print("observing", flush=True)
+    time.sleep(60)
+prepared.Prepared.observe = wait
+cli.main()
+"""
+
+
+def test_a_real_ctrl_c(place: Path, tmp_path: Path) -> None:
+    arguments = [str(argument) for argument in zip_arguments(place, tmp_path / "out")]
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "observing\n"
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told == "fxzip: stopped; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--cut", "layer9"], "no shared module or node of that name; near: "),
+        (["--method", "zipp"], "did you mean"),
+        (["--method", "permute", "--alpha", "0.5"], "has no option 'alpha'"),
+        (["--option", "gamma"], "write NAME=VALUE"),
+        (["--name", "only"], "one name for each of the 2 models"),
+        (["--device", "toaster"], "--device toaster"),
+        (["--model-arg", "bogus=1"], "cannot be built with bogus=1"),
+        (["--model", "timm:resnet51"], "did you mean timm:resnet"),
+        (["--mean", "0.5"], "images of 3 channels need 3 values"),
+        (["--ridge", "-1"], "it must be 0 or more"),
+        (["--data", "/nowhere"], "there is no /nowhere"),
+        (["--recipe", "/nowhere.yaml"], "the recipe /nowhere.yaml cannot be read"),
+    ],
+)
+def test_mistakes_in_one_line(place: Path, tmp_path: Path, more: list[str], says: str) -> None:
+    assert says in one_line(run(*zip_arguments(place, tmp_path / "out", *more)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["zip"],
+        ["zip", "--bogus"],
+        ["zip", "--batch-size", "0"],
+        ["zip", "--input-size", "3,a"],
+        ["zip", "--input-size", "2,8,8"],
+        ["zip", "--points", "some"],
+        ["frobnicate"],
+        ["--bogus"],
+        ["--debug"],
+        ["export", "merged"],
+    ],
+)
+def test_wrong_use_in_one_line(arguments: list[str]) -> None:
+    assert "--help)" in one_line(run(*arguments), status=2)
+
+
+def test_one_checkpoint_is_not_enough(place: Path, tmp_path: Path) -> None:
+    assert "two or more" in one_line(run(*zip_arguments(place, tmp_path / "out", tasks=("dogs",))))
+
+
+def test_recipe_with_an_unknown_option(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("cutt: layer3")
+    assert "unknown option 'cutt'; near: cut" in one_line(run("zip", "--recipe", tmp_path / "r.yaml"))
+
+
+def test_eval_wants_a_folder_for_each_class(place: Path, tmp_path: Path) -> None:
+    for task in CLASSES:
+        (tmp_path / task).mkdir()
+        os.symlink(place / "IMAGES" / task / "class0", tmp_path / task / "class0")
+    text = one_line(run("eval", place / "merged", "--data", tmp_path, "--quiet"))
+    assert "folders of 1 classes (class0...), and the head has 3" in text
+
+
+def test_what_nobody_expected_is_one_line_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("by\nzero")
+
+    monkeypatch.setattr(prepared.Prepared, "observe", fail)
+    arguments = zip_arguments(place, tmp_path / "out")
+    assert "ZeroDivisionError: by zero (fxzip --debug ... shows where)" in one_line(run(*arguments))
+    assert isinstance(run(*arguments, "--debug").exception, ZeroDivisionError)
+    assert isinstance(run("--debug", *arguments).exception, ZeroDivisionError)
+
+
+def test_warnings_in_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_with_warnings(*_: Any, **__: Any) -> None:
+        warnings.warn("channels are kept\nin place", FrozenSpaceWarning, stacklevel=1)
+        warnings.warn("old", FutureWarning, stacklevel=1)
+        raise OptionError("enough")
+
+    monkeypatch.setattr(io, "load", load_with_warnings)
+    monkeypatch.setattr(fxzip, "load", load_with_warnings)
+    done = run("export", place / "merged", "m.onnx")
+    assert done.stderr == "fxzip: warning: channels are kept in place\nfxzip: error: enough\n"

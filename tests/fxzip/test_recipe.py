@@ -1,0 +1,84 @@
+"""Recipes: options from YAML, and back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fxzip.errors import OptionError
+from fxzip.recipe import read_recipe, write_recipe
+
+KNOWN = {"model", "data", "checkpoints", "cut", "alpha", "refit", "names", "input_size", "options"}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    options = {
+        "model": "timm:resnet18",
+        "checkpoints": ["a.pth", "hf-hub:me/birds", "local-dir:b"],
+        "alpha": 0.5,
+        "refit": False,
+        "cut": None,
+        "input_size": (3, 8, 8),
+        "options": {"gamma": 0.5},
+    }
+    write_recipe(tmp_path / "r.yaml", options)
+    found = read_recipe(tmp_path / "r.yaml", KNOWN)
+    here = os.path.realpath(os.getcwd())
+    assert found == {
+        "model": "timm:resnet18",
+        "checkpoints": [
+            os.path.join(tmp_path, os.path.relpath(os.path.join(here, "a.pth"), tmp_path)),
+            "hf-hub:me/birds",
+            "local-dir:" + os.path.join(tmp_path, os.path.relpath(os.path.join(here, "b"), tmp_path)),
+        ],
+        "alpha": 0.5,
+        "refit": False,
+        "input_size": [3, 8, 8],
+        "options": {"gamma": 0.5},
+    }
+    assert os.path.realpath(found["checkpoints"][0]) == os.path.join(here, "a.pth")
+
+
+def test_paths_are_relative_to_the_recipe_and_survive_a_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tmp_path / "project"
+    (project / "IMAGES").mkdir(parents=True)
+    monkeypatch.chdir(project)
+    write_recipe(tmp_path / "scratch.yaml", {"data": Path("IMAGES")}, beside=project / "merged")
+    assert yaml.safe_load((tmp_path / "scratch.yaml").read_text()) == {"data": "../IMAGES"}
+    (project / "merged").mkdir()
+    (tmp_path / "scratch.yaml").rename(project / "merged" / "r.yaml")
+    project.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    found = read_recipe(tmp_path / "moved" / "merged" / "r.yaml", KNOWN)
+    assert Path(found["data"]).resolve() == tmp_path / "moved" / "IMAGES"
+
+
+def test_a_link_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "blob").touch()
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "blob")
+    write_recipe(tmp_path / "r.yaml", {"checkpoints": [str(tmp_path / "a.safetensors")]})
+    assert yaml.safe_load((tmp_path / "r.yaml").read_text()) == {"checkpoints": ["a.safetensors"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("cutt: layer3", "unknown option 'cutt'; near: cut"),
+        ("- cut", "holds no options"),
+        ("", "holds no options"),
+        ("cut: [", "is not YAML"),
+        ("cut: !!python/object/apply:os.system ['true']", "is not YAML"),
+    ],
+)
+def test_bad_recipes(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(OptionError, match=says):
+        read_recipe(tmp_path / "r.yaml", KNOWN)
+
+
+def test_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="cannot be read"):
+        read_recipe(tmp_path / "r.yaml", KNOWN)

@@ -1,0 +1,160 @@
+"""The docs: every guide's code runs and does what its text says, and no table stands there by hand."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from benchmarks import tables
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "docs" / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("digits", "run"))
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[ModuleType]:
+    """docs/examples/run.py, with the folder of the examples where they look for digits.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        yield importlib.import_module("run")
+    for name in ("run", "digits"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Examples write into the working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def ran(request: pytest.FixtureRequest, runner: ModuleType, here: Path) -> dict[str, Any]:
+    """The names at the end of the example that a test is marked with; what it printed is under ``printed``."""
+    name = request.node.get_closest_marker("example").args[0]
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'fxzip[demo]'")
+    outputs, names = runner.run(EXAMPLES / f"{name}.py")
+    kept = json.loads(runner.OUTPUTS.read_text(encoding="utf-8"))[name]
+    assert [bool(text) for text in outputs] == [bool(text) for text in kept], "run docs/examples/run.py again"
+    return {**names, "printed": outputs}
+
+
+@pytest.mark.example("timm_models")
+def test_timm_models(ran: dict[str, Any]) -> None:
+    assert min(ran["kept"].values()) > 80
+    assert ran["again"].names == ("low", "high")
+    assert "cut at" in ran["printed"][2]
+
+
+@pytest.mark.example("pick_the_cut")
+def test_pick_the_cut(ran: dict[str, Any], here: Path) -> None:
+    rows = {(row.method, row.cut): row for row in ran["sweep"].rows}
+    assert len(rows) == 6
+    assert all(row.scores["joint"] > 50 for row in rows.values())
+    assert ran["best"].flops <= 1.5
+    assert ran["ratio"] <= 1.51
+    assert "Scores over operations" in (here / "cut.html").read_text()
+
+
+@pytest.mark.example("many_models")
+def test_many_models(ran: dict[str, Any]) -> None:
+    assert len({ran["first"].shape, ran["second"].shape, ran["third"].shape}) == 1
+    costs = [ran[name].report.flops_after / ran[name].report.flops_before for name in ("zipped", "full")]
+    assert costs[1] == pytest.approx(1 / 3, abs=0.01)  # "about a third"
+    assert costs[1] < costs[0] < 1
+    assert min(ran["kept"].values()) > 80
+
+
+@pytest.mark.example("own_architecture")
+def test_own_architecture(ran: dict[str, Any]) -> None:
+    from fxzip.rules.registry import unregister_rule
+
+    unregister_rule(ran["torch"].ops.mine.scaled_relu.default)
+    assert ran["difference"] < 1e-10
+    assert [space.size for space in ran["spec"].spaces] == [24]  # stem, value and gate share one
+    assert min(ran["kept"].values()) > 80
+    assert any("scaled_relu" in str(warning.message) for warning in ran["caught"])
+    assert {row.name for row in ran["before"].frozen} == {"stem", "scale"}
+    assert not ran["after"].frozen
+    assert ran["after"].coverage > ran["before"].coverage
+
+
+@pytest.mark.example("export_and_serve")
+def test_export_and_serve(ran: dict[str, Any]) -> None:
+    assert ran["same"]
+    assert ran["difference"] < 1e-3
+    assert ran["low"].shape == (7, 5)
+    assert [tuple(x.shape) for x in ran["outputs"]] == [(3, 5), (3, 5)]
+    assert (ran["folder"] / "low.onnx").exists()
+
+
+@pytest.mark.example("report_and_drawing")
+def test_report_and_drawing(ran: dict[str, Any], here: Path) -> None:
+    assert ran["page"].read_text().startswith("<!doctype html>")
+    assert ran["picture"].exists()
+    assert ran["text"].startswith("flowchart")
+
+
+def test_every_guide_has_a_test_and_a_place_in_the_navigation() -> None:
+    tested = {name for name in NAMES if f'@pytest.mark.example("{name}")' in Path(__file__).read_text()}
+    assert tested == set(NAMES)
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert [name for name in NAMES if f"guides/{name}.md" not in navigation] == []
+
+
+# ---- tables
+
+
+def test_the_readme_has_what_was_measured() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tables.fill(text) == text, "run python -m benchmarks.tables"
+
+
+def test_pages_hold_no_tables_of_numbers() -> None:
+    for path in (ROOT / "docs").glob("*.md"):
+        if path.name == "zoo.md":  # written by benchmarks.zoo
+            continue
+        text = path.read_text(encoding="utf-8")
+        for match in tables.MARKED.finditer(text):
+            assert "|" not in match[0], f"{path.name}: {match['name']} is filled in when the docs are built"
+
+
+def test_every_file_of_results_becomes_a_table() -> None:
+    found = sorted(tables.RESULTS.glob("*.json"))
+    assert found
+    for path in found:
+        for rows in tables.rows_of(json.loads(path.read_text(encoding="utf-8"))).values():
+            lines = tables.plain(rows).splitlines()
+            assert len(lines) == len(rows) + 2
+            assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+
+
+def test_rows_of_any_file() -> None:
+    rows = [{"a": 1}]
+    assert tables.rows_of(rows) == {"": rows}
+    assert tables.rows_of({"rows": rows, "versions": {}}) == {"": rows}
+    assert tables.rows_of({"pairs": {"vit": rows, "gpt": rows}, "sizes": [1, 2]}) == {"vit": rows, "gpt": rows}
+
+
+def test_fill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rows = [{"name": "a|b", "time_s": 0.12345, "peak_bytes": 2**21, "same": True, "range": [1.0, 2.5]}, {"name": "c"}]
+    (tmp_path / "one_x.json").write_text(json.dumps({"command": "do it", "threads": 1, "rows": rows}))
+    text = "before <!-- table: one_* -->old<!-- end --> between <!-- table: two --><!-- end --> after"
+    filled = tables.fill(text, sources=True)
+    assert "| name | time, s | peak, MiB | same | range |" in filled
+    assert "| a\\|b | 0.123 | 2 | yes | 1 - 2.5 |" in filled
+    assert "| c | - | - | - | - |" in filled
+    assert "`do it`, `one_x.json`, 1 thread" in filled
+    assert "Not measured yet: `python -m benchmarks.two`" in filled
+    assert "old" not in filled
+    assert tables.fill(filled, sources=True) == filled

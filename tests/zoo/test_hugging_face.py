@@ -1,0 +1,73 @@
+"""Hugging Face's models with random weights (the extra ``hf``): oracles 1 to 5, and inputs and outputs by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxzip
+from tests.oracles import (
+    TOLERANCE,
+    call,
+    difference,
+    images,
+    mutations_missed,
+    permutation_error,
+    randomise,
+    self_zip_errors,
+)
+
+transformers = pytest.importorskip("transformers")
+
+WORDS = 31
+TOKENS = torch.randint(WORDS, (8, 6), generator=torch.Generator().manual_seed(0))
+SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+
+
+class Logits(nn.Module):
+    """One input, one output: what the oracles take."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).logits
+
+
+def make(name: str) -> nn.Module:
+    if name == "gpt2":
+        config = transformers.GPT2Config(vocab_size=WORDS, n_positions=8, n_embd=16, n_layer=2, n_head=4)
+        return transformers.GPT2LMHeadModel(config)
+    if name == "bert":
+        config = transformers.BertConfig(vocab_size=WORDS, max_position_embeddings=8, num_labels=3, **SIZES)
+        return transformers.BertForSequenceClassification(config)
+    config = transformers.ViTConfig(image_size=16, patch_size=4, num_labels=3, **SIZES)
+    return transformers.ViTForImageClassification(config)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "vit"])
+def test_oracles(name: str) -> None:
+    x = images(8, 16) if name == "vit" else TOKENS
+    model = randomise(Logits(make(name)), x)
+    spec = fxzip.analyse(model, x[:2])
+    assert spec.coverage > 0.999
+    assert not spec.frozen
+    assert permutation_error(model, x, spec) < TOLERANCE
+    missed = {site.parameter for site in mutations_missed(model, x, spec, most=15)}
+    assert all("key.bias" in parameter or "k_proj.bias" in parameter for parameter in missed), missed
+    errors = self_zip_errors(model, x, spec)
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_a_merge_of_language_models_by_their_own_names() -> None:
+    batch = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS), "use_cache": False}
+    models = [make("gpt2").double().eval() for _ in range(2)]
+    zipped = fxzip.zip(*models, [batch], method="permute", names=("prose", "code"), progress=False)
+    assert zipped(**batch, task="code")["logits"].shape == (8, 6, WORDS)
+    ensemble = fxzip.zip(*models, [batch], cut=0.0, progress=False)
+    expected = tuple(call(model, batch).logits for model in models)
+    assert difference(expected, tuple(out["logits"] for out in call(ensemble, batch))) < TOLERANCE
