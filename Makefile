@@ -6,13 +6,16 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint docs pictures dev format clean
+.PHONY: zoo demo test lint docs pictures dev format clean
 
 demo: $(STAMP)
 	$(BIN)/fxzip demo $(ARGS)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q $(ARGS)
+
+zoo: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

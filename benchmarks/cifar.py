@@ -45,8 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "select, no refit": {"method": "select", "refit": False},
     "average + refit": {"method": "average"},
     "permute + refit": {"method": "permute"},
-    "zip + refit": {"method": "zip"},
-    "select + refit (default)": {},
+    "select + refit": {"method": "select"},
+    "zip + refit (default)": {},
 }
 SCORES = ("joint", "task0", "task1", "average")
 

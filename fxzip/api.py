@@ -20,7 +20,7 @@ from fxzip.passes.cut import Cut, find_cuts
 from fxzip.passes.points import Which
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
-from fxzip.prepared import Prepared, check_method, check_models, default_method, task_names
+from fxzip.prepared import Prepared, check_method, check_models, task_names
 
 Loader = Iterable[Any]
 
@@ -29,7 +29,7 @@ def zip(
     *models: Any,
     loader: Loader | None = None,
     cut: Cut = None,
-    method: str | None = None,
+    method: str = "zip",
     alpha: float | None = None,
     beta: float | None = None,
     names: Iterable[str] | None = None,
@@ -52,8 +52,8 @@ def zip(
         cut: The module or node that the heads begin at, a share (0 to 1) of the layers for the trunk, a budget
             (``"flops<=1.3x"`` of one network: the earliest cut that meets it), or None for everything up to where
             the models part or their classifiers begin.
-        method: ``select``, ``zip``, ``permute``, ``average``, ``optimal``, ``weights``, ``dual`` or ``cca`` (see
-            `fxzip.matching`); None: ``select`` with refit, ``zip`` without.
+        method: ``zip``, ``select``, ``permute``, ``average``, ``optimal``, ``weights``, ``dual`` or ``cca`` (see
+            `fxzip.matching`).
         alpha: For ``zip``: how readily merged channels merge again (arXiv 2305.03053, section 4.3), 0 to 1.
         beta: For ``zip``: budget of merges within one model, 0 to 1.
         names: Names of the tasks; ``task0``, ``task1`` ... without.
@@ -69,7 +69,7 @@ def zip(
     """
     given, loader = _models_and_loader(models, loader)
     check_models(given)
-    check_method(method or default_method(refit, alpha, beta), {"alpha": alpha, "beta": beta, **others}, len(given))
+    check_method(method, {"alpha": alpha, "beta": beta, **others}, len(given))
     tasks = task_names(names, len(given))
     loader = as_one_loader(loader, tasks)
     prepared = prepare(*given, example_inputs=_first_batch(loader), names=tasks)

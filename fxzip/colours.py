@@ -40,9 +40,9 @@ def colours(graph: LabelGraph, of: Ints, reason: Ints, nests: Mapping[str, Ints]
         marks.append((np.unique(of[labels.numpy()]), kinds.setdefault((node,), len(kinds))))
     places = []
     fixed = [(node, labels.numpy(), where.numpy()) for node, labels, where in graph.places]
-    for node, labels, where in (*fixed, *_copies(graph, of)):
+    for node, members, where in (*fixed, *_copies(graph, of)):
         kind = kinds.setdefault((node, "place"), len(kinds))
-        classes, place = np.unique(np.stack([of[labels], where], 1), axis=0).T
+        classes, place = np.unique(np.stack([of[members], where], 1), axis=0).T
         places.append((classes, kind + ((place + 1) << 32)))
     owners = [classes for classes, _ in marks]
     keys = np.repeat(np.array([kind for _, kind in marks], dtype=np.int64), [len(o) for o in owners])
@@ -70,8 +70,8 @@ def _copies(graph: LabelGraph, of: Ints) -> Iterator[tuple[str, Ints, Ints]]:
     for relation, children, blocks in graph.parents:
         found.setdefault(relation, []).append((children.numpy(), blocks.numpy()))
     for relation, parts in found.items():
-        children, blocks = (np.concatenate(side) for side in zip(*parts, strict=True))
-        known, at = np.unique(blocks, return_inverse=True)
+        inside, around = (np.concatenate(side) for side in zip(*parts, strict=True))
+        known, at = np.unique(around, return_inverse=True)
         owner = of[known]
         order = np.lexsort((known, owner))
         start = np.flatnonzero(np.diff(owner[order], prepend=-1))
@@ -79,7 +79,7 @@ def _copies(graph: LabelGraph, of: Ints) -> Iterator[tuple[str, Ints, Ints]]:
             continue
         rank = np.empty(len(known), dtype=np.int64)
         rank[order] = np.arange(len(known)) - np.repeat(start, np.diff(start, append=len(known)))
-        yield relation, children, rank[at]
+        yield relation, inside, rank[at]
 
 
 def _recolour(count: int, marks: Sequence[tuple[Ints, Ints]]) -> Ints:

@@ -377,7 +377,7 @@ def _slices(factor: Tensor, axes: Sequence[int]) -> Tensor:
     """Number the slices of a factor at each place along some axes, equal slices alike; of size 1 on the others."""
     rows = factor.movedim(list(axes), list(range(len(axes))))
     rows = rows.reshape(int(torch.Size(rows.shape[: len(axes)]).numel()), -1)
-    number = torch.unique(rows, dim=0, return_inverse=True)[1]
+    number: Tensor = torch.unique(rows, dim=0, return_inverse=True)[1]
     return number.reshape([size if a in axes else 1 for a, size in enumerate(factor.shape)])
 
 

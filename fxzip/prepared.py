@@ -108,7 +108,7 @@ class Prepared:
         self,
         *,
         cut: Cut = None,
-        method: str | None = None,
+        method: str = "zip",
         alpha: float | None = None,
         beta: float | None = None,
         refit: bool = True,
@@ -134,7 +134,6 @@ class Prepared:
             CalibrationError: Nothing was observed yet.
             CutError, OptionError: The cut, the method or its options are not valid.
         """
-        method = method or default_method(refit, alpha, beta)
         chosen = check_method(method, {"alpha": alpha, "beta": beta, **others}, len(self.names))
         options = RefitOptions(ridge=ridge)
         place = self.place(cut)
@@ -160,7 +159,7 @@ class Prepared:
     def sweep(
         self,
         cuts: Iterable[Cut] | None = None,
-        methods: Iterable[str | Mapping[str, Any]] = ("select",),
+        methods: Iterable[str | Mapping[str, Any]] = ("zip",),
         evaluate: Callable[[ZippedModel], float | Mapping[str, float]] | None = None,
         progress: bool = True,
     ) -> Sweep:
@@ -183,7 +182,7 @@ class Prepared:
             raise OptionError("sweep needs evaluate: a function from the merged network to a number or to several")
         places = self._spread() if cuts is None else list(cuts)
         chosen = [{"method": m} if isinstance(m, str) else dict(m) for m in methods]
-        names = [str(options.pop("name", options.get("method", "default"))) for options in chosen]
+        names = [str(options.pop("name", options.get("method", "zip"))) for options in chosen]
         rows = []
         with counted(len(places) * len(chosen), progress, "merging") as done:
             for name, options in zip(names, chosen, strict=True):
@@ -291,11 +290,6 @@ def task_names(names: Iterable[str] | None, count: int) -> tuple[str, ...]:
         if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
             raise OptionError(f"{name!r} cannot be the name of a task; use a word without dots")
     return found
-
-
-def default_method(refit: bool, alpha: float | None = None, beta: float | None = None) -> str:
-    """``select`` where layers are refitted, which was the best of all then; ``zip`` where its options are given."""
-    return "select" if refit and alpha is None and beta is None else "zip"
 
 
 def check_method(method: str, given: Mapping[str, float | None], n_models: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ parameter of its own. A map between channels then acts on the weights that the n
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def _evaluate(module: fx.GraphModule, learned: dict[fx.Node, frozenset[str]]) ->
 def _replace(module: fx.GraphModule, node: fx.Node, value: Any, names: frozenset[str]) -> None:
     if not isinstance(value, Tensor):
         return
-    target = _new_name(module, node, names)
+    target = _new_name(module, node, names, value)
     owner, _, leaf = target.rpartition(".")
     parent = module.get_submodule(owner)
     if hasattr(parent, leaf):
@@ -101,10 +102,13 @@ def _replace(module: fx.GraphModule, node: fx.Node, value: Any, names: frozenset
     node.replace_all_uses_with(folded)
 
 
-def _new_name(module: fx.GraphModule, node: fx.Node, names: frozenset[str]) -> str:
-    """The single parameter's own name if it is free to be taken over; else one made from the node's name."""
+def _new_name(module: fx.GraphModule, node: fx.Node, names: frozenset[str], value: Tensor) -> str:
+    """The single parameter's own name if it is free to be taken over; else one made from the node's name.
+
+    A value of another shape (a table that was looked up) never takes it: its channels lie elsewhere.
+    """
     weights = [name for name in names if name.rpartition(".")[2] == "weight"] or list(names)
-    if len(weights) == 1:
+    if len(weights) == 1 and operator.attrgetter(weights[0])(module).shape == value.shape:
         name = weights[0]
         readers = [n for n in module.graph.find_nodes(op="get_attr") if n.target == name]
         others = {user for n in readers for user in n.users}

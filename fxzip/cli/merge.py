@@ -26,7 +26,7 @@ def zip_models(
     ema: p.Ema = True,
     device: p.Device = "cpu",
     cut: p.Cut = None,
-    method: p.Method = None,
+    method: p.Method = "zip",
     alpha: p.Alpha = None,
     beta: p.Beta = None,
     options: p.Options = None,
@@ -61,12 +61,11 @@ class _Merge:
 
     def __init__(self, given: dict[str, Any]) -> None:
         from fxzip.passes.refit import RefitOptions
-        from fxzip.prepared import default_method
 
         self.given = given
         self.quiet = bool(given["quiet"])
         self.checkpoints = [str(path) for path in given["checkpoints"]]
-        self.method = given["method"] or default_method(given["refit"], given["alpha"], given["beta"])
+        self.method = given["method"]
         named = {"alpha": given["alpha"], "beta": given["beta"], **shared.pairs(given["options"], "--option")}
         self.options = {key: value for key, value in named.items() if value is not None}
         self.model_args = shared.pairs(given["model_args"], "--model-arg")

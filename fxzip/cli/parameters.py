@@ -70,11 +70,9 @@ Cut = Annotated[
     ),
 ]
 Method = Annotated[
-    str | None,
+    str,
     _merging(
-        metavar="NAME",
-        help="How channels are matched: select, zip, permute, average, optimal, weights...; select without, or zip "
-        "under --no-refit.",
+        metavar="NAME", help="How channels are matched: zip, select, permute, average, optimal, weights, dual or cca."
     ),
 ]
 Alpha = Annotated[float | None, _merging(help="For zip: how readily merged channels merge again, 0 to 1.")]

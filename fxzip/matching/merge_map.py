@@ -102,7 +102,8 @@ class MergeMap:
         A matched pair is an unordered pair of different channels that go to the same merged channel, so a
         group of size g counts g(g - 1)/2 pairs. Zero where there are none (one model).
         """
-        members = self.unmerge.reshape(self.n_models, -1, self.unmerge.shape[1]).sum(1)  # (N, n)
+        group = torch.nn.functional.one_hot(self.assignment, self.unmerge.shape[1]).double()
+        members = group.reshape(self.n_models, -1, self.unmerge.shape[1]).sum(1)  # (N, n)
         pairs = float(_pairs(members.sum(0)).sum())
         return float(_pairs(members).sum()) / pairs if pairs else 0.0
 

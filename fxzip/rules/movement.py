@@ -160,9 +160,9 @@ def cut_in_half(value: Labelled, axis: int) -> tuple[Labelled, Labelled]:
 @register_rule("fold", "col2im", nn.Fold, kind="passive")
 def fold(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     """Patches back into an image: overlapping patches are summed, and labels that are summed are tied."""
-    module, x = (args[0], args[1]) if isinstance(args[0], nn.Module) else (None, as_labelled(args[0]))
-    if module is None:
-        module = nn.Fold(*args[1:], **kwargs)
+    called = isinstance(args[0], nn.Fold)
+    x = as_labelled(args[called])
+    module = args[0] if called else nn.Fold(*args[1:], **kwargs)
     places = _pixels(module, ctx.shape)
     factors = []
     for f in x.factors:

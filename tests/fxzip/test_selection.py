@@ -61,6 +61,12 @@ def test_select_leaves_less_unexplained_than_any_pairing() -> None:
     assert unexplained("select", c) < min(others)
 
 
+def test_shares_of_a_selection_are_shares() -> None:
+    found = match("select", covariance(channels(8)))
+    assert 0 <= found.within_share <= 1
+    assert -1 <= found.mean_correlation(np.corrcoef(channels(8).T)) <= 1
+
+
 def test_a_larger_model_is_not_preferred() -> None:
     x = channels(8, seed=3)
     larger = x * np.repeat([1.0, 50.0], 8)

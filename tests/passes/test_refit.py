@@ -150,7 +150,7 @@ def test_bad_options() -> None:
         RefitOptions(images=0)
 
 
-@pytest.mark.parametrize("cut", ["layer1.gate", "layer2", "layer2.norm2"])
+@pytest.mark.parametrize("cut", ["layer1.gate", "relu_3", "layer2.norm2"])
 def test_what_is_kept_is_found_again_behind_a_cut(cut: str) -> None:
     models = pair(Residual, X)
     prepared = fxzip.prepare(*models, example_inputs=X).observe([X], progress=False)

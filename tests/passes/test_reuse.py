@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import fxzip
 from fxzip.passes.observe import writes_in_place
 from fxzip.passes.reuse import reuse_memory
 from fxzip.passes.trace import trace
@@ -112,3 +114,51 @@ def test_the_given_submodules_are_not_changed() -> None:
     reuse_memory(traced)
     assert traced.get_submodule("relu") is not relu
     assert relu.inplace is False
+
+
+class Residual(nn.Module):
+    """The head reads, through a skip and through a layer, what crosses the cut."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem, self.norm, self.relu = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.stem(x)))
+        x = self.relu(self.first(x) + x)
+        x = self.relu(self.second(x) + x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("cut", ["second", None])
+@pytest.mark.parametrize("refit", [True, False])
+def test_a_merged_network_works_in_place_and_its_heads_do_not_disturb_each_other(
+    cut: str | None, refit: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    models = [Residual(5).eval(), Residual(4).eval()]
+    zipped = fxzip.zip(*models, [x], cut=cut, refit=refit, progress=False)
+    again = fxzip.load(zipped.save(tmp_path / "saved"))
+    for network in (zipped, again):
+        parts = [network.trunk, *network.heads.values()]
+        assert any(writes_in_place(node, part) for part in parts for node in part.graph.nodes)
+        given = x.clone()
+        with torch.no_grad():
+            together = network(given)
+            crossing = network.trunk(given)
+            kept = [t.clone() for t in crossing]
+            alone = [network.head(name)(*crossing) for name in network.names]
+        assert torch.equal(given, x)
+        assert all(torch.equal(a, b) for a, b in zip(crossing, kept, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_a_merged_network_can_still_be_trained() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    zipped = fxzip.zip(Residual(5).eval(), Residual(4).eval(), [x], cut="second", refit=False, progress=False)
+    sum(out.square().sum() for out in zipped(x)).backward()
+    assert all(p.grad is not None for p in zipped.trunk.parameters())
