@@ -187,6 +187,7 @@ class _Place:
     def __init__(self, point: MergePoint) -> None:
         self.node = point.node
         self.axes = point.axes
+        self.pooled = point.pooled
         self.index = point.index.cpu()
         self.size, self.copies = self.index.shape
         self.needed = int(self.index.max()) + 1 if self.index.numel() else 0
@@ -208,6 +209,8 @@ class _ChannelView:
             raise CalibrationError(
                 f"the activation at node {place.node!r} has shape {tuple(tensor.shape)}, without axes {axes}"
             )
+        if place.pooled:
+            tensor = tensor.mean(place.pooled, keepdim=True)
         front = tensor.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
         if place.needed > len(front):
             raise CalibrationError(

@@ -77,7 +77,9 @@ def _origin(module: fx.GraphModule, node: fx.Node, space: ChannelSpace, spec: Ch
             break
         node, place = sources[0]
     assert place is not None
-    return MergePoint(node.name, *place)
+    axes, index = place
+    other = {a for _, found, _ in spec.locate(node.name) if not set(found) & set(axes) for a in found}
+    return MergePoint(node.name, axes, index, tuple(sorted(other)))
 
 
 def _place(node: fx.Node, space: ChannelSpace, spec: ChannelSpec) -> tuple[tuple[int, ...], Tensor] | None:

@@ -207,7 +207,9 @@ def test_everything_is_as_before(nets: tuple[Net, Net], loader: list[Any], fails
     else:
         observe(alignment, POINTS, loader)
     bars = [thread for thread in set(threading.enumerate()) - threads if type(thread).__module__.startswith("rich")]
-    assert not bars  # the bar's refresh thread has ended
+    for bar in bars:  # its refresh thread was told to end, which takes a moment on a busy machine
+        bar.join(timeout=10)
+    assert not any(bar.is_alive() for bar in bars)
     assert [[m.training for m in module.modules()] for module in alignment.modules] == modes
     for module, before in zip(alignment.modules, states, strict=True):
         assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 import fxzip
 from fxzip.errors import OptionError
 from fxzip.passes.points import Which, merge_points
-from tests.nets import Net, Residual, chain, conv
-from tests.oracles import images, randomise
+from tests.nets import Net, Residual, chain, conv, self_zip_errors
+from tests.oracles import TOLERANCE, images, randomise
 
 X = images(6, 8)
 
@@ -103,3 +103,20 @@ def test_a_space_of_one_channel_leaves_nothing_to_decide() -> None:
 def test_unknown_points() -> None:
     with pytest.raises(OptionError, match="'best' is unknown; use 'last' or 'all'"):
         points(Residual(), "best")  # type: ignore[arg-type]
+
+
+def mixed(m: Net, x: Tensor) -> Tensor:
+    x = m.embed(x).flatten(2)
+    x = x + m.up(F.gelu(m.down(x)))
+    return m.head(m.norm(x.transpose(1, 2)).mean(1))
+
+
+def test_the_channels_of_another_space_are_no_samples() -> None:
+    """A mixer: which channel of one model is which of another's is not known when its tokens are matched."""
+    layers = {"embed": nn.Conv2d(3, 8, 2, 2), "down": nn.Linear(16, 6), "up": nn.Linear(6, 16)}
+    net = randomise(Net(mixed, **layers, norm=nn.LayerNorm(8), head=nn.Linear(8, 3)), X)
+    prepared = fxzip.prepare(net, net, example_inputs=X)
+    found = merge_points(prepared.alignment.modules[0], prepared.spec, prepared.alignment.trunk_names(0))
+    (point,) = found["down"]
+    assert (point.axes, point.pooled) == ((2,), (1,))
+    assert max(self_zip_errors(net, X).values()) < TOLERANCE
