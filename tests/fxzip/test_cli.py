@@ -278,8 +278,9 @@ def test_interrupt_leaves_nothing_half_written(
 
 
 STOPPED = """
-import sys, time
+import signal, sys, time
 from fxzip import cli, prepared
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with it ignored
 def wait(self, *_, **__):
     print("observing", flush=True)
     time.sleep(60)
