@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxzip.passes.untie import attribute_of, parameter_uses
+from fxzip.passes._clean import attribute
+from fxzip.passes.untie import parameter_uses
 from fxzip.rules.registry import key_of
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
@@ -98,7 +99,7 @@ def _uses(module: fx.GraphModule) -> Counter[str]:
         tied = [of[id(p)] for p in module.get_submodule(name).parameters()]
         uses[name] = max([uses[name], *tied])
     for node in module.graph.find_nodes(op="get_attr"):
-        uses[str(node.target)] = of[id(attribute_of(module, node))]
+        uses[str(node.target)] = of[id(attribute(module, str(node.target)))]
     return uses
 
 
@@ -147,7 +148,7 @@ def _functional_layer(module: fx.GraphModule, node: fx.Node, uses: Counter[str])
     weight = given["weight"]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or uses[str(weight.target)] != 1:
         return None
-    if not isinstance(attribute_of(module, weight), nn.Parameter):
+    if not isinstance(attribute(module, str(weight.target)), nn.Parameter):
         return None  # the matrix of an unmerge, which no parent has
     if node.target is F.linear:
         return Layer(node, str(weight.target), None, 1, _chain(module, node, uses))
@@ -187,7 +188,7 @@ def scale_and_shift_of(module: nn.Module, node: fx.Node) -> tuple[Tensor, Tensor
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
         if given.get("running_mean") is None or given.get("training"):
             return None
-        tensors = [attribute(module, given.get(k)) for k in ("running_mean", "running_var", "weight", "bias")]
+        tensors = [_tensor(module, given.get(k)) for k in ("running_mean", "running_var", "weight", "bias")]
         assert tensors[0] is not None
         assert tensors[1] is not None
         return _line(tensors[0], tensors[1], tensors[2], tensors[3], float(str(given.get("eps", 1e-5))))
@@ -200,19 +201,15 @@ def _scale(module: nn.Module, node: fx.Node) -> tuple[Tensor, Tensor] | None:
     x, factor = node.args
     if not (isinstance(x, fx.Node) and isinstance(factor, fx.Node)) or x.op == "get_attr" or factor.op != "get_attr":
         return None
-    tensor = attribute(module, factor)
+    tensor = _tensor(module, factor)
     if tensor is None or tensor.numel() != max(tensor.shape, default=1):
         return None
     return tensor.detach().reshape(-1), torch.zeros_like(tensor).reshape(-1)
 
 
-def attribute(module: nn.Module, node: Any) -> Tensor | None:
-    """The tensor that a get_attr node reads."""
-    if not isinstance(node, fx.Node):
-        return None
-    value: Any = module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
+def _tensor(module: nn.Module, node: Any) -> Tensor | None:
+    """The tensor that a get_attr node reads; None for an argument that is no node."""
+    value = attribute(module, str(node.target)) if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
 
 

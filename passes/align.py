@@ -14,7 +14,6 @@ The walk ends at the first pair that does not agree. The output node is never sh
 
 from __future__ import annotations
 
-import operator
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzip.errors import AlignmentError
+from fxzip.passes._clean import attribute
 
 # What a module is set to but its output in eval mode does not hang on.
 _NO_MATTER = {"training", "inplace", "momentum", "forward"}
@@ -106,7 +106,9 @@ class _Pair:
             return "they call different things"
         reason = None
         if left.op == "call_module":
-            reason = _module_difference(_attribute(self._left, left), _attribute(self._right, right))
+            reason = _module_difference(
+                attribute(self._left, str(left.target)), attribute(self._right, str(right.target))
+            )
         elif left.op == "get_attr":
             reason = _constant_difference(self._left, left, self._right, right)
         if reason is None and left.op != "placeholder":
@@ -163,16 +165,12 @@ def _same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
-    return operator.attrgetter(str(node.target))(module)
-
-
 def _tensors(module: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, Tensor]]:
     """A node's own parameters and buffers, by their names inside its module ("" for a get_attr node)."""
     if node.op == "get_attr":
-        yield "", _attribute(module, node)
+        yield "", attribute(module, str(node.target))
     elif node.op == "call_module":
-        owner: nn.Module = _attribute(module, node)
+        owner: nn.Module = attribute(module, str(node.target))
         yield from owner.named_parameters(remove_duplicate=False)
         yield from owner.named_buffers(remove_duplicate=False)
 
@@ -240,7 +238,7 @@ def _constant_difference(
     left: fx.GraphModule, left_node: fx.Node, right: fx.GraphModule, right_node: fx.Node
 ) -> str | None:
     """Shape and dtype; and the values, where they are no parameters but settings."""
-    ours, theirs = _attribute(left, left_node), _attribute(right, right_node)
+    ours, theirs = attribute(left, str(left_node.target)), attribute(right, str(right_node.target))
     if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
         return None if _same(ours, theirs) else "their values differ"
     if isinstance(ours, nn.Parameter) != isinstance(theirs, nn.Parameter):
@@ -280,7 +278,7 @@ def _describe(module: fx.GraphModule, node: fx.Node) -> str:
         return f"the input {node.target}"
     kind = node.op
     if node.op == "call_module":
-        kind = type(_attribute(module, node)).__name__
+        kind = type(attribute(module, str(node.target))).__name__
     elif node.op == "call_function":
         kind = getattr(node.target, "__name__", str(node.target))
     elif node.op == "call_method":

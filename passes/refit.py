@@ -275,7 +275,7 @@ def _columns(module: fx.GraphModule, layer: Layer, x: Tensor) -> Tensor:
     """A layer's inputs (groups, d, samples)."""
     if layer.geometry is None:
         return x.reshape(-1, x.shape[-1]).T[None]
-    weight = attribute_named(module, layer.weight)
+    weight = module.get_parameter(layer.weight)
     stride, padding, dilation = layer.geometry
     return patches(x, (weight.shape[2], weight.shape[3]), stride, padding, dilation, layer.groups)
 
@@ -288,17 +288,9 @@ def _rows(layer: Layer, goal: Tensor) -> Tensor:
     return goal.reshape(n, layer.groups, channels // layer.groups, -1).permute(1, 2, 0, 3).flatten(2)
 
 
-def attribute_named(module: nn.Module, name: str) -> Tensor:
-    """A parameter by its qualified name."""
-    owner, _, leaf = name.rpartition(".")
-    value = getattr(module.get_submodule(owner), leaf)
-    assert isinstance(value, Tensor)
-    return value
-
-
 def _folded(module: fx.GraphModule, layer: Layer) -> Tensor:
     """A layer's weight with the scales of its chain folded in, float64."""
-    weight = attribute_named(module, layer.weight).detach().double()
+    weight = module.get_parameter(layer.weight).detach().double()
     for node in layer.chain:
         line = scale_and_shift_of(module, node)
         assert line is not None
@@ -308,7 +300,7 @@ def _folded(module: fx.GraphModule, layer: Layer) -> Tensor:
 
 def _set_layer(module: fx.GraphModule, layer: Layer, weight: Tensor, bias: Tensor) -> None:
     """Write a layer's weight and bias; what its chain does becomes the identity until it is cut out."""
-    old = attribute_named(module, layer.weight)
+    old = module.get_parameter(layer.weight)
     old.copy_(weight.to(old.dtype))
     shift = nn.Parameter(bias.to(old.device, old.dtype), requires_grad=False)
     if layer.node.op == "call_module":

@@ -28,7 +28,7 @@ _FRESH_MODULES = (_ConvNd, nn.Linear, _BatchNorm, nn.GroupNorm, nn.LayerNorm)
 _FRESH_FUNCTIONS: set[Any] = {
     *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
     *(F.linear, F.batch_norm, F.group_norm, F.layer_norm),
-    *(operator.add, operator.iadd, torch.add),
+    *(operator.add, torch.add),
 }
 # Sums only: they commute, so that either operand may be written to, and autograd keeps neither.
 _SUMS: set[Any] = {operator.add, torch.add}
@@ -37,28 +37,30 @@ _SUMS: set[Any] = {operator.add, torch.add}
 def reuse_memory(module: fx.GraphModule) -> None:
     """Rewrite ``module`` so that what can work in place does. Submodules that change are replaced by copies."""
     order = {node: position for position, node in enumerate(module.graph.nodes)}
+    # Before anything is rewritten: a sum that the model itself makes in place may be a view of what is read later.
+    fresh = {node for node in module.graph.nodes if _is_fresh(node, module)}
     calls: dict[str, list[fx.Node]] = defaultdict(list)
     for node in module.graph.nodes:
         if node.op == "call_module" and getattr(module.get_submodule(str(node.target)), "inplace", None) is False:
             calls[str(node.target)].append(node)
         elif node.op == "call_function":
-            _rewrite(node, module, order)
+            _rewrite(node, fresh, order)
     for target, nodes in calls.items():
-        if all(len(node.args) == 1 and _may_write(node, node.args[0], module, order) for node in nodes):
+        if all(len(node.args) == 1 and _may_write(node, node.args[0], fresh, order) for node in nodes):
             writing = copy.copy(module.get_submodule(target))
             setattr(writing, "inplace", True)  # noqa: B010  (nn.Module's stub knows tensors and modules only)
             module.set_submodule(target, writing)
     module.recompile()
 
 
-def _rewrite(node: fx.Node, module: fx.GraphModule, order: dict[fx.Node, int]) -> None:
+def _rewrite(node: fx.Node, fresh: set[fx.Node], order: dict[fx.Node, int]) -> None:
     if node.target in _SUMS and len(node.args) == 2 and not node.kwargs:
         for first, second in (node.args, reversed(node.args)):
-            if isinstance(second, fx.Node) and _may_write(node, first, module, order):
+            if isinstance(second, fx.Node) and _may_write(node, first, fresh, order):
                 node.target, node.args = operator.iadd, (first, second)
                 return
     elif "inplace" in _parameters(node.target) and len(node.args) == 1 and not node.kwargs.get("inplace"):
-        node.update_kwarg("inplace", _may_write(node, node.args[0], module, order))
+        node.update_kwarg("inplace", _may_write(node, node.args[0], fresh, order))
 
 
 def _parameters(function: Any) -> Any:
@@ -68,9 +70,9 @@ def _parameters(function: Any) -> Any:
         return ()
 
 
-def _may_write(node: fx.Node, value: Any, module: fx.GraphModule, order: dict[fx.Node, int]) -> bool:
+def _may_write(node: fx.Node, value: Any, fresh: set[fx.Node], order: dict[fx.Node, int]) -> bool:
     """The three conditions at the head of this file, for ``node`` writing to ``value``."""
-    if not isinstance(value, fx.Node) or not _is_fresh(value, module) or not _alike(node, value):
+    if value not in fresh or not _alike(node, value):
         return False
     others = [user for user in value.users if user is not node]
     return all(not user.users and user.op != "output" and order[user] < order[node] for user in others)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from fxzip.channels import ChannelSpec, Role
+from fxzip.passes._clean import attribute
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,7 @@ def parameter_uses(module: nn.Module, nodes: Iterable[fx.Node]) -> Counter[int]:
         if node.op == "call_module":
             used.update(id(p) for p in module.get_submodule(str(node.target)).parameters())
         elif node.op == "get_attr":
-            value = attribute_of(module, node)
+            value = attribute(module, str(node.target))
             if isinstance(value, Tensor):
                 used[id(value)] += len(node.users)
     return used
-
-
-def attribute_of(module: nn.Module, node: fx.Node) -> object:
-    """What a get_attr node reads."""
-    value: object = module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value
