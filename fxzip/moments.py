@@ -132,7 +132,15 @@ class Observer(nn.Module):
         if self._mean is None or self._scatter is None:
             zeros = torch.zeros(self.size, dtype=torch.float64)
             return Moments(0, zeros, torch.outer(zeros, zeros))
-        return Moments(self._count, self._mean.clone(), _mirrored(self._scatter))
+        return Moments(self._count, self._mean.clone(), _mirrored(self._scatter.clone()))
+
+    def take(self) -> Moments:
+        """What was seen so far, which is forgotten here: no second copy of the sums is made."""
+        if self._mean is None or self._scatter is None:
+            return self.moments
+        found = Moments(self._count, self._mean, _mirrored(self._scatter))
+        self.reset()
+        return found
 
     @torch.no_grad()
     def forward(self, point: int, *activations: Tensor) -> None:
@@ -312,15 +320,13 @@ def _add_gram(part: Tensor, scatter: Tensor) -> None:
 
 
 def _mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix of which ``upper`` holds the panels on and above the diagonal."""
-    whole = torch.empty_like(upper)
+    """Make a matrix symmetric, in place, of which the panels on and above the diagonal are known."""
     for rows, columns in _upper_panels(len(upper)):
         panel = upper[rows, columns]
+        upper[columns, rows][len(panel) :] = panel[:, len(panel) :].T
         square = panel[:, : len(panel)].triu()
-        whole[rows, columns] = panel
-        whole[columns, rows] = panel.T
-        whole[rows, rows] = square + square.triu(1).T
-    return whole
+        upper[rows, rows] = square + square.triu(1).T
+    return upper
 
 
 def _require_finite(sums: Tensor, node: str) -> None:

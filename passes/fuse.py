@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxzip.channels import ChannelSpec, Site
+from fxzip.channels import ChannelSpec, Role, Site
 from fxzip.matching import MergeMap
 
 Mapped = tuple[Site, MergeMap]
@@ -80,16 +80,9 @@ def transformed(tensor: Tensor, sites: Sequence[Mapped], model: int) -> Tensor:
         if site.rows is None:
             tensor = applied(tensor, site.axis, index, Mixing.of(merge_map, model, site.role))
         else:
-            matrix = part_of(merge_map, model, site.role)
+            matrix = merge_map.part(model, site.role)
             tensor = _applied_in_rows(tensor, site.axis, index, site.rows.to(tensor.device), matrix)
     return tensor
-
-
-def part_of(merge_map: MergeMap, model: int, role: str) -> Tensor:
-    """M_p for a producing site, U_pᵀ for a contracting one; both (merged channels × the model's channels)."""
-    size = merge_map.merge.shape[1] // merge_map.n_models
-    here = slice(model * size, (model + 1) * size)
-    return merge_map.merge[:, here] if role == "produce" else merge_map.unmerge[here].T
 
 
 def applied(tensor: Tensor, axis: int, index: Tensor, mixing: Mixing) -> Tensor:
@@ -130,14 +123,13 @@ class Mixing:
     scale: Tensor | None = None
 
     @classmethod
-    def of(cls, merge_map: MergeMap, model: int, role: str) -> Mixing:
+    def of(cls, merge_map: MergeMap, model: int, role: Role) -> Mixing:
         """M_p for a producing site, U_pᵀ for a contracting one."""
-        size = merge_map.merge.shape[1] // merge_map.n_models
         if merge_map.sparse is None:
-            return cls(len(merge_map.merge), part_of(merge_map, model, role))
-        here = slice(model * size, (model + 1) * size)
+            return cls(merge_map.size, merge_map.part(model, role))
+        here = slice(model * merge_map.size, (model + 1) * merge_map.size)
         target, weight = merge_map.sparse
-        return cls(len(merge_map.merge), None, target[here], weight[here] if role == "produce" else None)
+        return cls(merge_map.size, None, target[here], weight[here] if role == "produce" else None)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Mix rows: (channels × n) to (size × n), in their dtype."""

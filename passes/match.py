@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,14 +38,29 @@ def match_spaces(
         options: Of the method.
     """
     wanted = with_parents(spec, names)
-    deciding = {name for name in wanted | {i.name for n in wanted for i in inside(spec, n)} if name in moments}
-    similar = {name: moments[name].correlation.cpu() for name in deciding}
-    own = similar if evidence(method) == "correlation" else {n: moments[n].covariance.cpu() for n in deciding}
+    similar = _Computed(moments, lambda seen: seen.correlation.cpu())
+    own = similar if evidence(method) == "correlation" else _Computed(moments, lambda seen: seen.covariance.cpu())
     maps: dict[str, MergeMap] = {}
     for space in by_depth(spec):
         if space.name in wanted:
             maps[space.name] = match_space(spec, space, own, similar, maps, method, n_models, options)
     return maps
+
+
+class _Computed(Mapping[str, Tensor]):
+    """A matrix of each space's moments, made when it is asked for: all at once would be as much as the moments."""
+
+    def __init__(self, moments: Mapping[str, Moments], compute: Callable[[Moments], Tensor]) -> None:
+        self._moments, self._compute = moments, compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._compute(self._moments[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._moments)
+
+    def __len__(self) -> int:
+        return len(self._moments)
 
 
 def with_parents(spec: ChannelSpec, names: Collection[str]) -> set[str]:
@@ -128,15 +143,24 @@ def _match_in_blocks(
     similarity: Tensor, parent: MergeMap, method: str, n_models: int, options: Mapping[str, Any]
 ) -> MergeMap:
     """Match channels inside each set of blocks that the parent's map puts together."""
-    blocks = parent.merge.shape[0]
+    blocks = parent.size
     width = len(similarity) // (n_models * blocks)
-    merge = torch.zeros(blocks * width, len(similarity), dtype=torch.float64)
-    unmerge = torch.zeros(len(similarity), blocks * width, dtype=torch.float64)
+    found: list[tuple[Tensor, MergeMap]] = []
     for block in range(blocks):
         members = (parent.assignment == block).nonzero().flatten()
         here = (members[:, None] * width + torch.arange(width)).reshape(-1)
+        found.append((here, match(method, similarity[here][:, here], n_models=n_models, **options)))
+    if all(inner.sparse is not None for _, inner in found):
+        target = torch.empty(len(similarity), dtype=torch.int64)
+        weight = torch.empty(len(similarity), dtype=torch.float64)
+        for block, (here, inner) in enumerate(found):
+            assert inner.sparse is not None
+            target[here], weight[here] = block * width + inner.sparse[0], inner.sparse[1]
+        return MergeMap(n_models, (target, weight))
+    merge = torch.zeros(blocks * width, len(similarity), dtype=torch.float64)
+    unmerge = torch.zeros(len(similarity), blocks * width, dtype=torch.float64)
+    for block, (here, inner) in enumerate(found):
         there = torch.arange(block * width, (block + 1) * width)
-        inner = match(method, similarity[here][:, here], n_models=n_models, **options)
         merge[there[:, None], here] = inner.merge
         unmerge[here[:, None], there] = inner.unmerge
-    return MergeMap(merge, unmerge, n_models)
+    return MergeMap.from_matrices(merge, unmerge, n_models)

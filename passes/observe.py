@@ -63,7 +63,7 @@ def observe(
             description="observing",
             max_batches=max_batches,
         )
-    found = {module.name: module.moments for module in joint.modules() if isinstance(module, Observer)}
+    found = {module.name: module.take() for module in joint.modules() if isinstance(module, Observer)}
     return {name: found[name] for name in points}
 
 

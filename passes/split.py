@@ -20,7 +20,7 @@ from fxzip.loops import device_of
 from fxzip.matching import MergeMap
 from fxzip.passes.align import Alignment
 from fxzip.passes.cut import learned
-from fxzip.passes.fuse import Mixing, applied, fuse_parameter, part_of, sites_by_parameter
+from fxzip.passes.fuse import Mixing, applied, fuse_parameter, sites_by_parameter
 from fxzip.passes.observe import writes_in_place
 from fxzip.passes.untie import parameter_uses, untie
 from fxzip.rules import kind_of, target_of
@@ -191,7 +191,7 @@ class Unmerge:
             (axis,) = axes
             size = max(f.shape[axis] for f in spec.layout.factors[node])
             matrix = by_axis.setdefault(axis, torch.eye(size, dtype=torch.float64))
-            part = part_of(maps[space.name], model, "contract").T
+            part = maps[space.name].part(model, "contract").T
             for copy_ in index.T:
                 matrix[copy_[:, None], copy_] = part
         return cls(node, tuple((axis, _as_gather(matrix)) for axis, matrix in by_axis.items()))

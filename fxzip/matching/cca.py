@@ -31,7 +31,7 @@ def _cca(covariance: Floats, n_models: int, gamma: float = 1e-3) -> MergeMap:
         forth.append(first_back @ left @ right @ own)
         back.append(own_back @ right.T @ left.T @ first)
     merge = torch.from_numpy(np.concatenate(forth, axis=1) / n_models)
-    return MergeMap(merge, torch.from_numpy(np.concatenate(back, axis=0)), n_models)
+    return MergeMap.from_matrices(merge, torch.from_numpy(np.concatenate(back, axis=0)), n_models)
 
 
 def _mean_variance(covariance: Floats) -> float:

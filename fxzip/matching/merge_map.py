@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fxzip.channels import Role
 from fxzip.errors import OptionError
 from fxzip.matching.similarity import Ints, as_similarity, check_n_models
 
@@ -20,17 +21,29 @@ from fxzip.matching.similarity import Ints, as_similarity, check_n_models
 class MergeMap:
     """The map of one channel space between N models' channels and the merged ones: f* = M [f_1; ...; f_N].
 
+    Where each channel goes to one merged channel only, as it mostly does, that and its weight is all that is kept:
+    M and U are made when they are asked for, since a space of 3,072 channels would take 300 MB for both.
+
     Attributes:
-        merge: M, float64 of shape (n, Σn); rows sum to one. By the paper Uᵀ with each row divided by its group's
-            size; one 1 in each row where channels are kept, not averaged.
-        unmerge: U, float64 of shape (Σn, n). By the paper 0/1 membership, one 1 in each row; any weights where
-            channels are found again by regression.
         n_models: N; Σn = N · n.
+        sparse: The merged channel of each channel, int64, and its weight in M, float64, both (Σn,); None where a
+            channel goes to several or is found from several.
+        dense: M and U where ``sparse`` is None.
     """
 
-    merge: Tensor
-    unmerge: Tensor
     n_models: int
+    sparse: tuple[Tensor, Tensor] | None
+    dense: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def from_matrices(cls, merge: Tensor, unmerge: Tensor, n_models: int) -> MergeMap:
+        """The map of M (n, Σn) and U (Σn, n)."""
+        if bool(((unmerge != 0).sum(1) != 1).any()) or bool(((merge != 0).sum(0) > 1).any()):
+            return cls(n_models, None, (merge.double(), unmerge.double()))
+        target = unmerge.argmax(1)
+        if bool((unmerge[torch.arange(len(target)), target] != 1).any()):
+            return cls(n_models, None, (merge.double(), unmerge.double()))
+        return cls(n_models, (target, merge[target, torch.arange(len(target))].double()))
 
     @classmethod
     def from_assignment(cls, assignment: Tensor | Ints | Iterable[int], n_models: int) -> MergeMap:
@@ -55,11 +68,7 @@ class MergeMap:
         channels, n = channels.long(), size // n_models
         if not torch.equal(torch.unique(channels), torch.arange(n)):
             raise OptionError(f"each of 0 ... {n - 1} must come up in an assignment of {size} channels")
-        merge = torch.zeros(n, size, dtype=torch.float64)
-        unmerge = torch.zeros(size, n, dtype=torch.float64)
-        merge[channels, torch.arange(size)] = 1.0 / channels.bincount()[channels].double()
-        unmerge[torch.arange(size), channels] = 1.0
-        return cls(merge, unmerge, n_models)
+        return cls(n_models, (channels, 1.0 / channels.bincount()[channels].double()))
 
     @classmethod
     def from_selection(cls, kept: Tensor, unmerge: Tensor, n_models: int) -> MergeMap:
@@ -72,28 +81,62 @@ class MergeMap:
         """
         merge = torch.zeros(len(kept), len(unmerge), dtype=torch.float64)
         merge[torch.arange(len(kept)), kept] = 1.0
-        return cls(merge, unmerge.double(), n_models)
+        return cls.from_matrices(merge, unmerge, n_models)
 
-    @cached_property
-    def sparse(self) -> tuple[Tensor, Tensor] | None:
-        """The merged channel of each channel and its weight there, both (Σn,); None if a channel goes to several."""
-        if bool(((self.unmerge != 0).sum(1) != 1).any()) or bool(((self.merge != 0).sum(0) > 1).any()):
-            return None
-        target = self.unmerge.argmax(1)
-        return target, self.merge[target, torch.arange(len(target))]
+    @property
+    def size(self) -> int:
+        """The number n of merged channels, which is also that of each model's."""
+        parts = self.sparse or self.dense
+        assert parts is not None
+        return (parts[0].shape[0] if self.sparse else parts[0].shape[1]) // self.n_models
+
+    @property
+    def merge(self) -> Tensor:
+        """M, float64 of shape (n, Σn); rows sum to one.
+
+        By the paper Uᵀ with each row divided by its group's size; one 1 in each row where channels are kept, not
+        averaged.
+        """
+        if self.dense is not None:
+            return self.dense[0]
+        return torch.cat([self.part(model, "produce") for model in range(self.n_models)], 1)
+
+    @property
+    def unmerge(self) -> Tensor:
+        """U, float64 of shape (Σn, n).
+
+        By the paper 0/1 membership, one 1 in each row; any weights where channels are found again by regression.
+        """
+        if self.dense is not None:
+            return self.dense[1]
+        return torch.cat([self.part(model, "contract").T for model in range(self.n_models)])
+
+    def part(self, model: int, role: Role) -> Tensor:
+        """M_p of one model for a producing site, U_pᵀ for a contracting one; both (n merged × n channels)."""
+        here = slice(model * self.size, (model + 1) * self.size)
+        if self.dense is not None:
+            return self.dense[0][:, here] if role == "produce" else self.dense[1][here].T
+        assert self.sparse is not None
+        target, weight = (value[here] for value in self.sparse)
+        found = torch.zeros(self.size, self.size, dtype=torch.float64)
+        found[target, torch.arange(self.size)] = weight if role == "produce" else 1.0
+        return found
 
     @cached_property
     def positive(self) -> MergeMap:
         """The map with each row of M as shares, |M| over its sum, for what may not be negative (variances)."""
-        if bool((self.merge >= 0).all()):
+        if self.dense is None or bool((self.dense[0] >= 0).all()):
             return self
-        shares = self.merge.abs()
-        return MergeMap(shares / shares.sum(1, keepdim=True), self.unmerge, self.n_models)
+        shares = self.dense[0].abs()
+        return MergeMap(self.n_models, None, (shares / shares.sum(1, keepdim=True), self.dense[1]))
 
     @property
     def assignment(self) -> Tensor:
         """The merged channel of each channel, the one that it is found from most; int64 of shape (Σn,)."""
-        return self.unmerge.abs().argmax(1)
+        if self.sparse is not None:
+            return self.sparse[0]
+        assert self.dense is not None
+        return self.dense[1].abs().argmax(1)
 
     @property
     def within_share(self) -> float:
@@ -102,8 +145,7 @@ class MergeMap:
         A matched pair is an unordered pair of different channels that go to the same merged channel, so a
         group of size g counts g(g - 1)/2 pairs. Zero where there are none (one model).
         """
-        group = torch.nn.functional.one_hot(self.assignment, self.unmerge.shape[1]).double()
-        members = group.reshape(self.n_models, -1, self.unmerge.shape[1]).sum(1)  # (N, n)
+        members = torch.stack([own.bincount(minlength=self.size) for own in self.assignment.chunk(self.n_models)])
         pairs = float(_pairs(members.sum(0)).sum())
         return float(_pairs(members).sum()) / pairs if pairs else 0.0
 
@@ -114,11 +156,16 @@ class MergeMap:
             OptionError: The similarity does not fit this map or is not finite.
         """
         values = as_similarity(similarity, self.n_models)
-        if values.shape[0] != self.unmerge.shape[0]:
-            raise OptionError(f"similarity {values.shape} does not fit a map of {len(self.unmerge)} channels")
         group = self.assignment.numpy()
-        matched = np.triu(group[:, None] == group[None, :], k=1)
-        return float(values[matched].mean()) if matched.any() else math.nan
+        if len(values) != len(group):
+            raise OptionError(f"similarity {values.shape} does not fit a map of {len(group)} channels")
+        order = np.argsort(group, kind="stable")
+        matched = []
+        for step in range(1, int(np.bincount(group).max())):  # the members of a group lie side by side in this order
+            same = group[order[step:]] == group[order[:-step]]
+            matched.append(values[order[:-step][same], order[step:][same]])
+        pairs = np.concatenate(matched) if matched else np.empty(0)
+        return float(pairs.mean()) if len(pairs) else math.nan
 
 
 def _pairs(count: Tensor) -> Tensor:

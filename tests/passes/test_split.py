@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.passes import split as split_pass
-from fxzip.passes.fuse import part_of
 from fxzip.passes.match import match_spaces
 from fxzip.passes.split import crossing, paired_parameters, split
 from tests.nets import Net, Residual, chain, conv, pair, self_zip_errors
@@ -163,7 +162,7 @@ def test_a_folded_weight_is_w_times_u(prepared: fxzip.Prepared) -> None:
     parts = split(prepared.alignment, prepared.spec, maps, prepared.place("fc"))
     for model, head in enumerate(parts.heads):
         weight = prepared.alignment.modules[model].get_parameter("fc.weight").detach()
-        unmerge = part_of(maps["layer2.conv2"], model, "contract").T
+        unmerge = maps["layer2.conv2"].part(model, "contract").T
         assert (head.get_parameter("fc.weight") - weight @ unmerge).abs().max() < 1e-12
 
 
