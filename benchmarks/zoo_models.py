@@ -109,7 +109,47 @@ def _backbone(name: str) -> nn.Module:
     return found
 
 
-def input_shape(name: str, model: nn.Module) -> tuple[int, ...]:
+def all_of_timm() -> list[str]:
+    """Every model of timm."""
+    import timm
+
+    return [f"timm:{name}" for name in timm.list_models()]
+
+
+def shorten(model: nn.Module) -> int:
+    """Leave out repeated blocks: of blocks in a row that have equal shapes two are kept; how many went.
+
+    The first of them stays in its place, and so does the last: what else differs (strides, drop paths, the norm
+    behind the last one) is at the ends.
+    """
+    left_out = 0
+    for owner in list(model.modules()):
+        if not isinstance(owner, (nn.Sequential, nn.ModuleList)):
+            continue
+        kept: list[tuple[str, nn.Module]] = []
+        for name, block in owner.named_children():
+            alike = len(kept) > 1 and all(_shapes(block) == _shapes(other) for _, other in kept[-2:])
+            if alike and _shapes(block):
+                kept.pop()
+                left_out += 1
+            kept.append((name, block))
+        if len(kept) < len(owner):
+            owner._modules = {str(k) if name.isdigit() else name: block for k, (name, block) in enumerate(kept)}
+    return left_out
+
+
+def _shapes(block: nn.Module) -> tuple[Any, ...]:
+    parts = tuple((name, tuple(tensor.shape)) for name, tensor in block.state_dict().items())
+    return (type(block), *parts) if parts else ()
+
+
+def own_shape(name: str) -> tuple[int, ...]:
+    """The shape of one input that a model of timm was made for."""
+    model = make(name, fake=True)
+    return tuple(getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224)))
+
+
+def input_shape(name: str) -> tuple[int, ...]:
     """The shape of one input: of the smallest images that the model takes, or of a short video.
 
     Raises:
@@ -120,6 +160,7 @@ def input_shape(name: str, model: nn.Module) -> tuple[int, ...]:
         return (3, 300, 300) if short == "ssd300_vgg16" else (3, 64, 64)
     if library == "torchvision":
         return _torchvision_shape(short)
+    model = make(name)
     settings = getattr(model, "default_cfg", {})
     channels, *own = settings.get("input_size", (3, 224, 224))
     if settings.get("fixed_input_size"):

@@ -129,6 +129,7 @@ class ChannelSpec:
             found: a sentence for each.
         opposed: For each node that uses axes of a parameter in another role than its sites have (a language model's
             read-out that is its embedding too) those axes: (parameter, axis, role).
+        folded: The parameters of the traced network that the model computes from others (standardised weights).
     """
 
     spaces: tuple[ChannelSpace, ...]
@@ -138,6 +139,7 @@ class ChannelSpec:
     example: tuple[tuple[Any, ...], dict[str, Any]] = field(default=((), {}), repr=False)
     probed: tuple[str, ...] = ()
     opposed: Mapping[str, tuple[tuple[str, int, Role], ...]] = field(default_factory=dict, repr=False)
+    folded: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> ChannelSpace:
         """The space of that name; raises KeyError naming the spaces that there are."""

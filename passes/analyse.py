@@ -57,7 +57,8 @@ def analyse_graph(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping
     layout = replace(layout, factors=flow.factors(), bundles=flow.bundles())
     opposed = {node: tuple(axes) for node, axes in flow.graph.opposed.items() if axes}
     share = _coverage(module, flow.graph, layout)
-    return ChannelSpec(spaces, frozen, share, layout, example, probed=tuple(flow.probed), opposed=opposed)
+    folded = tuple(module.meta.get("folded", ()))
+    return ChannelSpec(spaces, frozen, share, layout, example, tuple(flow.probed), opposed, folded)
 
 
 @dataclass(eq=False)

@@ -20,7 +20,7 @@ def canonicalise(module: fx.GraphModule) -> fx.GraphModule:
     """Fold the parts of a traced network that depend on parameters only; the module is changed and returned.
 
     A folded value takes the name of the one parameter that it was made from, where there is just one that
-    nothing else uses; else it is named after its node.
+    nothing else uses; else it is named after its node. ``module.meta["folded"]`` lists the names.
     """
     state = {name for name, value in module.state_dict(keep_vars=True).items() if value.is_floating_point()}
     learned = _learned(module, state)
@@ -28,8 +28,8 @@ def canonicalise(module: fx.GraphModule) -> fx.GraphModule:
     if not edge:
         return module
     values = _evaluate(module, learned)
-    for node in edge:
-        _replace(module, node, values[node], learned[node])
+    folded = [_replace(module, node, values[node], learned[node]) for node in edge if isinstance(values[node], Tensor)]
+    module.meta["folded"] = (*module.meta.get("folded", ()), *folded)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
     _drop_unused(module, state)
@@ -84,9 +84,8 @@ def _evaluate(module: fx.GraphModule, learned: dict[fx.Node, frozenset[str]]) ->
     return interpreter.env
 
 
-def _replace(module: fx.GraphModule, node: fx.Node, value: Any, names: frozenset[str]) -> None:
-    if not isinstance(value, Tensor):
-        return
+def _replace(module: fx.GraphModule, node: fx.Node, value: Tensor, names: frozenset[str]) -> str:
+    """Read the value in place of computing it; the name that it got."""
     target = _new_name(module, node, names, value)
     owner, _, leaf = target.rpartition(".")
     parent = module.get_submodule(owner)
@@ -97,9 +96,10 @@ def _replace(module: fx.GraphModule, node: fx.Node, value: Any, names: frozenset
     else:
         parent.register_buffer(leaf, value.detach().clone())
     with module.graph.inserting_before(node):
-        folded = module.graph.get_attr(target)
-    folded.meta = dict(node.meta)
-    node.replace_all_uses_with(folded)
+        read = module.graph.get_attr(target)
+    read.meta = dict(node.meta)
+    node.replace_all_uses_with(read)
+    return target
 
 
 def _new_name(module: fx.GraphModule, node: fx.Node, names: frozenset[str], value: Tensor) -> str:

@@ -46,9 +46,8 @@ def permuted(spec: ChannelSpec, model: nn.Module, generator: Generator | None = 
     """A copy of a network with all its spaces permuted at random; traced again if its weights must be folded."""
     orders = random_permutations(spec, generator)
     state = model.state_dict()
-    if all(site.parameter in state for space in spec.spaces for site in space.sites) and not isinstance(
-        model, nn.DataParallel
-    ):
+    known = all(site.parameter in state for space in spec.spaces for site in space.sites)
+    if known and not spec.folded and not isinstance(model, nn.DataParallel):
         return permute(spec, model, orders)
     args, kwargs = spec.example
     return permute(spec, canonicalise(trace(model, args, kwargs)), orders)
