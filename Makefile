@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 
 .DELETE_ON_ERROR:
-.PHONY: zoo demo test lint docs pictures dev format clean
+.PHONY: zoo zoo-all demo test lint docs pictures dev format clean
 
 demo: $(STAMP)
 	$(BIN)/fxzip demo $(ARGS)
@@ -14,8 +14,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q $(ARGS)
 
-zoo: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo $(ARGS)
+zoo zoo-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo $(if $(filter zoo-all,$@),--all) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,7 +7,8 @@ time on one core). This pass gives such nodes their in-place form back.
 1. The value written to is fresh memory (a convolution's, a linear's, a norm's, a sum's), not a view, an
    input or a parameter.
 2. Nobody reads it later: other users come before, and what they give is not used by anyone (observers).
-3. The result has its shape and dtype; without ``val`` in the node's meta it is left alone.
+3. The result has its shape, dtype and strides (another memory format changes what later kernels round); without
+   ``val`` in the node's meta it is left alone.
 """
 
 from __future__ import annotations
@@ -89,4 +90,5 @@ def _alike(node: fx.Node, value: fx.Node) -> bool:
     if not (isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)):
         return False
     # As text: comparing symbolic batches as numbers would write a guard.
-    return ours.dtype == theirs.dtype and [*map(str, ours.shape)] == [*map(str, theirs.shape)]
+    layouts = [[*map(str, (*value.shape, *value.stride()))] for value in (ours, theirs)]
+    return ours.dtype == theirs.dtype and layouts[0] == layouts[1]

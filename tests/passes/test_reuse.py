@@ -118,6 +118,25 @@ def test_a_sum_writes_to_the_operand_of_its_own_shape() -> None:
     assert last.args[0].name == "other"
 
 
+class Transposed(nn.Module):  # 3: the sum has the strides of its first operand
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Conv2d(4, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous() + self.second(x)
+
+
+def test_a_sum_keeps_its_memory_format() -> None:
+    x = torch.randn(2, 4, 5, 5)
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        graph = trace(Transposed(), (given,))
+        expected = graph(given)
+        reuse_memory(graph)
+        assert graph(given).stride() == expected.stride()
+        assert torch.equal(graph(given), expected)
+
+
 def test_the_given_submodules_are_not_changed() -> None:
     traced = trace(Block().eval(), (torch.randn(2, 3, 5, 5),))
     relu = traced.get_submodule("relu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.channels import Site
 from tests.oracles import TOLERANCE, call, difference, mutations_missed, permutation_error, randomise, self_zip_errors
 
 WORDS, WIDTH, HEADS, LENGTH = 11, 16, 4, 6
@@ -134,17 +132,9 @@ def test_oracles(name: str) -> None:
     assert not spec.frozen
     assert permutation_error(model, x, spec) < TOLERANCE
     moved = spec.permute(model)
-    missed = mutations_missed(moved, x, spec, most=20)
-    assert [site for site in missed if matters(moved, x, site)] == []
+    assert mutations_missed(moved, x, spec, most=20) == []
     errors = self_zip_errors(model, x, spec)
     assert max(errors.values()) < TOLERANCE, errors
-
-
-def matters(model: nn.Module, x: Tensor, site: Site) -> bool:
-    """A bias of keys adds the same to all logits of a query, and could be anything."""
-    changed = copy.deepcopy(model)
-    changed.get_parameter(site.parameter).data.index_fill_(site.axis, site.index.flatten(), 7.0)
-    return difference(call(model, x), call(changed, x)) > TOLERANCE
 
 
 def test_the_residual_stream_is_one_space_and_heads_are_blocks() -> None:
