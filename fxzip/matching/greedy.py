@@ -48,8 +48,9 @@ def zip_merges(similarity: Floats, n_models: int, alpha: float, beta: float) -> 
     All Σn channels start as features of their own. The pair i < j of the highest similarity (ties: lowest i,
     then lowest j) is merged into i, until n features are left. A merged feature's similarity to any other is
     the minimum of its parts', times alpha. It counts as the lower-numbered model's. Each model may make
-    int((Σn - n) / N · beta + 1e-4) within-model merges; from then on (from the start, where that is none)
-    pairs of its features are forbidden.
+    int(⌊(Σn - n) / N⌋ · beta + 1e-4) within-model merges, one where that is none; from then on pairs of its
+    features are forbidden, and stay so for what these are merged into: from then on a merged feature counts as
+    that model's too.
 
     Beyond the released code:
 
@@ -59,6 +60,8 @@ def zip_merges(similarity: Floats, n_models: int, alpha: float, beta: float) -> 
       three models on these could come to overlap (ab, ac, bc) and never be completed.
     * Dead channels (similarity 0 to every other) are kept out until no other pair may be merged.
     * alpha = 0 gives merged features the similarity 0, and forbids nothing.
+    * From three models on, where every pair left is forbidden, merged features count as the lower-numbered
+      model's only again. (The released code drops a channel there.)
 
     Args:
         similarity: Finite and symmetric, shape (Σn, Σn); it is left as it is.
@@ -86,6 +89,7 @@ class _Greedy:
         values: Similarities (Σn, Σn); entries of features that are gone mean nothing, nor does the diagonal.
         counts: Which features count as which model's, bool (N, Σn). At beta = 0 there is one more row, for a
             model of all single channels, whose budget is the groups that may still be started.
+        origin: The lowest-numbered model of each channel, as counts; at beta > 0 it is what budgets are spent by.
         gone: Features that were merged into another one, bool (Σn,).
         waiting: Dead channels that are kept out, bool (Σn,).
         closed: Models without any budget left, bool (N,).
@@ -103,11 +107,14 @@ class _Greedy:
         self.values[:] = similarity
         self.alpha = alpha
         self.permutation = beta == 0
-        self.budget = np.full(n_models, int((size - n) / n_models * beta + 1e-4))
+        self.budget = np.full(n_models, int((size - n) // n_models * beta + 1e-4))
         self.counts = np.repeat(np.eye(n_models, dtype=bool), n, axis=1)
+        self.origin = self.counts.copy()
         if self.permutation:
             self.budget = np.append(self.budget, n)
             self.counts = np.vstack([self.counts, np.ones((1, size), dtype=bool)])
+        else:
+            self.budget = np.maximum(self.budget, 1)
         self.closed = self.budget == 0
         self.gone = np.zeros(size, dtype=bool)
         self.waiting = dead_channels(similarity)
@@ -127,17 +134,22 @@ class _Greedy:
             # The first row of the highest bound: where it is not stale, no lower row can tie with it.
             i = int(self.bound.argmax())
             if self.bound[i] == -np.inf:
-                self._let_dead_channels_in()
+                self._allow_more()
             elif self.stale[i]:
                 self._settle(i, self.values[i, i + 1 :] + self._bar_of(i)[i + 1 :])
             else:
                 return i, int(self.partner[i])
 
-    def _let_dead_channels_in(self) -> None:
-        # Without them a pair is left while more than n features are: no model counts more than n features as
-        # its own, and at beta = 0 there is a single channel for each gap in the at most n started groups.
-        assert self.waiting.any(), "no pair is left to merge"
-        self.waiting[:] = False
+    def _allow_more(self) -> None:
+        """Dead channels are let in; then, at beta > 0, features count as their lowest-numbered model's only."""
+        # Then a pair is left while more than n features are: no model has more than n features of its own, and
+        # at beta = 0 there is a single channel for each gap in the at most n started groups.
+        if self.waiting.any():
+            self.waiting[:] = False
+        else:
+            assert not self.permutation, "no pair is left to merge"
+            assert (self.counts != self.origin).any(), "no pair is left to merge"
+            self.counts = self.origin.copy()
         self._restart()
 
     def _bar_of(self, i: int) -> Floats:
@@ -163,8 +175,7 @@ class _Greedy:
         self.values[:, i] = row
         for model in np.flatnonzero(self.counts[:, i] & self.counts[:, j]).tolist():
             self._spend(model)
-        if self.permutation:
-            self._join(i, j)
+        self._join(i, j)
         self.gone[j] = True
         self.bar[:, j] = self.bound[j] = -np.inf
         row += self._bar_of(i)
@@ -177,11 +188,14 @@ class _Greedy:
             self._restart()
 
     def _join(self, i: int, j: int) -> None:
-        """At beta = 0 feature i now counts as feature j's models' too, and is no single channel."""
-        if not self.counts[-1, i] and not self.counts[-1, j]:
-            self.budget[-1] += 1  # two started groups became one
-        self.counts[:, i] |= self.counts[:, j]
-        self.counts[-1, i] = False
+        """Feature i now counts as those of feature j's models that are closed; at beta = 0 as all of them."""
+        if not self.permutation:
+            self.counts[:, i] |= self.counts[:, j] & self.closed
+        else:
+            if not self.counts[-1, i] and not self.counts[-1, j]:
+                self.budget[-1] += 1  # two started groups became one
+            self.counts[:, i] |= self.counts[:, j]
+            self.counts[-1, i] = False
         self.bar[:, i] = np.where(self.closed & self.counts[:, i], -np.inf, 0.0)
 
     def _spend(self, model: int) -> None:

@@ -24,11 +24,12 @@ def reference_zip_merges(similarity: np.ndarray, n_models: int, alpha: float, be
     n = size // n_models
     features: list[tuple[int, ...]] = [(channel,) for channel in range(size)]
     waiting = {c for c in range(size) if not np.delete(similarity[c], c).any()}
-    budget = [int((size - n) / n_models * beta + 1e-4)] * n_models
     one_of_each = beta == 0
+    budget = [max(int((size - n) // n_models * beta + 1e-4), 0 if one_of_each else 1)] * n_models
+    kept: list[set[int]] = [set() for _ in features]  # models that were closed when a feature got a channel of theirs
     merges = []
     while len(features) > n:
-        members = _members(features, n, one_of_each)
+        members = [own | more for own, more in zip(_members(features, n, one_of_each), kept, strict=True)]
         allowed = _allowed(features, members, budget, waiting)
         if one_of_each and sum(len(feature) > 1 for feature in features) == n:
             single = np.array([len(feature) == 1 for feature in features])
@@ -36,11 +37,16 @@ def reference_zip_merges(similarity: np.ndarray, n_models: int, alpha: float, be
         scores = np.where(allowed, similarity, -np.inf)
         a, b = np.unravel_index(scores.argmax(), scores.shape)
         if scores[a, b] == -np.inf:
-            assert waiting
-            waiting = set()
+            assert waiting or any(kept)
+            if waiting:
+                waiting = set()
+            else:
+                kept = [set() for _ in features]
             continue
         for model in members[a] & members[b]:
             budget[model] -= 1
+        kept[a] |= {model for model in members[b] if budget[model] == 0}
+        kept.pop(b)
         merges.append((features[a][0], features[b][0]))
         features[a] += features.pop(b)
         merged = np.minimum(similarity[a], similarity[b]) * alpha

@@ -115,6 +115,22 @@ def test_zip_spends_the_budget_of_the_lower_numbered_model() -> None:
     assert zip_merges(similarity, 2, 0.5, 1.0) == [(0, 1), (2, 3), (4, 5), (6, 7)]
 
 
+def test_zip_keeps_what_was_forbidden_to_the_parts_of_a_merged_feature() -> None:
+    # (0, 1) and (4, 5) spend both budgets of one. 6 may not be merged with 7 then, so (2, 6) may not either, though
+    # it counts as the first model's; the released code of the paper gives the same.
+    similarity = np.full((8, 8), 0.1)
+    for i, j, value in [(0, 1, 0.9), (4, 5, 0.8), (2, 6, 0.7), (2, 7, 0.6), (6, 7, 0.6), (3, 7, 0.2)]:
+        similarity[i, j] = similarity[j, i] = value
+    assert zip_merges(similarity, 2, 0.5, 0.5) == [(0, 1), (4, 5), (2, 6), (3, 7)]
+
+
+def test_zip_with_a_budget_below_one_lets_one_merge_within_each_model_through() -> None:
+    similarity = np.full((8, 8), 0.1)
+    for i, j, value in [(0, 1, 0.9), (2, 3, 0.8), (4, 5, 0.7), (2, 6, 0.6), (3, 7, 0.5)]:
+        similarity[i, j] = similarity[j, i] = value
+    assert zip_merges(similarity, 2, 0.5, 0.05) == [(0, 1), (4, 5), (2, 6), (3, 7)]
+
+
 def test_zip_leaves_the_similarity_as_it_was() -> None:
     similarity = torch.from_numpy(correlation(20, 0))
     before = similarity.clone()
@@ -147,7 +163,7 @@ def test_zip_keeps_to_its_budget(n_models: int, n: int, alpha: float, beta: floa
     check_is_a_merge_map(merge_map, n, n_models)
     owner = np.arange(n * n_models) // n
     within = [owner[i] for i, j in zip_merges(similarity, n_models, alpha, beta) if owner[i] == owner[j]]
-    budget = int(n * (n_models - 1) / n_models * beta + 1e-4)
+    budget = max(int(n * (n_models - 1) // n_models * beta + 1e-4), 1 if beta else 0)
     assert max(np.bincount(within, minlength=1)) <= budget
     lowest = [int(merge_map.assignment.tolist().index(group)) for group in range(n)]
     assert lowest == sorted(lowest)
