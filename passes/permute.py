@@ -64,7 +64,7 @@ def permute(spec: ChannelSpec, model: nn.Module, orders: Mapping[str, Tensor]) -
     Raises:
         KeyError: The network has no parameter of a site's name.
     """
-    model = copy.deepcopy(model)
+    model = _fresh_copy(model)
     state = model.state_dict(keep_vars=True)
     sites = [(site, orders[space.name]) for space in spec.spaces for site in space.sites]
     with torch.no_grad():
@@ -72,6 +72,15 @@ def permute(spec: ChannelSpec, model: nn.Module, orders: Mapping[str, Tensor]) -
             tensor = state[site.parameter]
             tensor.copy_(_moved(tensor, site, order.to(tensor.device)))
     return model
+
+
+def _fresh_copy(model: nn.Module) -> nn.Module:
+    """A copy in the same modes; what some models (LeViT) keep of their parameters from earlier runs is cleared."""
+    copied = copy.deepcopy(model)
+    copied.train()
+    for old, new in zip(model.modules(), copied.modules(), strict=True):
+        new.training = old.training
+    return copied
 
 
 def _moved(tensor: Tensor, site: Site, order: Tensor) -> Tensor:

@@ -51,27 +51,44 @@ def randomise(model: nn.Module, x: Any, seed: int = 0) -> nn.Module:
 
 
 def _settle(model: nn.Module, x: Any) -> None:
-    """One pass that sets BatchNorm statistics, and biases of layers so that their outputs are mostly positive."""
-    handles = []
+    """One pass that sets BatchNorm statistics, and biases of layers so that their outputs are mostly positive.
+
+    Where a layer has no bias, the weights of channels that are mostly negative change their sign.
+    """
+    handles: list[Any] = []
+    seen: set[nn.Module] = set()
+
+    def once(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if module in seen:  # used again: what was set stands
+            return output
+        seen.add(module)
+        return _centred(module, output)
+
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.reset_running_stats()
             module.momentum = None
             module.train()
-        elif isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
-            handles.append(module.register_forward_hook(_centre))
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            handles.append(module.register_forward_hook(once))
     call(model, x)
     for handle in handles:
         handle.remove()
     model.eval()
 
 
-def _centre(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _centred(module: nn.Module, output: Tensor) -> Tensor:
+    """Set a layer's bias, or its weights' signs, by its output; the output that it has then."""
     axis = 1 if isinstance(module, nn.Conv2d) else output.dim() - 1
     others = [a for a in range(output.dim()) if a != axis]
+    shape = [-1 if a == axis else 1 for a in range(output.dim())]
+    if module.bias is None:
+        sign = torch.where(output.mean(others) < 0, -1.0, 1.0).to(output)
+        module.weight.mul_(sign.reshape([-1] + [1] * (module.weight.dim() - 1)))
+        return output * sign.reshape(shape)
     shift = (0.2 + module.bias) * output.std(others) - output.mean(others)
     module.bias.add_(shift)
-    return output + shift.reshape([-1 if a == axis else 1 for a in range(output.dim())])
+    return output + shift.reshape(shape)
 
 
 def call(model: nn.Module, x: Any) -> Any:

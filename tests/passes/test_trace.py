@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
 
+import fxzip
 from fxzip.errors import CalibrationError, TraceError
 from fxzip.passes.trace import trace
 
@@ -204,6 +205,17 @@ def test_a_parameter_that_the_model_caches_stays_a_parameter() -> None:
     assert "bias" in targets(graph_module)
     assert model.cache == {"bias": kept}
     assert "index" not in graph_module.state_dict()
+
+
+def test_a_permuted_copy_does_not_keep_what_was_cached() -> None:
+    model = nn.Sequential(Cached(), nn.Linear(8, 3)).double().eval()
+    with torch.no_grad():
+        expected = model(ROWS.double())
+        spec = fxzip.analyse(model, ROWS.double())
+        moved = spec.permute(model, torch.Generator().manual_seed(1))
+        assert not torch.equal(moved.get_parameter("0.bias"), model.get_parameter("0.bias"))
+        assert (moved(ROWS.double()) - expected).abs().max() < 1e-12
+    assert model[0].cache
 
 
 def test_a_cache_that_cannot_be_cleared_is_said() -> None:
