@@ -13,25 +13,20 @@ section 4.4) is for networks with BatchNorm.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import fxzip
 from benchmarks.data import Split, load_cifar10
 from benchmarks.pairs import Setting, halves, models
+from benchmarks.runs import RESULTS, Kept, command_line, facts, shown, write
 
-RESULTS = Path(__file__).parent / "results"
 CUTS = {"7 of 20": "layer2", "13 of 20": "layer3", "19 of 20": None}
 """Layers in the trunk: convolutions of the main path."""
 METHODS: dict[str, dict[str, Any]] = {
@@ -72,7 +67,7 @@ def percent(right: Tensor) -> float:
 
 
 def measure_pair(
-    setting: Setting, pair: int, train: Split, test: Split, images: int, cuts: list[str], done: set[tuple[Any, ...]]
+    setting: Setting, pair: int, train: Split, test: Split, images: int, cuts: list[str], done: Kept
 ) -> Iterator[dict[str, Any]]:
     """A row for the ensemble and for each cut and method that is not done."""
     wanted = [(cut, name) for cut in cuts for name in METHODS if (pair, cut, name) not in done]
@@ -116,48 +111,23 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}{deviation}"
 
 
-def table(lines: list[dict[str, Any]], title: str) -> Table:
-    """The summary, to print."""
-    result = Table(title=title)
-    for column in lines[0]:
-        result.add_column(column.replace("_", ", "), justify="left" if column == "method" else "right")
-    for line in lines:
-        result.add_row(*line.values())
-    return result
-
-
 def main() -> None:
     """Run what is missing, write it, print all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    for name, default in (("width", 2), ("size", 16), ("epochs", 7), ("pairs", 3), ("images", 1000), ("threads", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    bf16 = torch.cpu._is_avx512_bf16_supported()
-    text = "train under bfloat16 autocast (the default where the CPU has instructions for it)"
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=bf16, help=text)
+    parser = command_line(__doc__, width=2, size=16, epochs=7, pairs=3, images=1000)
     parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), help="layers in the trunk")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     setting = Setting(options.width, options.size, options.epochs, options.bf16)
-    path = RESULTS / f"cifar_{setting.key}.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-    done = {(row["pair"], row["cut"], row["method"]) for row in rows}
-    facts = {
-        "command": " ".join(["python -m benchmarks.cifar", *sys.argv[1:]]),
-        "versions": {"torch": torch.__version__, "fxzip": fxzip.__version__},
-        "threads": options.threads,
-    }
+    about = facts("cifar", options.threads)
+    kept = Kept(RESULTS / f"cifar_{setting.key}.json", about, keys=("pair", "cut", "method"))
     train, test = load_cifar10(options.data, options.size)
     for pair in range(options.pairs):
-        for row in measure_pair(setting, pair, train, test, options.images, options.cuts, done):
-            rows.append(row)
-            path.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-            print(f"pair {pair}, {row['cut']}, {row['method']}: {row['average']:.1f}", flush=True)
-    lines = summary(rows)
-    tested = sorted({row["pair"] for row in rows if row["pair"] > 0}) or [0]
-    facts |= {"setting": f"ResNet-20 {setting.key}, {options.images} images, pairs {tested}"}
-    (RESULTS / "cifar.json").write_text(json.dumps({**facts, "rows": lines}, indent=1, ensure_ascii=False) + "\n")
-    Console().print(table(lines, facts["setting"]))
+        kept.extend(measure_pair(setting, pair, train, test, options.images, options.cuts, kept))
+    lines = summary(kept.rows)
+    tested = sorted({row["pair"] for row in kept.rows if row["pair"] > 0}) or [0]
+    about |= {"setting": f"ResNet-20 {setting.key}, {options.images} images, pairs {tested}"}
+    write(RESULTS / "cifar.json", {**about, "rows": lines})
+    Console().print(shown(lines, about["setting"]))
 
 
 if __name__ == "__main__":

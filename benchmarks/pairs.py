@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from benchmarks.data import Split
 from benchmarks.models import resnet20
+from benchmarks.runs import CHECKPOINTS
 from benchmarks.training import train
-
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +32,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
+from benchmarks.data import read_mnist
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "transformers.json"
@@ -119,15 +119,13 @@ def make_vit() -> nn.Module:
 
 def vit(data: Path) -> Setting:
     """MNIST in two halves of five classes."""
-    with np.load(data / "mnist.npz") as archive:
-        found = {key: torch.from_numpy(archive[key]) for key in archive}
-    parts = {}
-    for part in ("train", "test"):
-        images = found[f"{part}_images"][:, None].float() / 255
-        parts[part] = (images - 0.1307) / 0.3081, found[f"{part}_labels"].long()
+    parts = [
+        ((torch.from_numpy(images)[:, None].float() / 255 - 0.1307) / 0.3081, torch.from_numpy(labels).long())
+        for images, labels in read_mnist(data)
+    ]
 
     def half(name: str, first: int) -> Task:
-        chosen = [(x[mine], y[mine] - first) for x, y in parts.values() for mine in [(y // 5) == first // 5]]
+        chosen = [(x[mine], y[mine] - first) for x, y in parts for mine in [(y // 5) == first // 5]]
         return Task(name, chosen[0], chosen[1])
 
     tasks = half("0-4", 0), half("5-9", 5)
