@@ -24,7 +24,7 @@ from torch import Tensor
 
 import fxzip
 from benchmarks.data import Split, load_cifar10
-from benchmarks.pairs import Setting, halves, models
+from benchmarks.pairs import Setting, calibration, halves, models
 from benchmarks.runs import RESULTS, Kept, command_line, facts, shown, write
 
 CUTS = {"7 of 20": "layer2", "13 of 20": "layer3", "19 of 20": None}
@@ -74,8 +74,7 @@ def measure_pair(
     if not wanted:
         return
     networks, classes = models(setting, pair, train), halves(pair)
-    drawn = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(pair))[:images]
-    loader = list(train.images[drawn].split(125))
+    loader = calibration(train, pair, images)
     if (pair, "none", "ensemble") not in done:
         ensemble = accuracies(lambda x: tuple(network(x) for network in networks), test, classes)
         yield {"pair": pair, "cut": "none", "method": "ensemble", "flops": 2.0, "seconds": 0.0, **ensemble}

@@ -54,3 +54,26 @@ class CifarResNet(nn.Module):
 def resnet20(width: int = 4, classes: int = 10) -> CifarResNet:
     """ResNet-20 of ``16 * width`` channels in its first stage: ×4 is the paper's."""
     return CifarResNet(3, width, classes)
+
+
+def stage(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
+    """A 3×3 convolution, BatchNorm, and a ReLU that leaks, so that no channel dies."""
+    conv = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.LeakyReLU(0.1))
+
+
+class Autoencoder(nn.Module):
+    """Images to images: three times down by strides, three times up by interpolation, all convolutional.
+
+    The code of a 3×32×32 image is ``4 * width`` channels of 4×4.
+    """
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(stage(3, width, 2), stage(width, 2 * width, 2), stage(2 * width, 4 * width, 2))
+        up = (nn.Upsample(scale_factor=2), stage(4 * width, 2 * width), nn.Upsample(scale_factor=2))
+        self.decoder = nn.Sequential(*up, stage(2 * width, width), nn.Upsample(scale_factor=2), stage(width, width))
+        self.out = nn.Conv2d(width, 3, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.decoder(self.encoder(x)))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.data import Split
 from benchmarks.models import resnet20
@@ -34,6 +34,12 @@ def halves(pair: int) -> tuple[list[int], list[int]]:
     generator = torch.Generator().manual_seed(pair)
     order = list(range(10)) if pair == 0 else torch.randperm(10, generator=generator).tolist()
     return sorted(order[:5]), sorted(order[5:])
+
+
+def calibration(split: Split, pair: int, images: int) -> list[Tensor]:
+    """The batches that a pair's merges see: the first so many training images of an order drawn for the pair."""
+    drawn = torch.randperm(len(split.images), generator=torch.Generator().manual_seed(pair))[:images]
+    return list(split.images[drawn].split(125))
 
 
 def models(

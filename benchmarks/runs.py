@@ -68,7 +68,9 @@ class Kept:
         for row in rows:
             self.rows.append(row)
             write(self._path, {**self._facts, "rows": self.rows})
-            told = (f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items())
+            told = (
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
             print(", ".join(told), flush=True)
 
 
@@ -78,11 +80,16 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def brief(value: object) -> str:
+    """A value to print, numbers in four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def shown(rows: Sequence[Row], title: str) -> Table:
     """Rows to print, a column for each key."""
     result = Table(title=title)
     for column in rows[0]:
         result.add_column(column.replace("_", ", "), justify="left" if column == "method" else "right")
     for row in rows:
-        result.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        result.add_row(*map(brief, row.values()))
     return result

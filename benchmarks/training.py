@@ -92,7 +92,7 @@ def train(
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += float(loss) * len(here)
+            total += loss.item() * len(here)
         if (epoch + 1) % math.ceil(epochs / 10) == 0:
             log(f"seed {seed} epoch {epoch + 1}/{epochs}: loss {total / len(split.images):.4f}")
     model = model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
