@@ -11,7 +11,6 @@ show go to benchmarks/results/ablations.json.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
@@ -25,7 +24,7 @@ import fxzip
 from benchmarks.cifar import accuracies
 from benchmarks.data import Split, load_cifar10
 from benchmarks.pairs import Setting, calibration, halves, models
-from benchmarks.runs import RESULTS, Kept, Row, command_line, facts, shown, write
+from benchmarks.runs import RESULTS, Kept, Row, command_line, facts, shown, timed_merge, write
 from fxzip.passes.refit import RefitOptions
 from fxzip.style import matched
 
@@ -133,20 +132,17 @@ def measure(
     for (images, points), group in groupby(left, key=lambda m: (m.images, m.points)):
         if images:
             prepared.observe(calibration(train, PAIR, images), points=points, progress=False)
-        for merge in group:
-            if merge == ENSEMBLE:
-                yield {**asdict(merge), **accuracies(lambda x: tuple(net(x) for net in networks), test, halves(PAIR))}
+        for each in group:
+            if each == ENSEMBLE:
+                yield {**asdict(each), **accuracies(lambda x: tuple(net(x) for net in networks), test, halves(PAIR))}
             else:
-                yield {**asdict(merge), **merged(prepared, merge, test)}
+                yield {**asdict(each), **merged(prepared, each, test)}
 
 
-def merged(prepared: fxzip.Prepared, merge: Merge, test: Split) -> Row:
+def merged(prepared: fxzip.Prepared, wanted: Merge, test: Split) -> Row:
     """The figures of one merge; its seconds are without observing."""
-    given = {name: getattr(merge, name) for name in ("method", "alpha", "beta", "refit", "ridge")}
-    given = {name: value for name, value in given.items() if value is not None}
-    start = time.perf_counter()
-    zipped = prepared.convert(progress=False, **given)
-    seconds = time.perf_counter() - start
+    given = {name: getattr(wanted, name) for name in ("method", "alpha", "beta", "refit", "ridge")}
+    zipped, _, seconds = timed_merge(prepared, **{name: value for name, value in given.items() if value is not None})
     correlation, _ = matched(zipped.report, [space.name for space in zipped.report.spaces])
     return {"seconds": seconds, "correlation": correlation, **accuracies(zipped, test, halves(PAIR))}
 

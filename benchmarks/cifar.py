@@ -25,7 +25,7 @@ from torch import Tensor
 import fxzip
 from benchmarks.data import Split, load_cifar10
 from benchmarks.pairs import Setting, calibration, halves, models
-from benchmarks.runs import RESULTS, Kept, command_line, facts, shown, write
+from benchmarks.runs import RESULTS, Kept, command_line, facts, shown, timed_merge, write
 
 CUTS = {"7 of 20": "layer2", "13 of 20": "layer3", "19 of 20": None}
 """Layers in the trunk: convolutions of the main path."""
@@ -83,12 +83,9 @@ def measure_pair(
     prepared.observe(loader, progress=False)
     observing = time.perf_counter() - start
     for cut, name in wanted:
-        start = time.perf_counter()
-        zipped = prepared.convert(cut=CUTS[cut], progress=False, **METHODS[name])
-        seconds = time.perf_counter() - start + observing
-        ratio = zipped.report.flops_after / zipped.report.before[0].flops
+        zipped, flops, seconds = timed_merge(prepared, cut=CUTS[cut], **METHODS[name])
         scores = accuracies(zipped, test, classes)
-        yield {"pair": pair, "cut": cut, "method": name, "flops": ratio, "seconds": seconds, **scores}
+        yield {"pair": pair, "cut": cut, "method": name, "flops": flops, "seconds": seconds + observing, **scores}
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,14 +17,13 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from benchmarks.cifar import percent
 from benchmarks.data import Split, load_cifar10, load_digits, load_letters, load_mnist
-from benchmarks.mixed import Answer, Setting, Source, learn, measure, outputs
+from benchmarks.mixed import Answer, Setting, Source, begin, learn, measure, outputs
 from benchmarks.models import resnet20
-from benchmarks.runs import RESULTS, Kept, Row, command_line, facts, shown, write
+from benchmarks.runs import RESULTS, Row, command_line, shown, write
 from benchmarks.training import augment
 
 SOURCES: dict[str, Callable[[Path, int], tuple[Split, Split]]] = {
@@ -99,11 +98,7 @@ def summary(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def main() -> None:
     """Run what is missing, write it, print all."""
     options = command_line(__doc__, width=1, size=16, steps=1500, images=1000, test=2000).parse_args()
-    torch.set_num_threads(options.threads)
-    setting = Setting(options.width, options.size, options.steps, options.images, options.test, options.bf16)
-    about = facts("datasets", options.threads)
-    about["setting"] = f"ResNet-20 {setting.trained}, {setting.images} images, {setting.test} test images of each"
-    kept = Kept(RESULTS / f"datasets_{setting.key}.json", about, keys=("models", "cut", "method"))
+    setting, about, kept = begin("datasets", "ResNet-20", options)
     found = sources(setting, options.data)
     for names in groups(list(found)):
         chosen = {name: found[name] for name in names}

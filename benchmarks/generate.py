@@ -23,9 +23,9 @@ from torch import Tensor
 
 from benchmarks.cifar import METHODS
 from benchmarks.data import Split, load_cifar10, load_letters
-from benchmarks.mixed import Answer, Setting, Source, answers_of, learn, measure, outputs, prepare
+from benchmarks.mixed import Answer, Setting, Source, answers_of, begin, learn, measure, outputs, prepare
 from benchmarks.models import Autoencoder
-from benchmarks.runs import RESULTS, Kept, Row, command_line, facts, shown, write
+from benchmarks.runs import RESULTS, Row, command_line, shown, write
 from benchmarks.training import reconstruction
 
 if TYPE_CHECKING:
@@ -123,11 +123,7 @@ def main() -> None:
     """Run what is missing, write it, draw, print all."""
     parser = command_line(__doc__, width=16, size=32, steps=1500, images=1000, test=2000, columns=6)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    setting = Setting(options.width, options.size, options.steps, options.images, options.test, options.bf16)
-    about = facts("generate", options.threads)
-    about["setting"] = f"autoencoders {setting.trained}, {setting.images} images, {setting.test} test images of each"
-    kept = Kept(RESULTS / f"generate_{setting.key}.json", about, keys=("models", "cut", "method"))
+    setting, about, kept = begin("generate", "autoencoders", options)
     found = sources(setting, options.data)
     kept.extend(measure(found, setting.images, CUTS, NAMES, error, kept))
     lines = summary(kept.rows)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 import fxzip
 from benchmarks.cifar import METHODS
 from benchmarks.data import Split
-from benchmarks.runs import CHECKPOINTS, Kept, Row
+from benchmarks.runs import CHECKPOINTS, RESULTS, Kept, Row, facts, timed_merge
 from benchmarks.training import Loss, Vary, classification, train
 
 Answer = Callable[[Tensor], Tensor]
@@ -34,6 +35,11 @@ class Setting:
     test: int
     bf16: bool
 
+    @classmethod
+    def of(cls, options: Namespace) -> Setting:
+        """From a command line that has an option for each."""
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
+
     @property
     def trained(self) -> str:
         """What a checkpoint depends on, for its name."""
@@ -52,6 +58,15 @@ class Source:
     network: nn.Module
     train: Split
     test: Split
+
+
+def begin(benchmark: str, networks: str, options: Namespace) -> tuple[Setting, Row, Kept]:
+    """What a command starts with: its setting, what its results say of themselves, and the rows that there are."""
+    torch.set_num_threads(options.threads)
+    setting, about = Setting.of(options), facts(benchmark, options.threads)
+    about["setting"] = f"{networks} {setting.trained}, {setting.images} images, {setting.test} test images of each"
+    kept = Kept(RESULTS / f"{benchmark}_{setting.key}.json", about, keys=("models", "cut", "method"))
+    return setting, about, kept
 
 
 def learn(
@@ -127,11 +142,8 @@ def measure(
     prepared = prepare(chosen, images)
     observing = time.perf_counter() - start
     for cut, name in wanted:
-        start = time.perf_counter()
-        zipped = prepared.convert(cut=cuts[cut], progress=False, **METHODS[name])
-        seconds = time.perf_counter() - start + observing
-        ratio = zipped.report.flops_after / zipped.report.before[0].flops
-        yield row(cut, name, ratio, seconds, answers_of(zipped))
+        zipped, flops, seconds = timed_merge(prepared, cut=cuts[cut], **METHODS[name])
+        yield row(cut, name, flops, seconds + observing, answers_of(zipped))
 
 
 def answers_of(zipped: fxzip.ZippedModel) -> list[Answer]:

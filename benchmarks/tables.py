@@ -115,6 +115,7 @@ def source(path: Path) -> str:
     if isinstance(found, dict):
         if "command" in found:
             facts.insert(0, f"`{found['command']}`")
+        facts += [found["setting"]] if "setting" in found else []
         facts += [f"{name} {version}" for name, version in found.get("versions", {}).items()]
         facts += [f"{found['threads']} thread{'s' if found['threads'] != 1 else ''}"] if "threads" in found else []
     return ", ".join(facts)
