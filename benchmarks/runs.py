@@ -91,14 +91,17 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
 
 def brief(value: object) -> str:
     """A value to print, numbers in four digits."""
+    if value is None:
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def shown(rows: Sequence[Row], title: str) -> Table:
-    """Rows to print, a column for each key."""
+    """Rows to print, a column for each key of any row."""
     result = Table(title=title)
-    for column in rows[0]:
+    columns = dict.fromkeys(key for row in rows for key in row)
+    for column in columns:
         result.add_column(column.replace("_", ", "), justify="left" if column == "method" else "right")
     for row in rows:
-        result.add_row(*map(brief, row.values()))
+        result.add_row(*(brief(row.get(column)) for column in columns))
     return result

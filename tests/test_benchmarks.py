@@ -13,7 +13,7 @@ import torch
 from benchmarks import ablations, datasets, generate, mixed
 from benchmarks.data import Split, load_digits, load_letters, load_mnist
 from benchmarks.models import Autoencoder
-from benchmarks.runs import Kept
+from benchmarks.runs import Kept, shown
 from benchmarks.training import augment
 from fxzip.matching import match
 
@@ -83,6 +83,12 @@ def test_kept_rows_are_there_again(tmp_path: Path) -> None:
     found = json.loads(path.read_text())
     assert found["command"] == "do it again"
     assert [row["method"] for row in found["rows"]] == ["zip", "permute"]
+
+
+def test_shown_rows_keep_to_their_columns() -> None:
+    table = shown([{"method": "zip", "average": 80.04, "merge_s": 3}, {"method": "ensemble", "merge_s": 0}], "all")
+    assert [column.header for column in table.columns] == ["method", "average", "merge, s"]
+    assert list(table.columns[1].cells) == ["80.04", "-"]
 
 
 def score_row(models: str, method: str, **scores: float) -> dict[str, object]:
