@@ -21,7 +21,7 @@ from rich.console import Console
 
 from benchmarks.cifar import percent
 from benchmarks.data import Split, load_cifar10, load_digits, load_letters, load_mnist
-from benchmarks.mixed import Answer, Setting, Source, begin, learn, measure, outputs
+from benchmarks.mixed import Answer, Setting, Source, begin, in_order, learn, measure, outputs
 from benchmarks.models import resnet20
 from benchmarks.runs import RESULTS, Row, command_line, shown, write
 from benchmarks.training import augment
@@ -103,7 +103,7 @@ def main() -> None:
     for names in groups(list(found)):
         chosen = {name: found[name] for name in names}
         kept.extend(measure(chosen, setting.images, CUTS, NAMES, accuracy, kept))
-    tables = summary(kept.rows)
+    tables = summary(in_order(kept.rows, CUTS, NAMES))
     write(RESULTS / "datasets.json", {**about, **tables})
     for title, lines in tables.items():
         Console(width=160).print(shown(lines, title))

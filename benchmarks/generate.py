@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.cifar import METHODS
 from benchmarks.data import Split, load_cifar10, load_letters
-from benchmarks.mixed import Answer, Setting, Source, answers_of, begin, learn, measure, outputs, prepare
+from benchmarks.mixed import Answer, Setting, Source, answers_of, begin, in_order, learn, measure, outputs, prepare
 from benchmarks.models import Autoencoder
 from benchmarks.runs import RESULTS, Row, command_line, shown, write
 from benchmarks.training import reconstruction
@@ -126,7 +126,7 @@ def main() -> None:
     setting, about, kept = begin("generate", "autoencoders", options)
     found = sources(setting, options.data)
     kept.extend(measure(found, setting.images, CUTS, NAMES, error, kept))
-    lines = summary(kept.rows)
+    lines = summary(in_order(kept.rows, CUTS, NAMES))
     write(RESULTS / "generate.json", {**about, "rows": lines})
     picture(strips(found, setting.images, options.columns), list(found)).save(PICTURE, optimize=True)
     Console(width=160).print(shown(lines, about["setting"]))

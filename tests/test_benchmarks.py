@@ -110,6 +110,11 @@ def test_the_tables_of_datasets() -> None:
     assert found["All at once"] == [line | {"FLOPs": 1.0, "merge_s": 2.0}]
 
 
+def test_rows_stand_in_the_order_of_the_methods_not_of_measuring() -> None:
+    rows = [{"cut": c, "method": m} for c, m in [("full", "zip"), ("full", "permute"), ("none", "ensemble")]]
+    assert mixed.in_order(rows, ["full"], ["permute", "zip"]) == rows[::-1]
+
+
 def test_the_table_of_generate() -> None:
     assert generate.decibels(0.01) == pytest.approx(20)
     assert generate.decibels(0.0) < 101
