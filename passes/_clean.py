@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ def rebuild(model: nn.Module, graph: fx.Graph, attributes: dict[str, Any]) -> fx
     name = type(model).__name__
     graph_module = fx.GraphModule(attributes, graph, class_name=name if name.isidentifier() else "GraphModule")
     for prefix, module in graph_module.named_modules():
-        for key in module._buffers:
-            if (f"{prefix}.{key}" if prefix else key) not in persistent:
+        for key, buffer in module._buffers.items():
+            if buffer is not None and (f"{prefix}.{key}" if prefix else key) not in persistent:
                 module._non_persistent_buffers_set.add(key)
     graph_module.graph.lint()
     return graph_module.eval()
@@ -72,6 +73,20 @@ def rebuild(model: nn.Module, graph: fx.Graph, attributes: dict[str, Any]) -> fx
 def attribute(module: nn.Module, target: str) -> Any:
     """What a qualified name stands for in ``module``."""
     return operator.attrgetter(target)(module)
+
+
+def drop_unused(module: fx.GraphModule, names: Iterable[str]) -> None:
+    """Forget those of the named parameters that no node uses, so that they are neither counted nor saved."""
+    used = {str(n.target) for n in module.graph.find_nodes(op="get_attr")}
+    called = {str(n.target) for n in module.graph.find_nodes(op="call_module")}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        if name in used or owner in called:
+            continue
+        try:
+            delattr(module.get_submodule(owner), leaf)
+        except AttributeError:
+            continue
 
 
 def _does_nothing(graph_module: fx.GraphModule, node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxzip.passes._clean import drop_unused
 from fxzip.rules import kind_of, target_of
 
 
@@ -32,7 +33,7 @@ def canonicalise(module: fx.GraphModule) -> fx.GraphModule:
     module.meta["folded"] = (*module.meta.get("folded", ()), *folded)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
-    _drop_unused(module, state)
+    drop_unused(module, state)
     module.graph.lint()
     module.recompile()
     return module
@@ -129,17 +130,3 @@ def _leads_only_to(start: fx.Node, end: fx.Node) -> bool:
             return False
         pending += node.users
     return True
-
-
-def _drop_unused(module: fx.GraphModule, state: set[str]) -> None:
-    """Forget the parameters that were folded, so that they are neither counted nor saved."""
-    used = {str(n.target) for n in module.graph.find_nodes(op="get_attr")}
-    called = {str(n.target) for n in module.graph.find_nodes(op="call_module")}
-    for name in state:
-        owner, _, leaf = name.rpartition(".")
-        if name in used or owner in called:
-            continue
-        try:
-            delattr(module.get_submodule(owner), leaf)
-        except AttributeError:
-            continue
