@@ -6,9 +6,10 @@ grouped convolution) are regressions side by side.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 class Regression:
@@ -16,9 +17,13 @@ class Regression:
 
     The sums are float64; products are taken in the dtype of the data, of values shifted by the first batch's
     means, since E[xx'] - mm' cancels.
+
+    Args:
+        intercept: Whether there is a b; without one nothing is shifted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, intercept: bool = True) -> None:
+        self.intercept = intercept
         self.count = 0
         self._shift: tuple[Tensor, Tensor] | None = None
         self._sums: list[Tensor] = []
@@ -32,7 +37,8 @@ class Regression:
         """
         if self._shift is None:
             self._shift = (x.mean(2, keepdim=True), t.mean(2, keepdim=True))
-        x, t = x - self._shift[0], t - self._shift[1]
+        if self.intercept:
+            x, t = x - self._shift[0], t - self._shift[1]
         sums = [x @ x.mT, t @ x.mT, x.sum(2), t.sum(2)]
         self.count += x.shape[2]
         if self._sums:
@@ -53,10 +59,13 @@ class Regression:
         """
         assert self._shift is not None
         gram, cross, sum_x, sum_t = self._sums
-        gram = gram - sum_x[:, :, None] * sum_x[:, None, :] / self.count
-        cross = cross - sum_t[:, :, None] * sum_x[:, None, :] / self.count
+        if self.intercept:
+            gram = gram - sum_x[:, :, None] * sum_x[:, None, :] / self.count
+            cross = cross - sum_t[:, :, None] * sum_x[:, None, :] / self.count
         prior = prior.to(gram)
         weights = prior + _solve(gram, cross - prior @ gram, ridge)
+        if not self.intercept:
+            return weights, torch.zeros_like(sum_t)
         mean_x = self._shift[0][..., 0].double() + sum_x / self.count
         mean_t = self._shift[1][..., 0].double() + sum_t / self.count
         return weights, mean_t - (weights @ mean_x[:, :, None])[..., 0]
@@ -75,23 +84,30 @@ def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     raise ArithmeticError("the Gram matrix is not finite")
 
 
-def patches(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
-            dilation: tuple[int, int], groups: int) -> Tensor:  # fmt: skip
-    """The inputs of a convolution at each output position: (groups, d, samples), d = channels of a group × kernel."""
-    n, channels = x.shape[:2]
-    if kernel == (1, 1) and padding == (0, 0):
-        columns = x[:, :, :: stride[0], :: stride[1]].reshape(n, channels, -1)
-    else:
-        columns = F.unfold(x, kernel, dilation, padding, stride)
-    return columns.reshape(n, groups, -1, columns.shape[-1]).permute(1, 2, 0, 3).flatten(2)
+def scale_and_shift(
+    values: Sequence[Tensor], goals: Sequence[Tensor], axis: int, intercept: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The least-squares line t ≈ a x + b for each channel along an axis, float64.
 
+    Args:
+        values: x, in batches.
+        goals: t, in batches of the same shapes.
+        axis: Where the channels lie.
+        intercept: Whether there is a b; else it is 0.
 
-def scale_and_shift(x: Tensor, t: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """The least-squares line t ≈ a x + b for each channel along an axis; a = 1 where x is constant."""
-    x, t = (v.movedim(axis, 0).flatten(1).double() for v in (x, t))
-    mean_x, mean_t = x.mean(1), t.mean(1)
-    x, t = x - mean_x[:, None], t - mean_t[:, None]
-    power = (x * x).mean(1)
+    Returns:
+        a and b; a = 1 where x is constant.
+    """
+
+    def mean(of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        rows = ((v.movedim(axis, 0).flatten(1) for v in pair) for pair in zip(values, goals, strict=True))
+        parts = [of(x.double(), t.double()).sum(1) for x, t in rows]
+        return torch.stack(parts).sum(0) * (len(parts[0]) / sum(v.numel() for v in values))
+
+    zero = torch.zeros((), dtype=torch.float64, device=values[0].device)
+    mean_x, mean_t = (mean(lambda x, _: x), mean(lambda _, t: t)) if intercept else (zero, zero)
+    power = mean(lambda x, _: (x - mean_x[..., None]).square())
+    product = mean(lambda x, t: (x - mean_x[..., None]) * (t - mean_t[..., None]))
     flat = power <= 1e-12 * power.max().clamp(min=1e-30)
-    slope = torch.where(flat, torch.ones_like(power), (x * t).mean(1) / power.clamp(min=1e-30))
-    return slope, mean_t - slope * mean_x
+    slope = torch.where(flat, torch.ones_like(power), product / power.clamp(min=1e-30))
+    return slope, (mean_t - slope * mean_x) if intercept else torch.zeros_like(slope)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 
 @dataclass(eq=False)
@@ -71,6 +71,7 @@ class Step:
         node: The merged network's node.
         streams: The networks to compute it in.
         solve: Called instead of computing, when all batches that are needed have arrived.
+        samples: How many samples there are in a value of the node that is solved at.
         reads: Further nodes whose values ``solve`` needs.
         forget: Names of the values that nothing needs after the step.
     """
@@ -78,6 +79,7 @@ class Step:
     node: fx.Node
     streams: slice = field(default_factory=lambda: slice(None))
     solve: Callable[[], None] | None = None
+    samples: Callable[[Tensor], int] | None = None
     reads: tuple[fx.Node, ...] = ()
     forget: tuple[str, ...] = ()
 

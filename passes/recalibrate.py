@@ -18,7 +18,7 @@ _NATIVE = ("input", "weight", "bias", "running_mean", "running_var", "training",
 _EVAL = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
 
 # How each of PyTorch's BatchNorm functions names its positional arguments. The last four give a triple.
-_FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {
+BATCH_NORMS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     torch.batch_norm: (*_NATIVE, "cudnn_enabled"),
     torch.ops.aten.batch_norm.default: (*_NATIVE, "cudnn_enabled"),
@@ -27,7 +27,7 @@ _FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {
     torch.ops.aten._native_batch_norm_legit.default: _NATIVE,
     torch.ops.aten._native_batch_norm_legit_no_training.default: _EVAL,
 }
-_TRIPLES = set(list(_FUNCTIONS)[3:])
+TRIPLES = set(list(BATCH_NORMS)[3:])
 
 
 def recalibrate(
@@ -114,7 +114,7 @@ class _Layer:
 class _TrainStatistics(TorchFunctionMode):
     """While on, BatchNorms with known statistics run on the batch's own, which are added to their layer.
 
-    Modules, traced functions and exported operators all come to one of ``_FUNCTIONS``, so there is one rule
+    Modules, traced functions and exported operators all come to one of ``BATCH_NORMS``, so there is one rule
     for all, and neither modes nor graphs need be changed and put back.
     """
 
@@ -130,9 +130,9 @@ class _TrainStatistics(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         given = dict(kwargs or {})
-        if func not in _FUNCTIONS:
+        if func not in BATCH_NORMS:
             return func(*args, **given)
-        given.update(zip(_FUNCTIONS[func], args, strict=False))
+        given.update(zip(BATCH_NORMS[func], args, strict=False))
         layer = self.layers.get(id(given.get("running_mean")))
         if layer is None:
             return func(*args, **(kwargs or {}))
@@ -141,7 +141,7 @@ class _TrainStatistics(TorchFunctionMode):
         weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
         out = F.batch_norm(given["input"], mean, var, weight, bias, training=True, momentum=1.0, eps=eps)
         layer.add(mean, var)
-        return (out, mean.new_empty(0), mean.new_empty(0)) if func in _TRIPLES else out
+        return (out, mean.new_empty(0), mean.new_empty(0)) if func in TRIPLES else out
 
 
 def _find(module: nn.Module) -> dict[int, _Layer]:
@@ -162,9 +162,9 @@ def _find(module: nn.Module) -> dict[int, _Layer]:
 def _find_functions(prefix: str, module: fx.GraphModule) -> Iterable[_Layer]:
     """The layers of a graph's BatchNorm functions whose statistics are attributes."""
     for node in module.graph.nodes:
-        if node.op != "call_function" or node.target not in _FUNCTIONS:
+        if node.op != "call_function" or node.target not in BATCH_NORMS:
             continue
-        given = {**node.kwargs, **dict(zip(_FUNCTIONS[node.target], node.args, strict=False))}
+        given = {**node.kwargs, **dict(zip(BATCH_NORMS[node.target], node.args, strict=False))}
         mean, var = given.get("running_mean"), given.get("running_var")
         if isinstance(mean, fx.Node) and isinstance(var, fx.Node) and mean.op == var.op == "get_attr":
             owner = str(mean.target).rpartition(".")[0] or node.name

@@ -15,25 +15,27 @@ to its own parent's values. No labels are used.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxzip.channels import ChannelSpec
 from fxzip.errors import CalibrationError, OptionError
 from fxzip.loops import batches, counted, device_of
 from fxzip.matching import MergeMap
+from fxzip.passes._clean import drop_unused
 from fxzip.passes._lockstep import Batch, LockStep, Step, Stream
-from fxzip.passes._units import Layer, Unit, find_units, inner_sums, is_norm, scale_and_shift_of
+from fxzip.passes._norms import Norm, find_norm
+from fxzip.passes._slots import Uses
+from fxzip.passes._units import Unit, find_units
 from fxzip.passes.align import Alignment
 from fxzip.passes.fuse import Mixing
 from fxzip.passes.split import Split, crossing
-from fxzip.regression import Regression, patches, scale_and_shift
+from fxzip.regression import Regression
 
 Target = Callable[[str, Sequence[Tensor]], Tensor]
 
@@ -178,161 +180,80 @@ class _Refitter:
         with counted(count, progress, description) as done:
             self.lock.run(self._enough, done)
         for unit in self.units:
-            _cut_out(self.merged, unit)
+            for layer in unit.layers:
+                layer.cut_out(self.merged)
         self.merged.graph.eliminate_dead_code()
         self.merged.delete_all_unused_submodules()
+        drop_unused(self.merged, set(self.merged.state_dict()))
         self.merged.recompile()
 
     def _schedule(self) -> Iterator[Step]:
         """The nodes in order, those of a unit's layers held back in the merged network until it is solved."""
-        roots: dict[fx.Node, Unit | None] = {unit.root: unit for unit in self.units}
-        held = {unit: unit.claimed | inner_sums(unit.root) | {unit.root} for unit in self.units}
-        claimed: set[fx.Node] = set().union(*held.values())
+        uses = Uses(self.merged)
+        roots = {unit.root: unit for unit in self.units}
+        claimed = set().union(*(unit.claimed for unit in self.units))
         parents, merged = slice(0, -1), slice(-1, None)
         for node in self.merged.graph.nodes:
             if node.op == "output":
                 continue
             yield Step(node, parents if node in claimed else slice(None))
-            unit = roots.get(node)
-            if unit is not None:
-                reads = (*unit.known, *(layer.source for layer in unit.layers))
-                yield Step(node, solve=partial(self._solve_unit, unit), reads=reads)
-                yield from (Step(n, merged) for n in self.merged.graph.nodes if n in held[unit])
-            elif node not in claimed and is_norm(self.merged, node):
-                yield Step(node, solve=partial(self._solve_norm, node))
+            norm = None if node in claimed else find_norm(self.merged, node, uses)
+            if node in roots:
+                unit = roots[node]
+                samples, reads = unit.layers[0].contraction.samples, [layer.source for layer in unit.layers]
+                yield Step(node, solve=partial(self._solve_unit, unit), samples=samples, reads=(*unit.known, *reads))
+                yield from (Step(n, merged) for n in self.merged.graph.nodes if n in unit.claimed)
+            elif norm is not None:
+                yield Step(node, solve=partial(self._solve_norm, norm), samples=norm.samples)
 
     def _enough(self, step: Step) -> bool:
         """Whether the layer has samples enough."""
+        assert step.samples is not None
         values = [batch.env[0][step.node.name] for batch in self.lock.seen]
-        axis = 1 if values[0].dim() == 4 else -1
-        samples = sum(v.numel() // v.shape[axis] for v in values)
-        return samples >= self.options.samples and sum(len(v) for v in values) >= self.options.least_images
+        images = sum(map(len, values))
+        return sum(map(step.samples, values)) >= self.options.samples and images >= self.options.least_images
 
     def _goal(self, batch: Batch, node: fx.Node) -> Tensor:
         return self.target(node.name, [env[node.name] for env in batch.env[:-1]])
 
     def _solve_unit(self, unit: Unit) -> None:
-        sums = Regression()
+        sums = Regression(intercept=unit.bias_at is not None)
+        first = unit.layers[0].contraction
         for batch in self.lock.seen:
             goal = self._goal(batch, unit.root)
             for node in unit.known:
                 goal = goal - batch.env[-1][node.name]
-            inputs = [_columns(self.merged, layer, batch.env[-1][layer.source.name]) for layer in unit.layers]
-            x, t = (_precise(v) for v in (torch.cat(inputs, 1), _rows(unit.layers[0], goal)))
-            sums.add(*self._drawn(x, t))
-        priors = [_folded(self.merged, layer) for layer in unit.layers]
-        groups = unit.layers[0].groups
-        flat = torch.cat([w.reshape(groups, w.shape[0] // groups, -1) for w in priors], 2)
+            here = self._drawn(first.samples(goal), goal.device)
+            inputs = [n.contraction.columns(batch.env[-1][n.source.name], here) for n in unit.layers]
+            x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
+            sums.add(_precise(x), _precise(first.rows(goal, here)))
+        priors = [layer.prior(self.merged) for layer in unit.layers]
         try:
-            weights, bias = sums.solve(flat, self.options.ridge)
+            weights, bias = sums.solve(torch.cat(priors, 2), self.options.ridge)
         except ArithmeticError as error:
             raise CalibrationError(f"refit at {unit.root.name}: {error}") from error
-        self._write(unit, priors, weights, bias)
+        parts = weights.split([prior.shape[2] for prior in priors], 2)
+        for layer, part in zip(unit.layers, parts, strict=True):
+            layer.write(self.merged, part, bias if layer is unit.bias_at else None)
+        self.lock.streams[-1].reload()
         self.solved += len(unit.layers)
 
-    def _drawn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """At most this batch's share of the samples, drawn at random."""
+    def _drawn(self, samples: int, device: torch.device) -> Tensor | None:
+        """The samples of a batch to take, drawn at random; None for all, if they are not too many."""
         share = -(-2 * self.options.samples // self.lock.active)
-        if x.shape[2] <= share:
-            return x, t
-        here = torch.randperm(x.shape[2], generator=self.generator)[:share].to(x.device)
-        return x[:, :, here], t[:, :, here]
+        if samples <= share:
+            return None
+        return torch.randperm(samples, generator=self.generator)[:share].to(device)
 
-    def _write(self, unit: Unit, priors: list[Tensor], weights: Tensor, bias: Tensor) -> None:
-        start = 0
-        for layer, prior in zip(unit.layers, priors, strict=True):
-            width = prior[0].numel()
-            part = weights[:, :, start : start + width].reshape(prior.shape)
-            start += width
-            shift = bias.reshape(-1) if layer is unit.layers[0] else torch.zeros_like(bias).reshape(-1)
-            _set_layer(self.merged, layer, part, shift)
+    def _solve_norm(self, norm: Norm) -> None:
+        name, seen = norm.node.name, self.lock.seen
+        goals = [self._goal(batch, norm.node) for batch in seen]
+        values = norm.fit(self.merged, [batch.env[-1][name] for batch in seen], goals)
+        for batch, value in zip(seen, values, strict=True):
+            batch.env[-1][name] = value
         self.lock.streams[-1].reload()
-
-    def _solve_norm(self, node: fx.Node) -> None:
-        module = self.merged.get_submodule(str(node.target))
-        axis = -1 if isinstance(module, nn.LayerNorm) else 1
-        values = [(b.env[-1][node.name], self._goal(b, node)) for b in self.lock.seen]
-        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
-            return
-        slope, shift = scale_and_shift(torch.cat([x for x, _ in values]), torch.cat([t for _, t in values]), axis)
-        weight, bias = module.weight, module.bias
-        assert isinstance(weight, Tensor)
-        weight.mul_(slope.to(weight))
-        if isinstance(bias, Tensor):
-            bias.copy_(bias * slope.to(bias) + shift.to(bias))
-        for batch, (value, _) in zip(self.lock.seen, values, strict=True):
-            shape = [1] * value.dim()
-            shape[axis] = -1
-            batch.env[-1][node.name] = value * slope.to(value).reshape(shape) + shift.to(value).reshape(shape)
 
 
 def _precise(tensor: Tensor) -> Tensor:
     """Sums of products want float32 at the least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _columns(module: fx.GraphModule, layer: Layer, x: Tensor) -> Tensor:
-    """A layer's inputs (groups, d, samples)."""
-    if layer.geometry is None:
-        return x.reshape(-1, x.shape[-1]).T[None]
-    weight = module.get_parameter(layer.weight)
-    stride, padding, dilation = layer.geometry
-    return patches(x, (weight.shape[2], weight.shape[3]), stride, padding, dilation, layer.groups)
-
-
-def _rows(layer: Layer, goal: Tensor) -> Tensor:
-    """A layer's targets (groups, o, samples)."""
-    if layer.geometry is None:
-        return goal.reshape(-1, goal.shape[-1]).T[None]
-    n, channels = goal.shape[:2]
-    return goal.reshape(n, layer.groups, channels // layer.groups, -1).permute(1, 2, 0, 3).flatten(2)
-
-
-def _folded(module: fx.GraphModule, layer: Layer) -> Tensor:
-    """A layer's weight with the scales of its chain folded in, float64."""
-    weight = module.get_parameter(layer.weight).detach().double()
-    for node in layer.chain:
-        line = scale_and_shift_of(module, node)
-        assert line is not None
-        weight = weight * line[0].double().reshape([-1] + [1] * (weight.dim() - 1))
-    return weight
-
-
-def _set_layer(module: fx.GraphModule, layer: Layer, weight: Tensor, bias: Tensor) -> None:
-    """Write a layer's weight and bias; what its chain does becomes the identity until it is cut out."""
-    old = module.get_parameter(layer.weight)
-    old.copy_(weight.to(old.dtype))
-    shift = nn.Parameter(bias.to(old.device, old.dtype), requires_grad=False)
-    if layer.node.op == "call_module":
-        module.get_submodule(str(layer.node.target)).bias = shift
-    else:
-        name = f"{layer.node.name}_bias"
-        module.register_parameter(name, shift)
-        with module.graph.inserting_before(layer.node):
-            node = module.graph.get_attr(name)
-        given = dict(layer.node.kwargs)
-        args = list(layer.node.args)
-        if len(args) > 2:
-            args[2] = node
-        else:
-            given["bias"] = node
-        layer.node.args, layer.node.kwargs = tuple(args), given
-    for node in layer.chain:
-        _make_identity(module, node)
-
-
-def _make_identity(module: fx.GraphModule, node: fx.Node) -> None:
-    """Let a folded node hand on its input; the graph keeps its nodes until all units are solved."""
-    if node.op == "call_module":
-        module.set_submodule(str(node.target), nn.Identity())
-    else:
-        node.target, node.args, node.kwargs = operator.pos, (node.args[0],), {}
-
-
-def _cut_out(module: fx.GraphModule, unit: Unit) -> None:
-    """Erase the nodes that were folded."""
-    for layer in unit.layers:
-        for node in layer.chain:
-            node.replace_all_uses_with(layer.node)
-        for node in reversed(layer.chain):
-            module.graph.erase_node(node)

@@ -11,7 +11,7 @@ from fxzip.passes._units import find_units
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
-from fxzip.regression import Regression, patches, scale_and_shift
+from fxzip.regression import Regression
 from tests.nets import Net, Residual, conv, pair, permuted_copy
 from tests.oracles import call, difference, images, randomise
 
@@ -44,25 +44,6 @@ def test_the_ridge_holds_to_the_prior() -> None:
     dead = Regression()
     dead.add(torch.zeros_like(x), t)
     assert torch.equal(dead.solve(prior, ridge=0.0)[0], prior)
-
-
-@pytest.mark.parametrize("options", [{"stride": 2, "padding": 1}, {"dilation": 2}, {"groups": 2}, {"padding": 2}])
-def test_patches_are_what_a_convolution_multiplies(options: dict[str, int]) -> None:
-    layer = nn.Conv2d(4, 6, 3, bias=False, **options).double()
-    x = torch.randn(3, 4, 9, 9, dtype=torch.float64)
-    columns = patches(x, (3, 3), layer.stride, layer.padding, layer.dilation, layer.groups)
-    product = layer.weight.reshape(layer.groups, -1, columns.shape[1]) @ columns
-    n, channels = (expected := layer(x)).shape[:2]
-    rows = expected.reshape(n, layer.groups, channels // layer.groups, -1).permute(1, 2, 0, 3).flatten(2)
-    assert torch.allclose(product, rows)
-
-
-def test_a_line_is_fitted_to_each_channel() -> None:
-    x = torch.randn(8, 3, 5, dtype=torch.float64)
-    slope, shift = scale_and_shift(x, 2 * x + torch.tensor([1.0, 2.0, 3.0])[:, None], axis=1)
-    assert torch.allclose(slope, torch.full((3,), 2.0, dtype=torch.float64))
-    assert torch.allclose(shift, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
-    assert scale_and_shift(torch.ones(4, 1), torch.arange(4.0)[:, None], axis=1)[0].tolist() == [1.0]
 
 
 def branches(m: Net, x: Tensor) -> Tensor:
