@@ -109,8 +109,8 @@ _Found = tuple[fx.Node, str, Contraction | None]
 
 def _of_module(module: fx.GraphModule, node: fx.Node) -> _Found | None:
     target = module.get_submodule(str(node.target))
-    if len(node.all_input_nodes) != 1 or len(node.args) != 1:
-        return None
+    if len(node.args) != 1 or len(node.all_input_nodes) != 1 or node.kwargs:
+        return None  # a transposed convolution that is told its output's size
     if isinstance(target, nn.Linear):
         contraction = Contraction.einsum(target.weight.shape, "i", "oi", "o")
     elif isinstance(target, _ConvNd):
