@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+_SLICE = 2**24  # elements of the inputs that are shifted and multiplied at once
+
 
 class Regression:
     """Sums for g regressions of o outputs on d inputs each.
@@ -37,10 +39,16 @@ class Regression:
         """
         if self._shift is None:
             self._shift = (x.mean(2, keepdim=True), t.mean(2, keepdim=True))
+        step = max(1, _SLICE // (x.shape[0] * x.shape[1]))
+        for part_x, part_t in zip(x.split(step, 2), t.split(step, 2), strict=True):
+            self._add(part_x, part_t)
+        self.count += x.shape[2]
+
+    def _add(self, x: Tensor, t: Tensor) -> None:
+        assert self._shift is not None
         if self.intercept:
             x, t = x - self._shift[0], t - self._shift[1]
-        sums = [x @ x.mT, t @ x.mT, x.sum(2), t.sum(2)]
-        self.count += x.shape[2]
+        sums = [_gram(x), t @ x.mT, x.sum(2), t.sum(2)]
         if self._sums:
             for total, part in zip(self._sums, sums, strict=True):
                 total += part
@@ -60,8 +68,8 @@ class Regression:
         assert self._shift is not None
         gram, cross, sum_x, sum_t = self._sums
         if self.intercept:
-            gram = gram - sum_x[:, :, None] * sum_x[:, None, :] / self.count
-            cross = cross - sum_t[:, :, None] * sum_x[:, None, :] / self.count
+            gram = torch.baddbmm(gram, sum_x[:, :, None], sum_x[:, None, :], alpha=-1 / self.count)
+            cross = torch.baddbmm(cross, sum_t[:, :, None], sum_x[:, None, :], alpha=-1 / self.count)
         prior = prior.to(gram)
         weights = prior + _solve(gram, cross - prior @ gram, ridge)
         if not self.intercept:
@@ -71,13 +79,28 @@ class Regression:
         return weights, mean_t - (weights @ mean_x[:, :, None])[..., 0]
 
 
+def _gram(x: Tensor) -> Tensor:
+    """``x @ x.mT``, of which only little more than half is computed where it is large."""
+    d = x.shape[1]
+    if d <= 512:
+        return x @ x.mT
+    gram = x.new_empty(len(x), d, d)
+    height = max(256, d // 8)
+    for start in range(0, d, height):
+        panel = x[:, start : start + height] @ x[:, start:].mT
+        gram[:, start : start + height, start:] = panel
+        gram[:, start:, start : start + height] = panel.mT
+    return gram
+
+
 def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     """``right @ inv(gram + λ)``, with more λ where rounding leaves the matrix indefinite."""
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    scale = diagonal.mean(1, keepdim=True)
+    scale = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     damping = ridge * scale + 1e-9 * scale + torch.finfo(gram.dtype).tiny ** 0.5
+    damped = gram.clone()
     for _ in range(6):
-        factor, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(damping.expand_as(diagonal)))
+        damped.diagonal(dim1=1, dim2=2).copy_(gram.diagonal(dim1=1, dim2=2) + damping)
+        factor, info = torch.linalg.cholesky_ex(damped)
         if not bool(info.any()):
             return torch.cholesky_solve(right.mT, factor).mT
         damping = damping * 10 + 1e-8 * scale

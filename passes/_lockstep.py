@@ -73,7 +73,7 @@ class Step:
         solve: Called instead of computing, when all batches that are needed have arrived.
         samples: How many samples there are in a value of the node that is solved at.
         reads: Further nodes whose values ``solve`` needs.
-        forget: Names of the values that nothing needs after the step.
+        forget: The values that nothing needs after the step: the number of the network, and the name.
     """
 
     node: fx.Node
@@ -81,7 +81,7 @@ class Step:
     solve: Callable[[], None] | None = None
     samples: Callable[[Tensor], int] | None = None
     reads: tuple[fx.Node, ...] = ()
-    forget: tuple[str, ...] = ()
+    forget: tuple[tuple[int, str], ...] = ()
 
 
 class LockStep:
@@ -109,6 +109,15 @@ class LockStep:
     def seen(self) -> list[Batch]:
         """The batches that were taken in."""
         return self.batches[: self.active]
+
+    def held(self) -> int:
+        """Bytes of the values that are kept of the batches taken in, what they share (views) counted once."""
+        storages: dict[int, int] = {}
+        for batch in self.seen:
+            for value in (v for env in batch.env for v in env.values() if isinstance(v, Tensor)):
+                storage = value.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
 
     def run(self, enough: Callable[[Step], bool], done: Callable[[], None]) -> None:
         """Take every step; all batches have arrived at the end.
@@ -150,19 +159,24 @@ class LockStep:
 
     @staticmethod
     def _forget(step: Step, batch: Batch) -> None:
-        for env in batch.env:
-            for name in step.forget:
-                env.pop(name, None)
+        for number, name in step.forget:
+            batch.env[number].pop(name, None)
 
     def _forgetting(self, steps: Sequence[Step], keep: set[str]) -> list[Step]:
-        """Mark for each value the last step that reads it."""
-        last: dict[str, int] = {}
-        for number, step in enumerate(steps):
-            reads = [name for stream in self.streams for name in stream.reads(step.node.name)]
-            for name in (step.node.name, *reads, *(node.name for node in step.reads)):
-                last[name] = number
-        done: dict[int, list[str]] = {}
-        for name, number in last.items():
-            if name not in keep:
-                done.setdefault(number, []).append(name)
-        return [replace(step, forget=tuple(done.get(number, ()))) for number, step in enumerate(steps)]
+        """Mark for each value of each network the last step that reads it."""
+        last: dict[tuple[int, str], int] = {}
+        merged = len(self.streams) - 1
+        for place, step in enumerate(steps):
+            name = step.node.name
+            if step.solve is not None:
+                needed = {(number, name) for number in range(merged + 1)}
+                needed |= {(merged, node.name) for node in step.reads}
+            else:
+                computed = range(merged + 1)[step.streams]
+                needed = {(k, read) for k in computed for read in (name, *self.streams[k].reads(name))}
+            last |= dict.fromkeys(needed, place)
+        done: dict[int, list[tuple[int, str]]] = {}
+        for value, place in last.items():
+            if value[1] not in keep:
+                done.setdefault(place, []).append(value)
+        return [replace(step, forget=tuple(done.get(place, ()))) for place, step in enumerate(steps)]
