@@ -132,7 +132,7 @@ class Mixing:
         return cls(merge_map.size, None, target[here], weight[here] if role == "produce" else None)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Mix rows: (channels × n) to (size × n), in their dtype."""
+        """Mix rows: (channels × n) to (size × n), in their dtype; without a matrix they may have more axes."""
         if self.target is None:
             assert self.matrix is not None
             return self.matrix.to(rows) @ rows
@@ -142,4 +142,5 @@ class Mixing:
             return result.index_add_(0, target, rows)
         if bool((self.scale == self.scale[0]).all()):
             return result.index_add_(0, target, rows, alpha=float(self.scale[0]))
-        return result.index_add_(0, target, rows * self.scale.to(rows)[:, None])
+        scale = self.scale.to(rows).reshape(-1, *[1] * (rows.dim() - 1))
+        return result.index_add_(0, target, rows * scale)

@@ -31,9 +31,9 @@ from fxzip.passes._clean import drop_unused
 from fxzip.passes._lockstep import Batch, LockStep, Step, Stream
 from fxzip.passes._norms import Norm, find_norm
 from fxzip.passes._slots import Uses
+from fxzip.passes._targets import merge_values
 from fxzip.passes._units import Unit, find_units
 from fxzip.passes.align import Alignment
-from fxzip.passes.fuse import Mixing
 from fxzip.passes.split import Split, crossing
 from fxzip.regression import Regression
 
@@ -49,6 +49,8 @@ class RefitOptions:
         images: Most images to use.
         samples: Positions that a layer is fitted on, at the least, if there are as many: layers with large feature
             maps take fewer images, so that memory is that of so many positions.
+        memory: Bytes of activations to keep, at the most, unless ``least_images`` need more: where they would not
+            fit, fewer images are taken.
         least_images: Images that every layer is fitted on, if there are as many.
         seed: Of the draw of positions.
     """
@@ -56,6 +58,7 @@ class RefitOptions:
     ridge: float = 1e-3
     images: int = 1024
     samples: int = 2**17
+    memory: int = 3 * 2**30
     least_images: int = 64
     seed: int = 0
 
@@ -72,8 +75,8 @@ def refit(
 ) -> int:  # fmt: skip
     """Refit trunk and heads in place; returns how many layers were solved.
 
-    The loader is read once. Memory is that of the inputs, of ``options.samples`` positions of the tensors that are
-    alive at one node in all networks, and of the largest Gram matrix.
+    The loader is read once. Memory is that of the inputs, of the tensors that are alive at one node in all networks
+    (for ``options.samples`` positions, and mostly less than ``options.memory``), and of the largest Gram matrix.
 
     Args:
         parts: What `fxzip.passes.split` built, by the paper's rule.
@@ -109,23 +112,6 @@ def refit(
         run.run(progress, f"refitting head {model}")
         solved += run.solved
     return solved
-
-
-def merge_values(spec: ChannelSpec, maps: Mapping[str, MergeMap], node: str, values: Sequence[Tensor]) -> Tensor:
-    """M [z_1; ...; z_N] for a node's output; channels that lie in no space are averaged."""
-    places = [(space, axes, index) for space, axes, index in spec.locate(node) if space.name in maps and axes]
-    total = sum(values[1:], values[0]) / len(values)
-    for space, axes, index in places:
-        index, front = index.to(total.device), tuple(range(len(axes)))
-        flat = total.movedim(axes, front).flatten(0, len(axes) - 1)
-        merged = torch.zeros_like(flat[index.reshape(-1)])
-        for model, value in enumerate(values):
-            rows = value.movedim(axes, front).flatten(0, len(axes) - 1)[index.reshape(-1)]
-            mixed = Mixing.of(maps[space.name], model, "produce")(rows.reshape(len(index), -1))
-            merged += mixed.reshape(merged.shape)
-        shape = [total.shape[a] for a in axes]
-        total = flat.index_copy(0, index.reshape(-1), merged).unflatten(0, shape).movedim(front, axes)
-    return total
 
 
 def _read(loader: Iterable[Any], parts: Split, options: RefitOptions) -> list[Any]:
@@ -207,11 +193,13 @@ class _Refitter:
                 yield Step(node, solve=partial(self._solve_norm, norm), samples=norm.samples)
 
     def _enough(self, step: Step) -> bool:
-        """Whether the layer has samples enough."""
+        """Whether the layer has samples enough, or as many as fit into memory."""
         assert step.samples is not None
         values = [batch.env[0][step.node.name] for batch in self.lock.seen]
-        images = sum(map(len, values))
-        return sum(map(step.samples, values)) >= self.options.samples and images >= self.options.least_images
+        if sum(map(len, values)) < self.options.least_images:
+            return False
+        more = self.lock.held() * (1 + 1 / self.lock.active)  # with another batch
+        return sum(map(step.samples, values)) >= self.options.samples or more > self.options.memory
 
     def _goal(self, batch: Batch, node: fx.Node) -> Tensor:
         return self.target(node.name, [env[node.name] for env in batch.env[:-1]])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fxzip
+from fxzip import regression
+from fxzip.passes._lockstep import LockStep
 from fxzip.passes._units import find_units
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.refit import RefitOptions
@@ -30,6 +34,19 @@ def test_the_regression_is_the_least_squares_solution() -> None:
         best = torch.linalg.lstsq(columns, t[group].T).solution.T
         assert torch.allclose(weights[group], best[:, :5], atol=1e-6)
         assert torch.allclose(bias[group], best[:, 5], atol=1e-4)
+
+
+def test_sums_in_slices_and_panels_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, t = torch.randn(2, 700, 90, dtype=torch.float64), torch.randn(2, 3, 90, dtype=torch.float64)
+    prior = torch.zeros(2, 3, 700)
+    whole = x @ torch.linalg.inv(x.mT @ x + 1e-3 * x.square().sum(2).mean(1)[:, None, None] * torch.eye(90))
+    for size in (regression._SLICE, 2 * 700 * 7):
+        monkeypatch.setattr(regression, "_SLICE", size)
+        sums = Regression(intercept=False)
+        sums.add(x, t)
+        weights, bias = sums.solve(prior, ridge=1e-3)
+        assert torch.allclose(weights, t @ whole.mT, atol=1e-6)
+        assert not bias.any()
 
 
 def test_the_ridge_holds_to_the_prior() -> None:
@@ -78,6 +95,23 @@ def test_what_is_exact_stays_exact(make: type[nn.Module], cut: float | None) -> 
         assert difference(expected, out) < 1e-4
 
 
+def mixer(m: Net, x: Tensor) -> Tensor:
+    x = m.stem(x.flatten(2).transpose(1, 2))
+    x = m.tokens2(m.tokens(x.transpose(1, 2)).relu()).transpose(1, 2).relu()
+    return m.head(m.channels(x).relu().mean(1))
+
+
+def test_values_with_tokens_and_channels_are_merged_along_both() -> None:
+    x = images(24, 3)
+    layers = {"stem": nn.Linear(3, 8), "tokens": nn.Linear(9, 6), "tokens2": nn.Linear(6, 5)}
+    model = randomise(Net(mixer, **layers, channels=nn.Linear(8, 8), head=nn.Linear(8, 4)), x)
+    other = permuted_copy(model, x)
+    zipped = fxzip.zip(model, other, [x], method="permute", progress=False)
+    assert zipped.report.refitted == 6
+    for expected, out in zip((call(model, x), call(other, x)), call(zipped, x), strict=True):
+        assert difference(expected, out) < 1e-4
+
+
 @pytest.mark.parametrize("make", [Residual, wide])
 def test_refit_is_closer_to_the_parents_than_the_papers_rule(make: type[nn.Module]) -> None:
     models = pair(make, X)
@@ -112,6 +146,24 @@ def test_few_images_do_not_blow_up(count: int) -> None:
         expected = call(model, X)
         assert bool(out.isfinite().all())
         assert float(out.abs().max()) < 20 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(("memory", "most"), [(0, 2), (2**30, 5)])
+def test_memory_bounds_the_images_that_a_layer_is_fitted_on(
+    memory: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = fxzip.prepare(*pair(Residual, X), example_inputs=X).observe(X.split(4), progress=False)
+    options = partial(RefitOptions, memory=memory, least_images=7)
+    monkeypatch.setattr("fxzip.prepared.RefitOptions", options)
+    held, asked = LockStep.held, []
+
+    def noted(self: LockStep) -> int:
+        asked.append(self.active)
+        return held(self)
+
+    monkeypatch.setattr(LockStep, "held", noted)
+    prepared.convert(progress=False)
+    assert max(asked) == most  # of six batches; when all are there nothing is asked
 
 
 def test_batch_norms_are_folded_away_and_the_models_are_left_alone() -> None:
