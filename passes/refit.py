@@ -5,12 +5,13 @@ Parents and merged network run in lock step over the calibration images, node by
     W* = argmin Σ ‖T - W X - b‖² + λ ‖W - W₀‖²
 
 with X the layer's input *in the merged network*, as the layers before were refitted, and T = M [z_1; ...; z_N] the
-parents' values under the space's map: errors are corrected as they arise. BatchNorms and scales behind a layer are
-folded into it. Where layers end in a sum (a residual add, a downsampling shortcut beside a convolution) they are
-solved together, for the parents' sum minus what the merged network's skip carries. W₀ is the paper's rule, so what
-the images do not determine stays as it was, and a merge that is exact already stays exact. Norms that stand alone
-get the scale and shift that fit best (REPAIR, arXiv 2211.08403, in closed form). The layers of a head are refitted
-to its own parent's values. No labels are used.
+parents' values under the space's map: errors are corrected as they arise. A layer is whatever is linear in its
+weights (`fxzip.contraction`), as a module or as a function. BatchNorms and scales behind one are folded into it.
+Where layers end in a sum (a residual add, a downsampling shortcut beside a convolution) they are solved together, for
+the parents' sum minus what the merged network's skip carries. W₀ is the paper's rule, so what the images do not
+determine stays as it was, and a merge that is exact already stays exact. Norms that stand alone get the scale and
+shift that fit best (REPAIR, arXiv 2211.08403, in closed form). The layers of a head are refitted to its own parent's
+values. No labels are used.
 """
 
 from __future__ import annotations
