@@ -113,6 +113,7 @@ class Prepared:
         beta: float | None = None,
         refit: bool = True,
         ridge: float = RefitOptions.ridge,
+        rounds: int = RefitOptions.rounds,
         reset_batch_norm: bool = True,
         progress: bool = True,
         **others: Any,
@@ -126,6 +127,7 @@ class Prepared:
             beta: As for `fxzip.zip`.
             refit: Solve the merged layers by least squares (`fxzip.passes.refit`); False: the paper's rule.
             ridge: As for `fxzip.zip`.
+            rounds: As for `fxzip.zip`.
             reset_batch_norm: Without refit: reset the merged network's BatchNorm statistics on the loader.
             progress: Show a bar.
             others: Further options of the method, ``gamma`` of ``dual`` and of ``cca``.
@@ -135,7 +137,7 @@ class Prepared:
             CutError, OptionError: The cut, the method or its options are not valid.
         """
         chosen = check_method(method, {"alpha": alpha, "beta": beta, **others}, len(self.names))
-        options = RefitOptions(ridge=ridge)
+        options = RefitOptions(ridge=ridge, rounds=rounds)
         place = self.place(cut)
         if self._loader is None:
             raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")

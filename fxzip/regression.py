@@ -30,6 +30,21 @@ class Regression:
         self._shift: tuple[Tensor, Tensor] | None = None
         self._sums: list[Tensor] = []
 
+    def forget_targets(self) -> None:
+        """Forget all targets; new ones are added by `add_targets`, for the same inputs."""
+        for total in self._sums[1::2]:
+            total.zero_()
+
+    def add_targets(self, x: Tensor, t: Tensor) -> None:
+        """Add targets of inputs that were added before; arguments as for `add`."""
+        assert self._shift is not None
+        step = max(1, _SLICE // (x.shape[0] * x.shape[1]))
+        for part_x, part_t in zip(x.split(step, 2), t.split(step, 2), strict=True):
+            if self.intercept:
+                part_x, part_t = part_x - self._shift[0], part_t - self._shift[1]
+            self._sums[1] += part_t @ part_x.mT
+            self._sums[3] += part_t.sum(2)
+
     def add(self, x: Tensor, t: Tensor) -> None:
         """Add samples.
 

@@ -33,7 +33,7 @@ class Stream:
         self.nodes = {node.name: node for node in self.module.graph.nodes}
         self.interpreter = fx.Interpreter(self.module, garbage_collect_values=False)
 
-    def compute(self, name: str, env: dict[str, Any]) -> Any:
+    def compute(self, name: str, env: Mapping[str, Any]) -> Any:
         """The value of a node, its inputs being in ``env`` under the merged graph's names."""
         node = self.nodes[self.names.get(name, name)]
         interpreter = self.interpreter

@@ -16,12 +16,11 @@ values. No labels are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fxzip.channels import ChannelSpec
@@ -29,16 +28,14 @@ from fxzip.errors import CalibrationError, OptionError
 from fxzip.loops import batches, counted, device_of
 from fxzip.matching import MergeMap
 from fxzip.passes._clean import drop_unused
-from fxzip.passes._lockstep import Batch, LockStep, Step, Stream
+from fxzip.passes._fitting import Fit, Fitter, Pair, Target, find_pairs
+from fxzip.passes._lockstep import LockStep, Step, Stream
 from fxzip.passes._norms import Norm, find_norm
 from fxzip.passes._slots import Uses
 from fxzip.passes._targets import merge_values
 from fxzip.passes._units import Unit, find_units
 from fxzip.passes.align import Alignment
 from fxzip.passes.split import Split, crossing
-from fxzip.regression import Regression
-
-Target = Callable[[str, Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,8 @@ class RefitOptions:
 
     Attributes:
         ridge: λ as a share of the mean of the inputs' sums of squares; 0 or more.
+        rounds: How often an inner layer (of a residual branch, of an MLP) and the one that it is for are solved in
+            turn; 0: each layer once.
         images: Most images to use.
         samples: Positions that a layer is fitted on, at the least, if there are as many: layers with large feature
             maps take fewer images, so that memory is that of so many positions.
@@ -57,6 +56,7 @@ class RefitOptions:
     """
 
     ridge: float = 1e-3
+    rounds: int = 3
     images: int = 1024
     samples: int = 2**17
     memory: int = 3 * 2**30
@@ -66,6 +66,8 @@ class RefitOptions:
     def __post_init__(self) -> None:
         if not self.ridge >= 0:
             raise OptionError(f"ridge={self.ridge}: it must be 0 or more")
+        if self.rounds != int(self.rounds) or self.rounds < 0:
+            raise OptionError(f"rounds={self.rounds}: it must be a whole number, 0 or more")
         if self.images < 1:
             raise OptionError(f"images={self.images}: at least one image is needed")
 
@@ -157,9 +159,13 @@ class _Refitter:
     ) -> None:
         self.merged, self.target, self.options = streams[-1].module, target, options
         self.solved = 0
-        self.generator = torch.Generator().manual_seed(options.seed)
         self.units = find_units(self.merged)
+        self.inner: dict[Unit, list[Pair]] = {}
+        for pair in find_pairs(self.merged, self.units) if options.rounds else ():
+            self.inner.setdefault(pair.outer, []).append(pair)
+        self.fits: dict[Unit, Fit] = {}
         self.lock = LockStep(streams, feeds, list(self._schedule()), keep)
+        self.fitter = Fitter(self.lock, target, options.ridge, options.samples, options.seed)
 
     def run(self, progress: bool, description: str) -> None:
         """Solve every layer, then cut out what was folded."""
@@ -187,8 +193,9 @@ class _Refitter:
             norm = None if node in claimed else find_norm(self.merged, node, uses)
             if node in roots:
                 unit = roots[node]
-                samples, reads = unit.layers[0].contraction.samples, [layer.source for layer in unit.layers]
-                yield Step(node, solve=partial(self._solve_unit, unit), samples=samples, reads=(*unit.known, *reads))
+                samples, reads = unit.layers[0].contraction.samples, {layer.source for layer in unit.layers}
+                reads = reads.union(unit.known, *(pair.reads for pair in self.inner.get(unit, ())))
+                yield Step(node, solve=partial(self._solve_unit, unit), samples=samples, reads=tuple(reads))
                 yield from (Step(n, merged) for n in self.merged.graph.nodes if n in unit.claimed)
             elif norm is not None:
                 yield Step(node, solve=partial(self._solve_norm, norm), samples=norm.samples)
@@ -202,47 +209,18 @@ class _Refitter:
         more = self.lock.held() * (1 + 1 / self.lock.active)  # with another batch
         return sum(map(step.samples, values)) >= self.options.samples or more > self.options.memory
 
-    def _goal(self, batch: Batch, node: fx.Node) -> Tensor:
-        return self.target(node.name, [env[node.name] for env in batch.env[:-1]])
-
     def _solve_unit(self, unit: Unit) -> None:
-        sums = Regression(intercept=unit.bias_at is not None)
-        first = unit.layers[0].contraction
-        for batch in self.lock.seen:
-            goal = self._goal(batch, unit.root)
-            for node in unit.known:
-                goal = goal - batch.env[-1][node.name]
-            here = self._drawn(first.samples(goal), goal.device)
-            inputs = [n.contraction.columns(batch.env[-1][n.source.name], here) for n in unit.layers]
-            x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
-            sums.add(_precise(x), _precise(first.rows(goal, here)))
-        priors = [layer.prior(self.merged) for layer in unit.layers]
-        try:
-            weights, bias = sums.solve(torch.cat(priors, 2), self.options.ridge)
-        except ArithmeticError as error:
-            raise CalibrationError(f"refit at {unit.root.name}: {error}") from error
-        parts = weights.split([prior.shape[2] for prior in priors], 2)
-        for layer, part in zip(unit.layers, parts, strict=True):
-            layer.write(self.merged, part, bias if layer is unit.bias_at else None)
-        self.lock.streams[-1].reload()
+        found = self.fitter.fit(unit)
+        for pair in self.inner.get(unit, ()):
+            self.fitter.alternate(pair, self.fits.pop(pair.inner), found, self.options.rounds)
+        if any(unit is pair.inner for pairs in self.inner.values() for pair in pairs):
+            self.fits[unit] = found
         self.solved += len(unit.layers)
-
-    def _drawn(self, samples: int, device: torch.device) -> Tensor | None:
-        """The samples of a batch to take, drawn at random; None for all, if they are not too many."""
-        share = -(-2 * self.options.samples // self.lock.active)
-        if samples <= share:
-            return None
-        return torch.randperm(samples, generator=self.generator)[:share].to(device)
 
     def _solve_norm(self, norm: Norm) -> None:
         name, seen = norm.node.name, self.lock.seen
-        goals = [self._goal(batch, norm.node) for batch in seen]
+        goals = [self.target(name, [env[name] for env in batch.env[:-1]]) for batch in seen]
         values = norm.fit(self.merged, [batch.env[-1][name] for batch in seen], goals)
         for batch, value in zip(seen, values, strict=True):
             batch.env[-1][name] = value
         self.lock.streams[-1].reload()
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    """Sums of products want float32 at the least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

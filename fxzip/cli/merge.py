@@ -33,6 +33,7 @@ def zip_models(
     points: p.Points = "last",
     refit: p.Refit = True,
     ridge: p.Ridge = None,
+    rounds: p.Rounds = None,
     limit: p.Limit = None,
     seed: p.Seed = 0,
     batch_size: p.BatchSize = 32,
@@ -71,6 +72,7 @@ class _Merge:
         self.model_args = shared.pairs(given["model_args"], "--model-arg")
         self.cut = shared.share_or_name(given["cut"])
         self.ridge = RefitOptions.ridge if given["ridge"] is None else given["ridge"]
+        self.rounds = RefitOptions.rounds if given["rounds"] is None else given["rounds"]
 
     def run(self) -> None:
         """Check, load, merge, save."""
@@ -99,6 +101,7 @@ class _Merge:
             method=self.method,
             refit=given["refit"],
             ridge=self.ridge,
+            rounds=self.rounds,
             progress=not self.quiet,
             **self.options,
         )
@@ -118,7 +121,7 @@ class _Merge:
         if count < 2:
             raise OptionError(f"{count} checkpoint given: merging takes two or more")
         self.options = check_method(self.method, self.options, count)
-        RefitOptions(ridge=self.ridge)
+        RefitOptions(ridge=self.ridge, rounds=self.rounds)
         self.device = shared.device_named(given["device"])
         if given["names"]:
             return task_names(given["names"], count)
@@ -150,6 +153,7 @@ class _Merge:
         kept = {key: value for key, value in self.given.items() if key not in _NOT_KEPT}
         kept |= {key: config[key] for key in shared.PREPARATION}
         kept |= {"names": list(zipped.names), "model_args": self.model_args or None, "ridge": self.ridge}
+        kept |= {"rounds": self.rounds}
         kept |= {"method": self.method, **{key: self.options.get(key) for key in own}}
         kept |= {"options": {key: value for key, value in self.options.items() if key not in own} or None}
         with new_folder(self.given["out"]) as fresh:

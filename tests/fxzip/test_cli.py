@@ -316,6 +316,7 @@ def test_a_real_ctrl_c(place: Path, tmp_path: Path) -> None:
         (["--model", "timm:resnet51"], "did you mean timm:resnet"),
         (["--mean", "0.5"], "images of 3 channels need 3 values"),
         (["--ridge", "-1"], "it must be 0 or more"),
+        (["--rounds", "-1"], "a whole number, 0 or more"),
         (["--data", "/nowhere"], "there is no /nowhere"),
         (["--recipe", "/nowhere.yaml"], "the recipe /nowhere.yaml cannot be read"),
     ],
