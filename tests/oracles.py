@@ -31,8 +31,9 @@ def images(count: int, size: int, channels: int = 3, seed: int = 0) -> Tensor:
 def randomise(model: nn.Module, x: Any, seed: int = 0) -> nn.Module:
     """Give every parameter and statistic a random value that keeps the network alive; float64, eval mode.
 
-    Weights keep their initial scale. Vectors (gammas, layer scales: the default of 1e-6 hides errors) are drawn
-    around one, biases above zero, and each layer's bias is set so that its channels are not all negative.
+    Weights keep their initial scale. Vectors and constants (gammas, layer scales: the default of 1e-6 hides errors) are
+    drawn around one, tables of zeros around zero, biases above zero, and each layer's bias is set so that its channels
+    are not all negative.
     """
     g = Generator().manual_seed(seed)
     model = model.double().eval()
@@ -44,8 +45,8 @@ def randomise(model: nn.Module, x: Any, seed: int = 0) -> nn.Module:
         for name, parameter in model.named_parameters():
             if parameter.dim() <= 1 or parameter.numel() == max(parameter.shape):
                 draw(parameter, *((0.5, 1.2) if name.endswith(("bias", "beta")) else (0.7, 1.3)))
-            elif not bool(parameter.any()):
-                draw(parameter, -0.1, 0.1)
+            elif bool((parameter == parameter.flatten()[0]).all()):  # scales and tables as they begin
+                draw(parameter, *((0.7, 1.3) if bool(parameter.any()) else (-0.1, 0.1)))
         _settle(model, x)
     return model
 
@@ -130,7 +131,7 @@ def mutations_missed(model: nn.Module, x: Any, spec: ChannelSpec, most: int = 10
         spaces = (*spec.spaces[:i], fewer, *spec.spaces[i + 1 :])
         orders = _moving(spec, space.name, seed)
         changed = permute(replace(spec, spaces=spaces), model, orders)
-        if difference(expected, call(changed, x)) < 1e-6 and _matters(model, x, space.sites[j], expected):
+        if difference(expected, call(changed, x)) < TOLERANCE and _matters(model, x, space.sites[j], expected):
             missed.append(space.sites[j])
     return missed
 
@@ -144,7 +145,7 @@ def _matters(model: nn.Module, x: Any, site: Site, expected: Any) -> bool:
         part = tensor.index_select(site.axis, here)
         noise = torch.rand(part.shape, generator=Generator().manual_seed(0), dtype=part.dtype)
         tensor.index_copy_(site.axis, here, part * (0.5 + noise) + 0.5 * noise)
-    return difference(expected, call(changed, x)) >= 1e-6
+    return difference(expected, call(changed, x)) >= TOLERANCE
 
 
 def _moving(spec: ChannelSpec, name: str, seed: int) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,6 +40,25 @@ def _contract(ctx: RuleContext, x: Labelled, axis: int, columns: torch.Tensor) -
         ctx.graph.unite(columns.reshape(-1), labels)
 
 
+def _settled(ctx: RuleContext, x: Labelled, axis: int) -> Labelled:
+    """The value that a layer contracts over an axis for each position of the others.
+
+    A factor that varies along the axis and along others, too, says of each channel where it lies on both. The weights
+    are the same at all positions, so either the channels lie along the axis, or (where the others tell more of them
+    apart: class tokens of several scales that are weighed) along the others, and are the same all along the axis.
+    """
+    axis %= len(x.shape)
+    factors = []
+    for factor in x.factors:
+        others = varying(factor) - {axis}
+        if axis in varying(factor) and math.prod(factor.shape[a] for a in others) > factor.shape[axis]:
+            first = factor.amax(axis, keepdim=True)
+            ctx.graph.unite(factor, first)
+            factor = first
+        factors.append(factor)
+    return Labelled(x.shape, tuple(factors), x.parameter, x.uniform)
+
+
 @register_rule(nn.Linear, kind="layer")
 def linear_module(ctx: RuleContext, module: nn.Linear, x: Labelled) -> Labelled:
     """Y = x Wᵀ + b over the last axis."""
@@ -49,6 +69,7 @@ def linear_module(ctx: RuleContext, module: nn.Linear, x: Labelled) -> Labelled:
 def linear(ctx: RuleContext, input: Labelled, weight: Labelled, bias: Any = None) -> Labelled:
     """Y = x Wᵀ + b over the last axis."""
     name, (rows, columns) = _name(weight), weight.shape
+    input = _settled(ctx, input, -1)
     _contract(ctx, input, -1, ctx.graph.axis(name, 1, columns, "contract"))
     out = ctx.graph.axis(name, 0, rows, "produce")
     last = len(input.shape) - 1
@@ -91,6 +112,7 @@ def _conv(ctx: RuleContext, x: Labelled, weight: Labelled, bias: Any, groups: in
     name, (rows, columns) = _name(weight), weight.shape[:2]
     out = ctx.graph.axis(name, 0, rows, "produce")
     if groups == 1:
+        x = _settled(ctx, x, 1) if all(size == 1 for size in weight.shape[2:]) else x
         _contract(ctx, x, 1, ctx.graph.axis(name, 1, columns, "contract"))
     else:
         inside = _grouped_inputs(ctx, x, name, groups, rows, columns)

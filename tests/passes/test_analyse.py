@@ -87,6 +87,11 @@ def split_attention(m: Net, x: Tensor) -> Tensor:
     return m.head((x * gate[..., None, None]).sum(1).mean((2, 3)))
 
 
+def weighed(m: Net, x: Tensor) -> Tensor:
+    scales = torch.stack([m.a(x).mean((2, 3)), m.b(x).mean((2, 3)), m.c(x).mean((2, 3))], 1)
+    return m.head(m.weigh(scales).squeeze(1).relu())
+
+
 LINEAR = nn.Linear
 CASES = {
     "residual": Net(residual, a=conv(3, 8), norm=nn.BatchNorm2d(8), b=conv(8, 6), c=conv(6, 8), head=LINEAR(8, 3)),
@@ -124,6 +129,9 @@ CASES = {
     "scale": Net(scaled, a=conv(3, 8), gamma=nn.BatchNorm2d(8), head=LINEAR(8, 3)),
     "weight standardised": Net(standardised, a=conv(3, 8), b=conv(8, 6), head=LINEAR(6, 3)),
     "weight with a gain": Net(gained, a=conv(3, 8), b=conv(8, 6), gain=nn.LayerNorm(6), head=LINEAR(6, 3)),
+    "scales that are weighed": Net(
+        weighed, a=conv(3, 8), b=conv(3, 8), c=conv(3, 8), weigh=nn.Conv1d(3, 1, 1), head=LINEAR(8, 3)
+    ),
     "split attention": Net(split_attention, a=conv(3, 12), down=LINEAR(6, 4), up=LINEAR(4, 12), head=LINEAR(6, 3)),
     "attention": Net(
         attention,
