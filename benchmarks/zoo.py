@@ -119,7 +119,7 @@ def table(rows: Sequence[Row]) -> str:
         "",
         f"{good} of {len(rows)} models pass oracles 1, 2, 4 and 5 with a coverage of {COVERAGE:.0%} or more: {counts}.",
         "Random weights, float64, differences as shares of the output's standard deviation. A model in bold does not",
-        "pass. `timm` stands for the smallest model of each of its families. Models of more than 60 million parameters",
+        "pass. `timm` stands for the smallest model of each of its families. Models of more than 30 million parameters",
         "are shortened: of blocks of equal shapes in a row two are kept; how many went stands behind the name.",
         "Made by `make zoo`.",
         "",

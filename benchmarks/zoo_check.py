@@ -32,7 +32,7 @@ STEPS = ("permute", "mutate", "merge", "fake")
 
 BATCH = 8
 MUTATIONS = 10
-LARGE = 60_000_000
+LARGE = 30_000_000
 """Models of more parameters are shortened: several copies in float64 must fit into memory."""
 
 Row = dict[str, Any]
