@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from fxzip.errors import CalibrationError
 from fxzip.passes._lockstep import Batch, LockStep, Stream
 from fxzip.passes._units import Unit
+from fxzip.passes.observe import writes_in_place
 from fxzip.regression import Regression
 
 STEPS = (2.0, 1.0, 0.5, 0.25)
@@ -101,7 +102,7 @@ def _pair(module: fx.GraphModule, inner: Unit, owner: dict[fx.Node, Unit]) -> Pa
         outer = here or outer
         if here is None or node is not here.root:
             pending += node.users
-    if outer is None:
+    if outer is None or any(writes_in_place(node, module) for node in path):  # the path is run many times
         return None
     path |= outer.claimed
     return Pair(inner, outer, tuple(node for node in module.graph.nodes if node in path))
