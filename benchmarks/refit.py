@@ -1,16 +1,18 @@
 """What merging with refit costs: seconds and peak memory of fxzip.zip, by its two parts, observing and merging.
 
-    python -m benchmarks.refit [--threads 2] [--cases resnet20x4 resnet18 resnet50]
+    python -m benchmarks.refit [--threads 2] [--rounds 3 0] [--cases resnet20x4 resnet18 resnet50]
 
 Two networks with random weights are merged in full on random images, by the defaults. Each case is a process of its
-own, so that its peak resident size is its own, too. Seconds are those of the clock, and of the processor over all
-threads; other work on the machine (its load is in the row) makes the former longer. Writes
-benchmarks/results/refit.json.
+own, so that its peak resident size is its own, too. With ``rounds`` 0 each layer is solved once. Seconds are those of
+the clock, and of the processor over all threads; other work on the machine (its load is in the row) makes the former
+longer. Writes benchmarks/results/refit.json after each case; one that is in it, measured in the same setting, is not
+run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 import fxzip
 from benchmarks import tables
 from benchmarks.models import resnet20
+from fxzip.passes.refit import RefitOptions
 
 RESULTS = Path(__file__).parent / "results" / "refit.json"
 
@@ -73,7 +76,7 @@ class Stopwatch:
         return time.perf_counter() - self.start[0], time.process_time() - self.start[1]
 
 
-def measure_here(case: str) -> dict[str, Any]:
+def measure_here(case: str, rounds: int) -> dict[str, Any]:
     """A row: what fxzip.zip does, in its two parts, in this process."""
     build, size, count, batch = CASES[case]
     torch.manual_seed(0)
@@ -81,12 +84,13 @@ def measure_here(case: str) -> dict[str, Any]:
     load, watch = os.getloadavg()[0], Stopwatch()
     prepared = fxzip.prepare(*models, example_inputs=images[0][:2]).observe(images, progress=False)
     observed, before = watch(), peak_bytes()
-    zipped = prepared.convert(progress=False)
+    zipped = prepared.convert(rounds=rounds, progress=False)
     total = watch()
     row = {
         "models": f"{case} twice",
         "images": f"{count} at {size}",
         "batch": batch,
+        "rounds": rounds,
         "layers": zipped.report.refitted,
         "observe_s": observed[0],
         "refit_s": total[0] - observed[0],
@@ -101,8 +105,9 @@ def measure_here(case: str) -> dict[str, Any]:
     return row
 
 
-def in_fresh_process(case: str, threads: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.refit", "--one", case, "--threads", str(threads)]
+def in_fresh_process(case: str, rounds: int, threads: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.refit", "--one", case, "--rounds", str(rounds)]
+    command += ["--threads", str(threads)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     root = Path(__file__).parent.parent
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root, env=environment)
@@ -120,23 +125,33 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def known_rows(path: Path, setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file that was written with the same versions and threads; none if there is no such file."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    return list(found["rows"]) if all(found[key] == setting[key] for key in ("versions", "threads")) else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, nargs="+", default=[RefitOptions.rounds], help="of refit: 0 is faster")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.one:
-        print(json.dumps(measure_here(options.one)))
+        print(json.dumps(measure_here(options.one, options.rounds[0])))
         return
-    rows = []
-    for case in options.cases:
-        rows.append(in_fresh_process(case, options.threads))
-        print(f"{case}: {rows[-1]['total_s']:.0f} s, {rows[-1]['peak_bytes'] / 2**20:.0f} MiB", file=sys.stderr)
+    setting = environment(options)
+    rows = known_rows(options.json, setting)
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({**environment(options), "rows": rows}, indent=2) + "\n")
+    for case, rounds in itertools.product(options.cases, options.rounds):
+        if not any(row["models"] == f"{case} twice" and row["rounds"] == rounds for row in rows):
+            rows.append(in_fresh_process(case, rounds, options.threads))
+            options.json.write_text(json.dumps({**setting, "rows": rows}, indent=2) + "\n")
     Console().print(tables.plain(rows), markup=False)
 
 
