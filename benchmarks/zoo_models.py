@@ -64,12 +64,21 @@ def make(name: str, fake: bool = False) -> nn.Module:
     """
     torch.manual_seed(0)
     library, _, model = name.partition(":")
-    handle = register_module_parameter_registration_hook(_without_values) if fake else None
+    build = {"timm": _timm, "torchvision": _torchvision, "backbone": _backbone}[library]
+    if not fake:
+        return build(model)
+    handle = register_module_parameter_registration_hook(_without_values)
     try:
-        return {"timm": _timm, "torchvision": _torchvision, "backbone": _backbone}[library](model)
+        return build(model)
+    except (NotImplementedError, RuntimeError):  # it computes with its parameters while it is made
+        handle.remove()
+        found = build(model)
+        for module in found.modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                module._parameters[key] = _without_values(module, key, parameter)
+        return found
     finally:
-        if handle is not None:
-            handle.remove()
+        handle.remove()
 
 
 def _without_values(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:

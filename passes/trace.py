@@ -63,7 +63,7 @@ def trace(
     failures: list[tuple[str, Exception]] = []
     for name, way in _ways(model):
         try:
-            graph_module = clean(way(eval_copy(model), inputs))
+            graph_module = clean(way(_without_some_values(eval_copy(model)), inputs))
             graph_module.meta["traced_by"] = name
             graph_module.meta["passed_over"] = tuple(f"{other}: {_first_line(error)}" for other, error in failures)
             graph_module.meta["unused"] = _unused(model, graph_module)
@@ -135,7 +135,19 @@ def _is_torchs(hook: object) -> bool:
 def _on_device_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
     batch_size(args, kwargs)  # says so where there is none
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if any(parameter.is_meta for parameter in model.parameters()):
+        devices = {torch.device("meta")}
     return to_device(args, kwargs, devices.pop()) if len(devices) == 1 else (tuple(args), dict(kwargs))
+
+
+def _without_some_values(model: nn.Module) -> nn.Module:
+    """Where parameters have no values, statistics have none either: they would be on another device. Indices do."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    module._buffers[name] = buffer.to("meta")
+    return model
 
 
 def _has_no_values(model: nn.Module, inputs: Inputs) -> bool:

@@ -144,7 +144,8 @@ def as_labelled(value: Labelled | Tensor) -> Labelled:
     """A constant as a labelled value: positional, or uniform if all its elements are equal."""
     if isinstance(value, Labelled):
         return value
-    same = value.numel() == 1 or (value.numel() > 0 and bool((value == value.reshape(-1)[0]).all()))
+    many = value.numel() > 1 and not value.is_meta
+    same = value.numel() == 1 or (many and bool((value == value.reshape(-1)[0]).all()))
     return Labelled(tuple(value.shape), uniform=same)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.errors import AlignmentError, CalibrationError, TraceError
-from tests.nets import Net, chain, conv, pair, self_zip_errors, untouched
+from tests.nets import Net, Residual, chain, conv, pair, self_zip_errors, untouched
 from tests.oracles import TOLERANCE, call, difference, images, permutation_error, randomise
 
 X = images(8, 8)
@@ -300,6 +300,18 @@ def quantised() -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_parameters_without_values_beside_buffers_that_have_them() -> None:
+    real, model = Residual(), Residual()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(parameter.to("meta")))
+    x = torch.randn(2, 3, 8, 8)
+    found, expected = fxzip.analyse(model, x), fxzip.analyse(real, x)
+    assert [repr(space) for space in found.spaces] == [repr(space) for space in expected.spaces]
+    assert found.coverage == expected.coverage
+    assert not any(buffer.is_meta for buffer in model.buffers())
+
+
 def test_quantised_models_are_refused() -> None:
     match = "Net, at 'head': Linear is quantised.*before, then quantise the result"
     with pytest.raises(TraceError, match=match):
