@@ -25,7 +25,7 @@ from torch import Tensor
 import fxzip
 from benchmarks.data import Split, load_cifar10
 from benchmarks.pairs import Setting, calibration, halves, models
-from benchmarks.runs import RESULTS, Kept, command_line, facts, shown, timed_merge, write
+from benchmarks.runs import RESULTS, Kept, command_line, facts, in_order, shown, timed_merge, write
 
 CUTS = {"7 of 20": "layer2", "13 of 20": "layer3", "19 of 20": None}
 """Layers in the trunk: convolutions of the main path."""
@@ -119,7 +119,7 @@ def main() -> None:
     train, test = load_cifar10(options.data, options.size)
     for pair in range(options.pairs):
         kept.extend(measure_pair(setting, pair, train, test, options.images, options.cuts, kept))
-    lines = summary(kept.rows)
+    lines = summary(in_order(kept.rows, CUTS, METHODS))
     tested = sorted({row["pair"] for row in kept.rows if row["pair"] > 0}) or [0]
     about |= {"setting": f"ResNet-20 {setting.key}, {options.images} images, pairs {tested}"}
     write(RESULTS / "cifar.json", {**about, "rows": lines})

@@ -21,9 +21,9 @@ from rich.console import Console
 
 from benchmarks.cifar import percent
 from benchmarks.data import Split, load_cifar10, load_digits, load_letters, load_mnist
-from benchmarks.mixed import Answer, Setting, Source, begin, in_order, learn, measure, outputs
+from benchmarks.mixed import Answer, Setting, Source, begin, learn, measure, outputs
 from benchmarks.models import resnet20
-from benchmarks.runs import RESULTS, Row, command_line, shown, write
+from benchmarks.runs import RESULTS, Row, command_line, in_order, shown, write
 from benchmarks.training import augment
 
 SOURCES: dict[str, Callable[[Path, int], tuple[Split, Split]]] = {

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from benchmarks.cifar import METHODS
 from benchmarks.data import Split, load_cifar10, load_letters
-from benchmarks.mixed import Answer, Setting, Source, answers_of, begin, in_order, learn, measure, outputs, prepare
+from benchmarks.mixed import Answer, Setting, Source, answers_of, begin, learn, measure, outputs, prepare
 from benchmarks.models import Autoencoder
-from benchmarks.runs import RESULTS, Row, command_line, shown, write
+from benchmarks.runs import RESULTS, Row, command_line, in_order, shown, write
 from benchmarks.training import reconstruction
 
 if TYPE_CHECKING:

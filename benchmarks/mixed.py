@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -144,12 +144,6 @@ def measure(
     for cut, name in wanted:
         zipped, flops, seconds = timed_merge(prepared, cut=cuts[cut], **METHODS[name])
         yield row(cut, name, flops, seconds + observing, answers_of(zipped))
-
-
-def in_order(rows: Sequence[Row], cuts: Iterable[str], names: Iterable[str]) -> list[Row]:
-    """The rows by cut and method in these orders, the ensembles first, in whatever order they were measured."""
-    cuts, names = ["none", *cuts], ["ensemble", *names]
-    return sorted(rows, key=lambda row: (cuts.index(row["cut"]), names.index(row["method"])))
 
 
 def answers_of(zipped: fxzip.ZippedModel) -> list[Answer]:

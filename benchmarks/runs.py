@@ -42,6 +42,12 @@ def facts(benchmark: str, threads: int) -> Row:
     }
 
 
+def in_order(rows: Sequence[Row], cuts: Iterable[str], names: Iterable[str]) -> list[Row]:
+    """The rows by cut and method in these orders, the ensembles first, in whatever order they were measured."""
+    cuts, names = ["none", *cuts], ["ensemble", *names]
+    return sorted(rows, key=lambda row: (cuts.index(row["cut"]), names.index(row["method"])))
+
+
 def timed_merge(prepared: fxzip.Prepared, **options: Any) -> tuple[fxzip.ZippedModel, float, float]:
     """A merge, its FLOPs in networks, and the seconds that it took."""
     start = time.perf_counter()

@@ -13,7 +13,7 @@ import torch
 from benchmarks import ablations, datasets, generate, mixed
 from benchmarks.data import Split, load_digits, load_letters, load_mnist
 from benchmarks.models import Autoencoder
-from benchmarks.runs import Kept, shown
+from benchmarks.runs import Kept, in_order, shown
 from benchmarks.training import augment
 from fxzip.matching import match
 
@@ -112,7 +112,7 @@ def test_the_tables_of_datasets() -> None:
 
 def test_rows_stand_in_the_order_of_the_methods_not_of_measuring() -> None:
     rows = [{"cut": c, "method": m} for c, m in [("full", "zip"), ("full", "permute"), ("none", "ensemble")]]
-    assert mixed.in_order(rows, ["full"], ["permute", "zip"]) == rows[::-1]
+    assert in_order(rows, ["full"], ["permute", "zip"]) == rows[::-1]
 
 
 def test_the_table_of_generate() -> None:
