@@ -218,13 +218,18 @@ def main() -> None:
 
     def keep(row: Row) -> None:
         rows[row["name"]] = row
-        path.write_text(json.dumps([rows[n] for n in sorted(rows)], indent=1) + "\n")
+        write()
+
+    def write() -> None:
+        ordered = [rows[n] for n in sorted(rows)]
+        path.write_text(json.dumps(ordered, indent=1) + "\n")
+        if not options.all:
+            PAGE.write_text(table(ordered))
 
     multiprocessing.get_context("forkserver").set_forkserver_preload(["benchmarks.zoo_check", "timm", "torchvision"])
     run_all(again, steps, Bounds(options.seconds, options.mebibytes), options.jobs, keep)
+    write()
     print(json.dumps(summary(rows.values()), indent=1))
-    if not options.all:
-        PAGE.write_text(table([rows[n] for n in sorted(rows)]))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class Fit:
         sums: Of its inputs and targets.
         drawn: The samples that were taken of each batch; None for all.
         prior: W₀, (groups, o, d).
+        sizes: How many of the d inputs each layer has.
         weights: (groups, o, d).
         bias: (groups, o).
     """
@@ -55,6 +56,7 @@ class Fit:
     sums: Regression
     drawn: list[Tensor | None]
     prior: Tensor
+    sizes: list[int]
     weights: Tensor
     bias: Tensor
 
@@ -121,6 +123,7 @@ class Fitter:
     def __init__(self, lock: LockStep, target: Target, ridge: float, samples: int, seed: int) -> None:
         self.lock, self.target, self.ridge, self.samples = lock, target, ridge, samples
         self.generator = torch.Generator().manual_seed(seed)
+        self._orders: dict[Unit, list[fx.Node]] = {}
 
     @property
     def _merged(self) -> Stream:
@@ -132,9 +135,9 @@ class Fitter:
         Raises:
             CalibrationError: Its inputs or targets are not finite.
         """
-        prior = torch.cat([layer.prior(self._merged.module) for layer in unit.layers], 2)
-        empty = torch.empty(0)
-        found = Fit(unit, Regression(unit.bias_at is not None), self._draw(unit), prior, empty, empty)
+        priors = [layer.prior(self._merged.module) for layer in unit.layers]
+        sums, sizes, empty = Regression(unit.bias_at is not None), [prior.shape[2] for prior in priors], torch.empty(0)
+        found = Fit(unit, sums, self._draw(unit), torch.cat(priors, 2), sizes, empty, empty)
         self._solve(found, lambda batch: self.goal(batch, unit))
         if self._one_sided(unit):
             for _ in range(ONE_SIDED):
@@ -153,7 +156,7 @@ class Fitter:
 
     def _next_goal(self, batch: Batch, unit: Unit) -> Tensor:
         """What a unit should give, now that it is solved."""
-        return self.goal(batch, unit, self._run(batch, unit.claimed) if self._one_sided(unit) else None)
+        return self.goal(batch, unit, self._run(batch, unit) if self._one_sided(unit) else None)
 
     def alternate(self, pair: Pair, inner: Fit, outer: Fit, rounds: int) -> None:
         """Solve two units in turn for what the outer one gives."""
@@ -180,38 +183,39 @@ class Fitter:
 
     def _write(self, fit: Fit, weights: Tensor, bias: Tensor) -> None:
         fit.weights, fit.bias = weights, bias
-        sizes = [layer.prior(self._merged.module).shape[2] for layer in fit.unit.layers]
-        for layer, part in zip(fit.unit.layers, weights.split(sizes, 2), strict=True):
+        for layer, part in zip(fit.unit.layers, weights.split(fit.sizes, 2), strict=True):
             layer.write(self._merged.module, part, bias if layer is fit.unit.bias_at else None)
         self._merged.reload()
 
     def _step(self, pair: Pair, inner: Fit) -> bool:
         """A Gauss-Newton step of the inner unit; whether it made the outer one's error smaller."""
         old = inner.weights, inner.bias
-        starts = self._gradients(pair, inner)
-        if starts is None:
+        found = self._gradients(pair, inner)
+        if found is None:
             return False
-        turned = self._curved(inner.sums.solve(torch.zeros_like(inner.prior), self.ridge))
+        starts, curvature = found
+        turned = _curved(inner.sums.solve(torch.zeros_like(inner.prior), self.ridge), curvature)
         self._write(inner, old[0] + turned[0], old[1] + turned[1])
         length = self._length(pair, starts)
         self._write(inner, old[0] + length * turned[0], old[1] + length * turned[1])
         if length:
             for batch in self.lock.seen:
-                value = self._run(batch, pair.inner.claimed)
+                value = self._run(batch, pair.inner)
                 self._forward(pair, batch, value, batch.env[-1])
         return length > 0
 
-    def _gradients(self, pair: Pair, inner: Fit) -> list[tuple[Batch, Tensor]] | None:
-        """Add up the gradients of the outer error by the inner value, and their curvature.
+    def _gradients(self, pair: Pair, inner: Fit) -> tuple[list[tuple[Batch, Tensor]], Tensor] | None:
+        """Add up the gradients of the outer error by the inner value.
 
         Returns:
-            The inner values of each batch; None where no gradient comes through.
+            The inner value of each batch, and the mean of JᵀJ over positions (groups, o, o), by random probes; None
+            where no gradient comes through.
         """
         inner.sums.forget_targets()
         first, starts = pair.inner.layers[0].contraction, []
         curvature: Tensor | None = None
         for batch, here in zip(self.lock.seen, inner.drawn, strict=False):
-            start = self._run(batch, pair.inner.claimed)
+            start = self._run(batch, pair.inner)
             with torch.enable_grad():
                 value = start.detach().requires_grad_()
                 has = self._forward(pair, batch, value)
@@ -228,22 +232,13 @@ class Fitter:
             curvature = part if curvature is None else curvature + part
             starts.append((batch, start))
         assert curvature is not None
-        self._curvature = curvature / inner.sums.count
-        return starts
-
-    def _curved(self, step: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """A step of weights (groups, o, d) and bias (groups, o), with the inverse curvature of the outputs."""
-        curvature = self._curvature
-        mean = curvature.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        damped = curvature + (DAMPING * mean + 1e-30) * torch.eye(curvature.shape[1]).to(curvature)
-        both = torch.linalg.solve(damped, torch.cat([step[0], step[1][:, :, None]], 2))
-        return both[:, :, :-1], both[:, :, -1]
+        return starts, curvature / inner.sums.count
 
     def _length(self, pair: Pair, starts: Sequence[tuple[Batch, Tensor]]) -> float:
         """The length of a step that leaves the least error on every second batch; 0 where none is better."""
         errors = dict.fromkeys((0.0, *STEPS), 0.0)
         for batch, start in starts[::2]:
-            change = self._run(batch, pair.inner.claimed) - start
+            change = self._run(batch, pair.inner) - start
             for length in errors:
                 has = self._forward(pair, batch, start + length * change)
                 errors[length] += float((self.goal(batch, pair.outer, has) - has).double().square().sum())
@@ -255,10 +250,11 @@ class Fitter:
         fresh[pair.inner.root.name] = value
         return self._compute(pair.path, ChainMap(fresh, batch.env[-1]), pair.outer.root)
 
-    def _run(self, batch: Batch, nodes: set[fx.Node]) -> Tensor:
-        """What the last of some nodes of the merged network gives."""
-        order = [node for node in self._merged.module.graph.nodes if node in nodes]
-        return self._compute(order, ChainMap({}, batch.env[-1]), order[-1])
+    def _run(self, batch: Batch, unit: Unit) -> Tensor:
+        """What a unit gives."""
+        if unit not in self._orders:
+            self._orders[unit] = [node for node in self._merged.module.graph.nodes if node in unit.claimed]
+        return self._compute(self._orders[unit], ChainMap({}, batch.env[-1]), unit.root)
 
     def _compute(self, nodes: Iterable[fx.Node], env: ChainMap[str, Tensor], last: fx.Node) -> Tensor:
         for node in nodes:
@@ -279,6 +275,14 @@ class Fitter:
             None if count <= share else torch.randperm(count, generator=self.generator)[:share].to(device)
             for count in counts
         ]
+
+
+def _curved(step: tuple[Tensor, Tensor], curvature: Tensor) -> tuple[Tensor, Tensor]:
+    """A step of weights (groups, o, d) and bias (groups, o), by the inverse of a curvature (groups, o, o)."""
+    mean = curvature.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    damped = curvature + (DAMPING * mean + 1e-30) * torch.eye(curvature.shape[1]).to(curvature)
+    both = torch.linalg.solve(damped, torch.cat([step[0], step[1][:, :, None]], 2))
+    return both[:, :, :-1], both[:, :, -1]
 
 
 def _is_relu(module: nn.Module, node: fx.Node) -> bool:
