@@ -219,13 +219,11 @@ class Fitter:
             with torch.enable_grad():
                 value = start.detach().requires_grad_()
                 has = self._forward(pair, batch, value)
-            if not has.requires_grad:
-                return None
             error = self.goal(batch, pair.outer, has.detach()) - has.detach()
             probe = torch.randint(2, has.shape, generator=self.generator).to(error) * 2 - 1
-            gradient, probed = (
-                torch.autograd.grad(has, value, by, retain_graph=by is error)[0] for by in (error, probe * (error != 0))
-            )
+            gradient, probed = (_pulled_back(has, value, by) for by in (error, probe * (error != 0)))
+            if gradient is None or probed is None:
+                return None
             inner.sums.add_targets(_columns(pair.inner, batch, here), _precise(first.rows(gradient, here)))
             rows = _precise(first.rows(probed, here))
             part = (rows @ rows.mT).double()
@@ -275,6 +273,13 @@ class Fitter:
             None if count <= share else torch.randperm(count, generator=self.generator)[:share].to(device)
             for count in counts
         ]
+
+
+def _pulled_back(has: Tensor, value: Tensor, by: Tensor) -> Tensor | None:
+    """Jᵀ ``by``, with J of ``has`` by ``value``; None where it does not hang on it smoothly."""
+    if not has.requires_grad:
+        return None
+    return torch.autograd.grad(has, value, by, retain_graph=True, allow_unused=True)[0]
 
 
 def _curved(step: tuple[Tensor, Tensor], curvature: Tensor) -> tuple[Tensor, Tensor]:

@@ -138,6 +138,18 @@ def test_residual_branches_are_solved_for_what_they_give() -> None:
     assert error(3) < 0.97 * error(0)
 
 
+def sorted_out(m: Net, x: Tensor) -> Tensor:
+    x = m.a(x).mean((2, 3))
+    return m.head(m.b(x.sign()).relu())
+
+
+def test_where_no_gradient_comes_through_each_layer_is_solved_once() -> None:
+    models = pair(lambda: Net(sorted_out, a=conv(3, 6), b=nn.Linear(6, 8), head=nn.Linear(8, 4)), X)
+    zipped = fxzip.zip(*models, [X], cut="head", progress=False)
+    assert zipped.report.refitted == 4
+    assert all(bool(output.isfinite().all()) for output in call(zipped, X))
+
+
 def test_what_is_exact_stays_exact() -> None:
     model = pair(Residual, X)[0]
     zipped = fxzip.zip(model, model, [X], progress=False)
