@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxzip.labels import FIXED, VOID, Labelled, compress, mixed, varying
-from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, mapped, register_rule
+from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, key_of, mapped, register_rule
 
 NAMES = """
 atleast_1d atleast_2d atleast_3d bfloat16 broadcast_to broadcast_tensors cat channel_shuffle chunk concat
@@ -34,6 +34,8 @@ CASTS = {
     "alias",
     "contiguous",
 }
+_FILLS = {"pad": 3, "constant_pad_nd": 2}
+"""Where operations take the value that they fill up with."""
 
 MODULES = [
     nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold, nn.ZeroPad1d,
@@ -47,6 +49,9 @@ MODULES = [
 def move(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     """Views, permutations, concatenations, slices, padding... on labels."""
     target = ctx.node.target
+    name = str(key_of(target))
+    if name in _FILLS:  # what is written beside the channels is no label: a constant is the same for all of them
+        args, kwargs = (*args[: _FILLS[name]], *args[_FILLS[name] + 1 :]), {**kwargs, "value": VOID}
     if str(getattr(target, "__name__", target)).strip("_") in CASTS:
         return Labelled(ctx.shape, ctx.graph.opened(as_labelled(args[0])).factors)
     if isinstance(target, str):
@@ -58,6 +63,9 @@ def move(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
 @register_rule(*MODULES, kind="passive")
 def move_module(ctx: RuleContext, module: nn.Module, x: Labelled) -> Any:
     """Modules that only move data."""
+    if hasattr(module, "value"):  # a constant beside the channels, as in `move`
+        sides: Any = module.padding
+        return run(ctx, lambda a, k: F.pad(a[0], sides, value=VOID), (x,), {})
     return run(ctx, lambda a, k: module(*a), (x,), {})
 
 

@@ -87,6 +87,12 @@ def split_attention(m: Net, x: Tensor) -> Tensor:
     return m.head((x * gate[..., None, None]).sum(1).mean((2, 3)))
 
 
+def filled(m: Net, x: Tensor) -> Tensor:
+    x = F.max_pool2d(F.pad(m.a(x), (0, 1, 0, 1), value=float("-inf")), 3, 2)
+    x = m.edge(m.b(x).relu())
+    return m.head(F.pad(x, (1, 1), "constant", 9.0).mean((2, 3)))
+
+
 def weighed(m: Net, x: Tensor) -> Tensor:
     scales = torch.stack([m.a(x).mean((2, 3)), m.b(x).mean((2, 3)), m.c(x).mean((2, 3))], 1)
     return m.head(m.weigh(scales).squeeze(1).relu())
@@ -129,6 +135,7 @@ CASES = {
     "scale": Net(scaled, a=conv(3, 8), gamma=nn.BatchNorm2d(8), head=LINEAR(8, 3)),
     "weight standardised": Net(standardised, a=conv(3, 8), b=conv(8, 6), head=LINEAR(6, 3)),
     "weight with a gain": Net(gained, a=conv(3, 8), b=conv(8, 6), gain=nn.LayerNorm(6), head=LINEAR(6, 3)),
+    "filled up": Net(filled, a=conv(3, 8), b=conv(8, 6), edge=nn.ConstantPad2d(1, 4.0), head=LINEAR(6, 3)),
     "scales that are weighed": Net(
         weighed, a=conv(3, 8), b=conv(3, 8), c=conv(3, 8), weigh=nn.Conv1d(3, 1, 1), head=LINEAR(8, 3)
     ),
@@ -176,6 +183,13 @@ def test_a_permutation_of_all_spaces_is_no_change_and_each_site_matters(name: st
 def sizes(name: str) -> dict[str, int]:
     spec = fxzip.analyse(randomise(CASES[name], example()), example())
     return {space.name: space.size for space in spec.spaces}
+
+
+def test_what_is_filled_up_with_a_constant_ties_no_channels() -> None:
+    spec = fxzip.analyse(randomise(CASES["filled up"], example()), example())
+    assert {space.name: space.size for space in spec.spaces} == {"a": 8, "b": 6}
+    for node in spec.layout.factors:
+        spec.locate(node)
 
 
 def test_what_a_residual_add_ties_is_one_space() -> None:
