@@ -80,6 +80,8 @@ def analyse(model: nn.Module, x: Tensor, row: Row) -> ChannelSpec:
     graph = trace(model, (x[:2],))  # not compared with a model that has no values
     row["seconds_trace"] = time.perf_counter() - start
     row["traced_by"], row["nodes"] = graph.meta["traced_by"], len(graph.graph.nodes)
+    kinds = {node.meta["val"].dtype for node in graph.graph.nodes if isinstance(node.meta.get("val"), Tensor)}
+    row["float32_inside"] = torch.float32 in kinds and x.dtype == torch.float64
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FrozenSpaceWarning)
