@@ -57,7 +57,7 @@ def check(name: str, steps: Sequence[str], record: Callable[[Row], None]) -> Non
     made = make(name, fake=fake)
     row["parameters"] = sum(p.numel() for p in made.parameters())
     if not fake:
-        row["left_out"] = shorten(made) if row["parameters"] > LARGE else 0
+        row["left_out"] = shorten(made, shape) if row["parameters"] > LARGE else 0
         made = randomise(made, x)
     row["input"] = list(shape)
     spec = analyse(made, x, row)

@@ -125,26 +125,31 @@ def all_of_timm() -> list[str]:
     return [f"timm:{name}" for name in timm.list_models()]
 
 
-def shorten(model: nn.Module) -> int:
+def shorten(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Leave out repeated blocks: of blocks in a row that have equal shapes two are kept; how many went.
 
     The first of them stays in its place, and so does the last: what else differs (strides, drop paths, the norm
-    behind the last one) is at the ends.
+    behind the last one) is at the ends. Blocks without which the model does not run (branches side by side) stay.
     """
     left_out = 0
     for owner in list(model.modules()):
-        if not isinstance(owner, (nn.Sequential, nn.ModuleList)):
-            continue
-        kept: list[tuple[str, nn.Module]] = []
-        for name, block in owner.named_children():
-            alike = len(kept) > 1 and all(_shapes(block) == _shapes(other) for _, other in kept[-2:])
-            if alike and _shapes(block):
-                kept.pop()
-                left_out += 1
-            kept.append((name, block))
-        if len(kept) < len(owner):
+        if isinstance(owner, (nn.Sequential, nn.ModuleList)):
+            before, kept = owner._modules, _ends(owner)
             owner._modules = {str(k) if name.isdigit() else name: block for k, (name, block) in enumerate(kept)}
+            if len(kept) < len(before) and not _takes(model, shape):
+                owner._modules = before
+            left_out += len(before) - len(owner._modules)
     return left_out
+
+
+def _ends(owner: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The blocks of a list, of equal ones in a row the first and the last."""
+    kept: list[tuple[str, nn.Module]] = []
+    for name, block in owner.named_children():
+        if len(kept) > 1 and _shapes(block) and all(_shapes(block) == _shapes(other) for _, other in kept[-2:]):
+            kept.pop()
+        kept.append((name, block))
+    return kept
 
 
 def _shapes(block: nn.Module) -> tuple[Any, ...]:
