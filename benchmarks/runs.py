@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +37,7 @@ def command_line(description: str | None, **numbers: int) -> argparse.ArgumentPa
 def facts(benchmark: str, threads: int) -> Row:
     """What a file of results says of itself."""
     return {
-        "command": " ".join([f"python -m benchmarks.{benchmark}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
         "versions": {"torch": torch.__version__, "fxzip": fxzip.__version__},
         "threads": threads,
     }
