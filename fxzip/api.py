@@ -37,6 +37,7 @@ def zip(
     refit: bool = True,
     ridge: float = RefitOptions.ridge,
     rounds: int = RefitOptions.rounds,
+    images: int = RefitOptions.images,
     progress: bool = True,
     **others: Any,
 ) -> ZippedModel:
@@ -64,6 +65,7 @@ def zip(
         ridge: For ``refit``: how much the weights are held to the paper's rule, as a share of the inputs' power.
         rounds: For ``refit``: how often the layers of a branch are solved in turn for what it gives; 0 solves each
             layer once, in about a third of the time.
+        images: For ``refit``: most images that it takes from the loader; the more, the closer and the slower.
         progress: Show bars.
         others: Further options of the method, ``gamma`` of ``dual`` and of ``cca``.
 
@@ -86,6 +88,7 @@ def zip(
         refit=refit,
         ridge=ridge,
         rounds=rounds,
+        images=images,
         progress=progress,
         **others,
     )

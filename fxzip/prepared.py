@@ -114,6 +114,7 @@ class Prepared:
         refit: bool = True,
         ridge: float = RefitOptions.ridge,
         rounds: int = RefitOptions.rounds,
+        images: int = RefitOptions.images,
         reset_batch_norm: bool = True,
         progress: bool = True,
         **others: Any,
@@ -128,6 +129,7 @@ class Prepared:
             refit: Solve the merged layers by least squares (`fxzip.passes.refit`); False: the paper's rule.
             ridge: As for `fxzip.zip`.
             rounds: As for `fxzip.zip`.
+            images: As for `fxzip.zip`.
             reset_batch_norm: Without refit: reset the merged network's BatchNorm statistics on the loader.
             progress: Show a bar.
             others: Further options of the method, ``gamma`` of ``dual`` and of ``cca``.
@@ -137,7 +139,7 @@ class Prepared:
             CutError, OptionError: The cut, the method or its options are not valid.
         """
         chosen = check_method(method, {"alpha": alpha, "beta": beta, **others}, len(self.names))
-        options = RefitOptions(ridge=ridge, rounds=rounds)
+        options = RefitOptions(ridge=ridge, rounds=rounds, images=images)
         place = self.place(cut)
         if self._loader is None:
             raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")

@@ -62,6 +62,11 @@ class Batch:
     feed: list[dict[str, Any]]
     env: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def images(self) -> int:
+        """How many images (or other samples) there are in it."""
+        return next(len(value) for value in self.feed[-1].values() if isinstance(value, Tensor))
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -119,11 +124,11 @@ class LockStep:
                 storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
 
-    def run(self, enough: Callable[[Step], bool], done: Callable[[], None]) -> None:
-        """Take every step; all batches have arrived at the end.
+    def run(self, enough: Callable[[Step | None], bool], done: Callable[[], None]) -> None:
+        """Take every step.
 
         Args:
-            enough: Whether the batches that were taken in suffice to solve at a step.
+            enough: Whether the batches that were taken in suffice to solve at a step, or for the end (None).
             done: Called after each step that solved something.
         """
         with torch.no_grad():
@@ -139,7 +144,7 @@ class LockStep:
                 done()
                 for batch in self.seen:
                     self._forget(step, batch)
-            while self.active < len(self.batches):
+            while self.active < len(self.batches) and not enough(None):
                 self._take_in(len(self.steps))
 
     def _take_in(self, upto: int) -> None:

@@ -46,18 +46,18 @@ class RefitOptions:
         ridge: λ as a share of the mean of the inputs' sums of squares; 0 or more.
         rounds: How often an inner layer (of a residual branch, of an MLP) and the one that it is for are solved in
             turn; 0: each layer once.
-        images: Most images to use.
+        images: Most images to use, of those that the loader gives; fewer where ``memory`` does not hold them.
         samples: Positions that a layer is fitted on, at the least, if there are as many: layers with large feature
             maps take fewer images, so that memory is that of so many positions.
-        memory: Bytes of activations to keep, at the most, unless ``least_images`` need more: where they would not
-            fit, fewer images are taken.
+        memory: Bytes of inputs to keep, and of activations, at the most, unless ``least_images`` need more: where
+            they would not fit, fewer images are taken.
         least_images: Images that every layer is fitted on, if there are as many.
         seed: Of the draw of positions.
     """
 
     ridge: float = 1e-3
     rounds: int = 3
-    images: int = 1024
+    images: int = 10_000
     samples: int = 2**17
     memory: int = 3 * 2**30
     least_images: int = 64
@@ -68,8 +68,8 @@ class RefitOptions:
             raise OptionError(f"ridge={self.ridge}: it must be 0 or more")
         if self.rounds != int(self.rounds) or self.rounds < 0:
             raise OptionError(f"rounds={self.rounds}: it must be a whole number, 0 or more")
-        if self.images < 1:
-            raise OptionError(f"images={self.images}: at least one image is needed")
+        if self.images != int(self.images) or self.images < 1:
+            raise OptionError(f"images={self.images}: it must be a whole number, 1 or more")
 
 
 def refit(
@@ -108,7 +108,7 @@ def refit(
         own = [alignment.shared[i][model] for i in cross]
         feeds = [
             [{mine: env[name] for name, mine in zip(names, own, strict=True)} for env in (b.env[model], b.env[-1])]
-            for b in trunk.lock.batches
+            for b in trunk.lock.seen
         ]
         pair = [Stream(alignment.modules[model], {}), Stream(head, {})]
         run = _Refitter(pair, feeds, lambda _, values: values[0], options, set())
@@ -118,14 +118,16 @@ def refit(
 
 
 def _read(loader: Iterable[Any], parts: Split, options: RefitOptions) -> list[Any]:
-    """The calibration batches, up to the number of images that are wanted."""
-    found, count = [], 0
+    """The calibration batches, up to the number of images that are wanted and as many as fit into memory."""
+    found, count, size = [], 0, 0
     with batches(loader, device=device_of(parts.trunk) or device_of(parts.heads[0]), progress=False) as given:
         for args, kwargs in given:
             tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
             found.append((args, kwargs))
             count += len(tensors[0])
-            if count >= options.images:
+            size += sum(tensor.nbytes for tensor in tensors)
+            full = size * (1 + 1 / len(found)) > options.memory and count >= options.least_images
+            if full or count >= options.images:
                 break
     if not found:
         raise CalibrationError("the loader is empty: it gave no batch")
@@ -200,14 +202,16 @@ class _Refitter:
             elif norm is not None:
                 yield Step(node, solve=partial(self._solve_norm, norm), samples=norm.samples)
 
-    def _enough(self, step: Step) -> bool:
-        """Whether the layer has samples enough, or as many as fit into memory."""
-        assert step.samples is not None
-        values = [batch.env[0][step.node.name] for batch in self.lock.seen]
-        if sum(map(len, values)) < self.options.least_images:
+    def _enough(self, step: Step | None) -> bool:
+        """Whether a layer has samples enough, or as many as fit into memory; at the end (None) only the latter."""
+        if sum(batch.images for batch in self.lock.seen) < self.options.least_images:
             return False
         more = self.lock.held() * (1 + 1 / self.lock.active)  # with another batch
-        return sum(map(step.samples, values)) >= self.options.samples or more > self.options.memory
+        return more > self.options.memory or (step is not None and self._samples(step) >= self.options.samples)
+
+    def _samples(self, step: Step) -> int:
+        assert step.samples is not None
+        return sum(step.samples(batch.env[0][step.node.name]) for batch in self.lock.seen)
 
     def _solve_unit(self, unit: Unit) -> None:
         found = self.fitter.fit(unit)

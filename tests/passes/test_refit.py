@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import fxzip
 from fxzip import regression
-from fxzip.passes._lockstep import LockStep
-from fxzip.passes._units import find_units
+from fxzip.passes._fitting import Fit, Fitter
+from fxzip.passes._units import Unit, find_units
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
@@ -148,22 +148,22 @@ def test_few_images_do_not_blow_up(count: int) -> None:
         assert float(out.abs().max()) < 20 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize(("memory", "most"), [(0, 2), (2**30, 5)])
-def test_memory_bounds_the_images_that_a_layer_is_fitted_on(
-    memory: int, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("memory", "read", "taken"), [(0, 2, 2), (2 * X.nbytes, 6, 2), (2**30, 6, 6)], ids=["none", "inputs", "all"]
+)
+def test_memory_bounds_the_images(memory: int, read: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = fxzip.prepare(*pair(Residual, X), example_inputs=X).observe(X.split(4), progress=False)
     options = partial(RefitOptions, memory=memory, least_images=7)
     monkeypatch.setattr("fxzip.prepared.RefitOptions", options)
-    held, asked = LockStep.held, []
+    fit, found = Fitter.fit, []
 
-    def noted(self: LockStep) -> int:
-        asked.append(self.active)
-        return held(self)
+    def noted(self: Fitter, unit: Unit) -> Fit:
+        found.append((len(self.lock.batches), self.lock.active))
+        return fit(self, unit)
 
-    monkeypatch.setattr(LockStep, "held", noted)
+    monkeypatch.setattr(Fitter, "fit", noted)
     prepared.convert(progress=False)
-    assert max(asked) == most  # of six batches; when all are there nothing is asked
+    assert found[0] == (read, taken)
 
 
 def test_batch_norms_are_folded_away_and_the_models_are_left_alone() -> None:
