@@ -1,11 +1,11 @@
 """Pairs of ResNet-20 on disjoint halves of CIFAR-10's classes, merged in every way (the paper's Table 1a).
 
-    python -m benchmarks.cifar --data ../shared/data --width 2 --size 16 --pairs 3
+    python -m benchmarks.cifar --data ../shared/data --width 2 --size 16 --pairs 3 [--jobs 2]
 
 Networks are trained first, or read from benchmarks/checkpoints. The merges see unlabelled training images of all
 classes. Each merge's figures go to benchmarks/results/cifar_SETTING.json as they come, so that a run can be taken up
 again; means over the pairs go to benchmarks/results/cifar.json, which the docs show. Pair 0 is the one that options
-were tuned on; the means are of the others, where there are any.
+were tuned on; the means are of the others, where there are any. With ``--jobs`` pairs run side by side.
 
 Without refit every merge has its BatchNorm statistics reset, which is what REPAIR (Jordan et al., arXiv 2211.08403,
 section 4.4) is for networks with BatchNorm.
@@ -13,8 +13,10 @@ section 4.4) is for networks with BatchNorm.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch import Tensor
 import fxzip
 from benchmarks.data import Split, load_cifar10
 from benchmarks.pairs import Setting, calibration, halves, models
-from benchmarks.runs import RESULTS, Kept, command_line, facts, in_order, shown, timed_merge, write
+from benchmarks.runs import RESULTS, Kept, Row, command_line, facts, in_order, rows_of, shown, timed_merge, write
 
 CUTS = {"7 of 20": "layer2", "13 of 20": "layer3", "19 of 20": None}
 """Layers in the trunk: convolutions of the main path."""
@@ -66,16 +68,13 @@ def percent(right: Tensor) -> float:
     return 100 * right.double().mean().item()
 
 
-def measure_pair(
-    setting: Setting, pair: int, train: Split, test: Split, images: int, cuts: list[str], done: Kept
-) -> Iterator[dict[str, Any]]:
-    """A row for the ensemble and for each cut and method that is not done."""
-    wanted = [(cut, name) for cut in cuts for name in METHODS if (pair, cut, name) not in done]
-    if not wanted:
-        return
+def measure_pair(setting: Setting, pair: int, options: Namespace, wanted: list[tuple[str, str]]) -> Iterator[Row]:
+    """A row for the ensemble and for each cut and method that is wanted."""
+    torch.set_num_threads(options.threads)
+    train, test = load_cifar10(options.data, options.size)
     networks, classes = models(setting, pair, train), halves(pair)
-    loader = calibration(train, pair, images)
-    if (pair, "none", "ensemble") not in done:
+    loader = calibration(train, pair, options.images)
+    if ("none", "ensemble") in wanted:
         ensemble = accuracies(lambda x: tuple(network(x) for network in networks), test, classes)
         yield {"pair": pair, "cut": "none", "method": "ensemble", "flops": 2.0, "seconds": 0.0, **ensemble}
     prepared = fxzip.prepare(*networks, example_inputs=loader[0][:2])
@@ -83,6 +82,8 @@ def measure_pair(
     prepared.observe(loader, progress=False)
     observing = time.perf_counter() - start
     for cut, name in wanted:
+        if name == "ensemble":
+            continue
         zipped, flops, seconds = timed_merge(prepared, cut=CUTS[cut], **METHODS[name])
         scores = accuracies(zipped, test, classes)
         yield {"pair": pair, "cut": cut, "method": name, "flops": flops, "seconds": seconds + observing, **scores}
@@ -109,16 +110,17 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     """Run what is missing, write it, print all."""
-    parser = command_line(__doc__, width=2, size=16, epochs=7, pairs=3, images=1000)
+    parser = command_line(__doc__, width=2, size=16, epochs=7, pairs=3, images=10_000, jobs=1)
     parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), help="layers in the trunk")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     setting = Setting(options.width, options.size, options.epochs, options.bf16)
     about = facts("cifar", options.threads)
-    kept = Kept(RESULTS / f"cifar_{setting.key}.json", about, keys=("pair", "cut", "method"))
-    train, test = load_cifar10(options.data, options.size)
-    for pair in range(options.pairs):
-        kept.extend(measure_pair(setting, pair, train, test, options.images, options.cuts, kept))
+    kept = Kept(RESULTS / f"cifar_{setting.key}_i{options.images}.json", about, keys=("pair", "cut", "method"))
+    every = [("none", "ensemble"), *itertools.product(options.cuts, METHODS)]
+    missing = {pair: [which for which in every if (pair, *which) not in kept] for pair in range(options.pairs)}
+    held_out_first = sorted(missing, key=lambda pair: pair == 0)
+    calls = [(setting, pair, options, missing[pair]) for pair in held_out_first if missing[pair]]
+    kept.extend(rows_of(calls, measure_pair, options.jobs))
     lines = summary(in_order(kept.rows, CUTS, METHODS))
     tested = sorted({row["pair"] for row in kept.rows if row["pair"] > 0}) or [0]
     about |= {"setting": f"ResNet-20 {setting.key}, {options.images} images, pairs {tested}"}

@@ -7,8 +7,11 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import Manager, get_context
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -88,6 +91,25 @@ class Kept:
                 f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
             )
             print(", ".join(told), flush=True)
+
+
+def rows_of(calls: Sequence[tuple[Any, ...]], function: Callable[..., Iterable[Row]], jobs: int) -> Iterator[Row]:
+    """The rows that a function gives for each tuple of arguments, as they come, from so many processes at a time."""
+    with Manager() as manager, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        queue = manager.Queue()
+        running = [pool.submit(_put_rows, queue, function, arguments) for arguments in calls]
+        while not queue.empty() or not all(future.done() for future in running):
+            try:
+                yield queue.get(timeout=1)
+            except Empty:
+                continue
+        for future in running:
+            future.result()  # raises what went wrong
+
+
+def _put_rows(queue: Any, function: Callable[..., Iterable[Row]], arguments: tuple[Any, ...]) -> None:
+    for row in function(*arguments):
+        queue.put(row)
 
 
 def write(path: Path, found: Mapping[str, Any]) -> None:

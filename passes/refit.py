@@ -17,7 +17,7 @@ values. No labels are used.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,7 @@ class RefitOptions:
     Attributes:
         ridge: λ as a share of the mean of the inputs' sums of squares; 0 or more.
         rounds: How often an inner layer (of a residual branch, of an MLP) and the one that it is for are solved in
-            turn; 0: each layer once.
+            turn, in the trunk; in the heads it is once. 0: each layer is solved once.
         images: Most images to use, of those that the loader gives; fewer where ``memory`` does not hold them.
         samples: Positions that a layer is fitted on, at the least, if there are as many: layers with large feature
             maps take fewer images, so that memory is that of so many positions.
@@ -111,7 +111,10 @@ def refit(
             for b in trunk.lock.seen
         ]
         pair = [Stream(alignment.modules[model], {}), Stream(head, {})]
-        run = _Refitter(pair, feeds, lambda _, values: values[0], options, set())
+        # A head has the parent's width, so its first round leaves little.
+        run = _Refitter(
+            pair, feeds, lambda _, values: values[0], replace(options, rounds=min(options.rounds, 1)), set()
+        )
         run.run(progress, f"refitting head {model}")
         solved += run.solved
     return solved
