@@ -280,7 +280,9 @@ def _without_redundant(graph: LabelGraph, factors: list[Tensor]) -> list[Tensor]
 def _determines(fine: Tensor, coarse: Tensor) -> bool:
     """Whether equal labels of the one always come with equal labels of the other."""
     fine, coarse = (t.reshape(-1) for t in torch.broadcast_tensors(fine, coarse))
-    return len(torch.stack([fine, coarse], 1).unique(dim=0)) == len(fine.unique())
+    place = fine - fine.amin()
+    one = torch.empty(int(place.amax()) + 1, dtype=coarse.dtype).index_put_((place,), coarse)
+    return torch.equal(one[place], coarse)
 
 
 def mixed(graph: LabelGraph, factor: Tensor, axes: Sequence[int], reason: str) -> Tensor | None:

@@ -234,7 +234,9 @@ def _any(args: Any, kwargs: Any, kind: type) -> bool:
 
 
 def _constant(node: fx.Node, args: Any, kwargs: Any, out: Any) -> Any:
-    """What depends on no input and no parameter is computed."""
+    """What depends on no input and no parameter is computed; on the CPU, where its device holds no values."""
+    on_meta = {torch.device("meta"): torch.device("cpu")}
+    args, kwargs = mapped((args, kwargs), lambda v: on_meta.get(v, v) if isinstance(v, torch.device) else v)
     try:
         with torch.no_grad():
             if node.op == "call_method":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +36,7 @@ CASTS = {
     "alias",
     "contiguous",
 }
+_RESHAPES = {"reshape", "view", "flatten", "unflatten", "reshape_as", "view_as"}
 _FILLS = {"pad": 3, "constant_pad_nd": 2}
 """Where operations take the value that they fill up with."""
 
@@ -54,6 +57,8 @@ def move(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = (*args[: _FILLS[name]], *args[_FILLS[name] + 1 :]), {**kwargs, "value": VOID}
     if str(getattr(target, "__name__", target)).strip("_") in CASTS:
         return Labelled(ctx.shape, ctx.graph.opened(as_labelled(args[0])).factors)
+    if name in _RESHAPES and math.prod(ctx.shape) == math.prod(args[0].shape):
+        return _reshaped(ctx, as_labelled(args[0]))
     if isinstance(target, str):
         return run(ctx, lambda a, k: getattr(a[0], str(target))(*a[1:], **k), args, kwargs)
     assert callable(target)
@@ -66,7 +71,13 @@ def move_module(ctx: RuleContext, module: nn.Module, x: Labelled) -> Any:
     if hasattr(module, "value"):  # a constant beside the channels, as in `move`
         sides: Any = module.padding
         return run(ctx, lambda a, k: F.pad(a[0], sides, value=VOID), (x,), {})
+    if isinstance(module, nn.Flatten | nn.Unflatten):
+        return _reshaped(ctx, x)
     return run(ctx, lambda a, k: module(*a), (x,), {})
+
+
+def _reshaped(ctx: RuleContext, x: Labelled) -> Labelled:
+    return reshaped(replace(x, factors=ctx.graph.opened(x).factors, parameter=None), *ctx.shape)
 
 
 def run(ctx: RuleContext, op: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
@@ -147,9 +158,32 @@ def _gather(outputs: Any, results: list[Any], uniform: bool) -> Any:
 
 
 def reshaped(value: Labelled, *shape: int) -> Labelled:
-    """The value seen with another shape."""
-    factors = [compress(f.expand(value.shape).reshape(shape)) for f in value.factors]
+    """The value seen with another shape; axes along which no label varies are not spread out for it."""
+    groups = _groups(value.shape, shape)
+    factors = []
+    for f in value.factors:
+        spread: list[int] = []
+        seen: list[int] = []
+        for old, new in groups:
+            varies = any(size > 1 for size in f.shape[old])
+            spread += value.shape[old] if varies else f.shape[old]
+            seen += shape[new] if varies else [1] * len(shape[new])
+        factors.append(compress(f.expand(spread).reshape(seen)))
     return Labelled(shape, tuple(f for f in factors if f is not None), uniform=value.uniform)
+
+
+def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[slice, slice]]:
+    """The runs of axes of two shapes that hold the same elements, as short as can be."""
+    if 0 in old:
+        return [(slice(0, None), slice(0, None))]
+    found, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        first, second = i, j
+        i, j = min(i + 1, len(old)), min(j + 1, len(new))
+        while (left := math.prod(old[first:i])) != (right := math.prod(new[second:j])):
+            i, j = (i + 1, j) if left < right else (i, j + 1)
+        found.append((slice(first, i), slice(second, j)))
+    return found
 
 
 def cut_in_half(value: Labelled, axis: int) -> tuple[Labelled, Labelled]:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
+from fxzip.labels import Labelled
 from fxzip.rules import RuleContext, unregister_rule
+from fxzip.rules.movement import reshaped
 from tests.nets import Net
 from tests.oracles import TOLERANCE, call, difference, mutations_missed, permutation_error, randomise
 
@@ -309,3 +311,43 @@ def test_the_spec_prints_as_a_table() -> None:
     assert "2 channel spaces" in text
     assert "a " in text
     assert "8" in text
+
+
+class Table(nn.Module):
+    """Rows of a table of relative positions, by distances that are computed on the input's device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.table = nn.Parameter(torch.randn(7, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 4, 6) to (n, 4, 5)."""
+        places = torch.arange(4, device=x.device)
+        distances = (places[:, None] - places[None, :] + 3).long()
+        return self.last(self.first(x) + self.table[distances].sum(1))
+
+
+def test_constants_have_values_where_the_weights_have_none() -> None:
+    x = torch.randn(2, 4, 6)
+    real, meta = fxzip.analyse(Table(), x), fxzip.analyse(Table().to("meta"), x)
+    assert [(space.size, len(space.sites)) for space in real.spaces] == [(8, 4)]
+    assert [repr(space.sites) for space in meta.spaces] == [repr(space.sites) for space in real.spaces]
+    assert meta.coverage == real.coverage
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sizes"),
+    [
+        ((4, 10**6, 10**6), (4, 10**3, 10**3, 10**6), (4, 1, 1, 1)),
+        ((10**6, 4, 10**3, 10**3), (10**6, 4, 10**6), (1, 4, 1)),
+        ((10**6, 1, 4), (1, 10**6, 2, 2, 1), (1, 1, 2, 2, 1)),
+        ((10**6, 4, 3), (10**6, 12), (1, 12)),
+    ],
+)
+def test_only_axes_with_labels_are_spread_out(old: tuple[int, ...], new: tuple[int, ...], sizes: list[int]) -> None:
+    axis = old.index(4)
+    labels = torch.arange(2, 6).reshape([-1 if a == axis else 1 for a in range(len(old))])
+    (factor,) = reshaped(Labelled(old, (labels,)), *new).factors
+    assert factor.shape == torch.Size(sizes)
+    assert factor.flatten().tolist() == labels.flatten().repeat_interleave(factor.numel() // 4).tolist()
