@@ -7,7 +7,7 @@ its indices mean something by themselves (pixels, tokens, colours, classes) and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -391,8 +391,7 @@ def _tie(graph: LabelGraph, node: str, left: tuple[Labelled, Tensor], right: tup
     on_y = {a for a in axes if y.shape[a] > 1}
     for fine, coarse, here, there in ((f, g, on_x, on_y), (g, f, on_y, on_x)):
         if there < here and varying(coarse) < varying(fine) and not varying(fine) <= there:
-            places = _slices(fine, sorted(varying(fine) - varying(coarse)))
-            if places.numel() > len(places.unique()):  # tokens, some of which have the same channels
+            if _repeats_itself(fine, varying(fine) - varying(coarse)):
                 graph.unite(fine, coarse)
                 return fine
             graph.nest(f"{node}:broadcast", fine, coarse)
@@ -406,13 +405,20 @@ def _tie(graph: LabelGraph, node: str, left: tuple[Labelled, Tensor], right: tup
     for fine, coarse, owner in ((f, g, y), (g, f, x)):
         if varying(coarse) < varying(fine):
             rest = varying(fine) - varying(coarse)
-            if any(varying(other) & rest for other in owner.factors if other is not coarse):
+            apart = any(varying(other) & rest for other in owner.factors if other is not coarse)
+            if apart and not _repeats_itself(fine, rest):
                 graph.nest(f"{node}:product:{min(varying(coarse))}", fine, coarse)
                 return coarse
             graph.unite(fine, coarse)
             return fine
     graph.unite(f, g)
     return g if varying(f) == varying(g) else None
+
+
+def _repeats_itself(factor: Tensor, axes: Iterable[int]) -> bool:
+    """Whether some slices along these axes are alike (tokens, some of which have the same channels)."""
+    places = _slices(factor, sorted(axes))
+    return places.numel() > len(places.unique())
 
 
 def reduce(graph: LabelGraph, node: str, value: Labelled, axes: Sequence[int], keepdim: bool = False) -> Labelled:

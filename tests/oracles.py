@@ -173,8 +173,11 @@ def self_zip_errors(model: nn.Module, x: Tensor, spec: ChannelSpec) -> dict[str,
         "ensemble": {"cut": 0.0},
     }
     for name, chosen in options.items():
+        if name == "ensemble":  # which needs no map, and twice the memory for weights
+            prepared.moments.clear()
         zipped = prepared.convert(refit=False, reset_batch_norm=False, progress=False, **chosen)
         assert (name == "ensemble") is (not list(zipped.trunk.parameters()))
         outputs = call(zipped, x)
         found[name] = max(difference(a, b) for a, b in zip((expected, call(moved, x)), outputs, strict=True))
+        del zipped
     return found
