@@ -63,8 +63,8 @@ def zip(
         refit: Solve each merged layer in closed form, so that it gives what the parents give on the loader's images
             (`fxzip.passes.refit`); False: the paper's rule, and BatchNorm statistics are reset.
         ridge: For ``refit``: how much the weights are held to the paper's rule, as a share of the inputs' power.
-        rounds: For ``refit``: how often the layers of a branch are solved in turn for what it gives; 0 solves each
-            layer once, in about a third of the time.
+        rounds: For ``refit``: how often the layers of a branch are solved in turn for what it gives (in the heads
+            once, at the most); 0 solves each layer once, which is faster.
         images: For ``refit``: most images that it takes from the loader; the more, the closer and the slower.
         progress: Show bars.
         others: Further options of the method, ``gamma`` of ``dual`` and of ``cca``.
