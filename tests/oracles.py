@@ -164,8 +164,9 @@ def self_zip_errors(model: nn.Module, x: Tensor, spec: ChannelSpec) -> dict[str,
     the ensemble.
     """
     moved = spec.permute(model, Generator().manual_seed(2))
+    expected = call(model, x), call(moved, x)
     prepared = fxzip.prepare(model, moved, example_inputs=x[:2]).observe([x], progress=False)
-    expected = call(model, x)
+    del moved  # copies of large models are scarce in memory
     found = {}
     options: dict[str, dict[str, Any]] = {
         "permute": {"method": "permute"},
@@ -178,6 +179,6 @@ def self_zip_errors(model: nn.Module, x: Tensor, spec: ChannelSpec) -> dict[str,
         zipped = prepared.convert(refit=False, reset_batch_norm=False, progress=False, **chosen)
         assert (name == "ensemble") is (not list(zipped.trunk.parameters()))
         outputs = call(zipped, x)
-        found[name] = max(difference(a, b) for a, b in zip((expected, call(moved, x)), outputs, strict=True))
+        found[name] = max(difference(a, b) for a, b in zip(expected, outputs, strict=True))
         del zipped
     return found
