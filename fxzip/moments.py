@@ -51,7 +51,7 @@ class Moments:
         mean is the noise of the arithmetic. Other channels set no scale, since one model may well be far
         smaller.
         """
-        variance = self.covariance.diagonal()
+        variance = self.scatter.diagonal() / max(self.count, 1)
         noise = (_RELATIVE_NOISE * self.mean).square().clamp_min(_SMALLEST_VARIANCE)
         return variance <= noise
 
@@ -64,7 +64,7 @@ class Moments:
         dead = self.dead
         variance = self.scatter.diagonal()
         scale = torch.where(dead, 0.0, torch.where(dead, 1.0, variance).rsqrt())
-        correlation = (self.scatter * scale[:, None] * scale[None, :]).clamp_(-1.0, 1.0)
+        correlation = (self.scatter * scale[:, None]).mul_(scale[None, :]).clamp_(-1.0, 1.0)
         correlation.fill_diagonal_(1.0)
         return correlation
 

@@ -67,4 +67,6 @@ def with_dead_last(similarity: Floats) -> Floats:
     Then each assignment of the greatest weight has as few such pairs as there can be.
     """
     dead = dead_channels(similarity)
+    if not dead.any():
+        return similarity
     return np.where(dead[:, None] | dead[None, :], similarity.min() - 1.0, similarity)
