@@ -34,6 +34,7 @@ def zip_models(
     refit: p.Refit = True,
     ridge: p.Ridge = None,
     rounds: p.Rounds = None,
+    images: p.Images = None,
     limit: p.Limit = None,
     seed: p.Seed = 0,
     batch_size: p.BatchSize = 32,
@@ -71,8 +72,8 @@ class _Merge:
         self.options = {key: value for key, value in named.items() if value is not None}
         self.model_args = shared.pairs(given["model_args"], "--model-arg")
         self.cut = shared.share_or_name(given["cut"])
-        self.ridge = RefitOptions.ridge if given["ridge"] is None else given["ridge"]
-        self.rounds = RefitOptions.rounds if given["rounds"] is None else given["rounds"]
+        defaults = {key: getattr(RefitOptions, key) for key in ("ridge", "rounds", "images")}
+        self.refit = {key: value if given[key] is None else given[key] for key, value in defaults.items()}
 
     def run(self) -> None:
         """Check, load, merge, save."""
@@ -100,8 +101,7 @@ class _Merge:
             cut=self.cut,
             method=self.method,
             refit=given["refit"],
-            ridge=self.ridge,
-            rounds=self.rounds,
+            **self.refit,
             progress=not self.quiet,
             **self.options,
         )
@@ -121,7 +121,7 @@ class _Merge:
         if count < 2:
             raise OptionError(f"{count} checkpoint given: merging takes two or more")
         self.options = check_method(self.method, self.options, count)
-        RefitOptions(ridge=self.ridge, rounds=self.rounds)
+        RefitOptions(**self.refit)
         self.device = shared.device_named(given["device"])
         if given["names"]:
             return task_names(given["names"], count)
@@ -152,8 +152,8 @@ class _Merge:
         own = ("alpha", "beta")
         kept = {key: value for key, value in self.given.items() if key not in _NOT_KEPT}
         kept |= {key: config[key] for key in shared.PREPARATION}
-        kept |= {"names": list(zipped.names), "model_args": self.model_args or None, "ridge": self.ridge}
-        kept |= {"rounds": self.rounds}
+        kept |= {"names": list(zipped.names), "model_args": self.model_args or None}
+        kept |= self.refit
         kept |= {"method": self.method, **{key: self.options.get(key) for key in own}}
         kept |= {"options": {key: value for key, value in self.options.items() if key not in own} or None}
         with new_folder(self.given["out"]) as fresh:

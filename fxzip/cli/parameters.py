@@ -85,6 +85,7 @@ Points = Annotated[Literal["last", "all"], _merging(help="Merge points of a chan
 Refit = Annotated[bool, _merging(help="Solve merged layers by least squares; the paper's rule without.")]
 Ridge = Annotated[float | None, _merging(help="For refit: pull towards the paper's rule, 0 or more.")]
 Rounds = Annotated[int | None, _merging(help="For refit: how often layers are solved in turn; 0 is faster.")]
+Images = Annotated[int | None, _merging(help="For refit: most images that it takes, of those that are used.")]
 
 # ---- images
 

@@ -317,6 +317,7 @@ def test_a_real_ctrl_c(place: Path, tmp_path: Path) -> None:
         (["--mean", "0.5"], "images of 3 channels need 3 values"),
         (["--ridge", "-1"], "it must be 0 or more"),
         (["--rounds", "-1"], "a whole number, 0 or more"),
+        (["--images", "0"], "a whole number, 1 or more"),
         (["--data", "/nowhere"], "there is no /nowhere"),
         (["--recipe", "/nowhere.yaml"], "the recipe /nowhere.yaml cannot be read"),
     ],
