@@ -27,7 +27,7 @@ from torch import Tensor
 import fxzip
 from benchmarks.data import Split, load_cifar10
 from benchmarks.pairs import Setting, calibration, halves, models
-from benchmarks.runs import RESULTS, Kept, Row, command_line, facts, in_order, rows_of, shown, timed_merge, write
+from benchmarks.runs import RESULTS, Kept, Row, command_line, facts, in_order, shown, side_by_side, timed_merge, write
 
 CUTS = {"7 of 20": "layer2", "13 of 20": "layer3", "19 of 20": None}
 """Layers in the trunk: convolutions of the main path."""
@@ -45,6 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "select + refit": {"method": "select"},
     "zip + refit (default)": {},
 }
+ENSEMBLE = ("none", "ensemble")
+"""The cut and the method of no merge at all."""
 SCORES = ("joint", "task0", "task1", "average")
 
 
@@ -74,16 +76,14 @@ def measure_pair(setting: Setting, pair: int, options: Namespace, wanted: list[t
     train, test = load_cifar10(options.data, options.size)
     networks, classes = models(setting, pair, train), halves(pair)
     loader = calibration(train, pair, options.images)
-    if ("none", "ensemble") in wanted:
+    if ENSEMBLE in wanted:
         ensemble = accuracies(lambda x: tuple(network(x) for network in networks), test, classes)
-        yield {"pair": pair, "cut": "none", "method": "ensemble", "flops": 2.0, "seconds": 0.0, **ensemble}
+        yield {"pair": pair, "cut": ENSEMBLE[0], "method": ENSEMBLE[1], "flops": 2.0, "seconds": 0.0, **ensemble}
     prepared = fxzip.prepare(*networks, example_inputs=loader[0][:2])
     start = time.perf_counter()
     prepared.observe(loader, progress=False)
     observing = time.perf_counter() - start
-    for cut, name in wanted:
-        if name == "ensemble":
-            continue
+    for cut, name in (which for which in wanted if which != ENSEMBLE):
         zipped, flops, seconds = timed_merge(prepared, cut=CUTS[cut], **METHODS[name])
         scores = accuracies(zipped, test, classes)
         yield {"pair": pair, "cut": cut, "method": name, "flops": flops, "seconds": seconds + observing, **scores}
@@ -116,11 +116,11 @@ def main() -> None:
     setting = Setting(options.width, options.size, options.epochs, options.bf16)
     about = facts("cifar", options.threads)
     kept = Kept(RESULTS / f"cifar_{setting.key}_i{options.images}.json", about, keys=("pair", "cut", "method"))
-    every = [("none", "ensemble"), *itertools.product(options.cuts, METHODS)]
+    every = [ENSEMBLE, *itertools.product(options.cuts, METHODS)]
     missing = {pair: [which for which in every if (pair, *which) not in kept] for pair in range(options.pairs)}
     held_out_first = sorted(missing, key=lambda pair: pair == 0)
     calls = [(setting, pair, options, missing[pair]) for pair in held_out_first if missing[pair]]
-    kept.extend(rows_of(calls, measure_pair, options.jobs))
+    kept.extend(side_by_side(calls, measure_pair, options.jobs))
     lines = summary(in_order(kept.rows, CUTS, METHODS))
     tested = sorted({row["pair"] for row in kept.rows if row["pair"] > 0}) or [0]
     about |= {"setting": f"ResNet-20 {setting.key}, {options.images} images, pairs {tested}"}

@@ -93,12 +93,13 @@ class Kept:
             print(", ".join(told), flush=True)
 
 
-def rows_of(calls: Sequence[tuple[Any, ...]], function: Callable[..., Iterable[Row]], jobs: int) -> Iterator[Row]:
+def side_by_side(calls: Sequence[tuple[Any, ...]], function: Callable[..., Iterable[Row]], jobs: int) -> Iterator[Row]:
     """The rows that a function gives for each tuple of arguments, as they come, from so many processes at a time."""
     with Manager() as manager, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         queue = manager.Queue()
         running = [pool.submit(_put_rows, queue, function, arguments) for arguments in calls]
-        while not queue.empty() or not all(future.done() for future in running):
+        # in this order: when all are done, all that they gave is in the queue
+        while not all(future.done() for future in running) or not queue.empty():
             try:
                 yield queue.get(timeout=1)
             except Empty:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from benchmarks import ablations, datasets, generate, mixed
 from benchmarks.data import Split, load_digits, load_letters, load_mnist
 from benchmarks.models import Autoencoder
-from benchmarks.runs import Kept, in_order, shown
+from benchmarks.runs import Kept, Row, in_order, shown, side_by_side
 from benchmarks.training import augment
 from fxzip.matching import match
 
@@ -175,3 +176,22 @@ def test_the_picture_of_generate(tiny: dict[str, mixed.Source]) -> None:
     assert sheet.height > len(rows) * 32
     assert sheet.width > 6 * 32
     assert len(sheet.getcolors(sheet.width * sheet.height) or []) > 100
+
+
+def squares(first: int, count: int) -> Iterator[Row]:
+    for number in range(first, first + count):
+        if number < 0:
+            raise ValueError(f"{number} is below 0")
+        yield {"number": number, "square": number**2}
+
+
+def test_rows_come_from_several_processes() -> None:
+    found = list(side_by_side([(0, 3), (10, 2), (20, 0)], squares, jobs=2))
+    assert sorted(row["square"] for row in found) == [0, 1, 4, 100, 121]
+    assert not list(side_by_side([], squares, jobs=1))
+
+
+def test_what_goes_wrong_in_a_process_is_raised() -> None:
+    rows = side_by_side([(2, 1), (-1, 1)], squares, jobs=2)
+    with pytest.raises(ValueError, match="-1 is below 0"):
+        list(rows)

@@ -57,8 +57,8 @@ def move(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = (*args[: _FILLS[name]], *args[_FILLS[name] + 1 :]), {**kwargs, "value": VOID}
     if str(getattr(target, "__name__", target)).strip("_") in CASTS:
         return Labelled(ctx.shape, ctx.graph.opened(as_labelled(args[0])).factors)
-    if name in _RESHAPES and math.prod(ctx.shape) == math.prod(args[0].shape):
-        return _reshaped(ctx, as_labelled(args[0]))
+    if name in _RESHAPES:
+        return _reshaped(ctx, as_labelled(args[0] if args else kwargs["input"]))
     if isinstance(target, str):
         return run(ctx, lambda a, k: getattr(a[0], str(target))(*a[1:], **k), args, kwargs)
     assert callable(target)
@@ -77,6 +77,8 @@ def move_module(ctx: RuleContext, module: nn.Module, x: Labelled) -> Any:
 
 
 def _reshaped(ctx: RuleContext, x: Labelled) -> Labelled:
+    if math.prod(ctx.shape) != math.prod(x.shape):
+        raise Unsupported("a view of other elements than those of its input")
     return reshaped(replace(x, factors=ctx.graph.opened(x).factors, parameter=None), *ctx.shape)
 
 

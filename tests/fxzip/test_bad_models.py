@@ -298,8 +298,6 @@ def quantised() -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(small().eval(), {nn.Linear}, dtype=torch.qint8)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_parameters_without_values_beside_buffers_that_have_them() -> None:
     real, model = Residual(), Residual()
     for module in model.modules():
@@ -312,6 +310,8 @@ def test_parameters_without_values_beside_buffers_that_have_them() -> None:
     assert not any(buffer.is_meta for buffer in model.buffers())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_quantised_models_are_refused() -> None:
     match = "Net, at 'head': Linear is quantised.*before, then quantise the result"
     with pytest.raises(TraceError, match=match):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 
 import pytest
@@ -11,6 +12,9 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.labels import Labelled
+from fxzip.passes.analyse import analyse_graph
+from fxzip.passes.canonicalise import canonicalise
+from fxzip.passes.trace import trace
 from fxzip.rules import RuleContext, unregister_rule
 from fxzip.rules.movement import reshaped
 from tests.nets import Net
@@ -334,6 +338,38 @@ def test_constants_have_values_where_the_weights_have_none() -> None:
     assert [(space.size, len(space.sites)) for space in real.spaces] == [(8, 4)]
     assert [repr(space.sites) for space in meta.spaces] == [repr(space.sites) for space in real.spaces]
     assert meta.coverage == real.coverage
+
+
+class Tokens(nn.Module):
+    """Pixels as tokens, a class token and two registers before them, through two residual layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = conv(3, 6), nn.LayerNorm(6)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.first, self.registers = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(1, 2, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores, from the class token."""
+        x = torch.flatten(input=self.embed(x), start_dim=2).transpose(1, 2)
+        before = [token.expand(x.shape[0], -1, -1) for token in (self.first, self.registers)]
+        x = torch.cat([*before, x], 1)
+        for layer in self.layers:
+            x = x + layer(self.norm(x).softmax(1))
+        return self.head(x[:, 0])
+
+
+def test_tokens_that_meet_a_layer_share_its_channels() -> None:
+    model, x = randomise(Tokens(), example()), example()
+    graph = canonicalise(trace(model, (x[:2],)))
+    spec = analyse_graph(graph, (x[:2],), {})
+    assert [space.size for space in spec.spaces if space.size > 2] == [6]
+    assert permutation_error(model, x, spec) < TOLERANCE
+    sums = [node.name for node in graph.graph.nodes if node.target is operator.add]
+    assert len(sums) == 2
+    for name in sums:  # labels for each channel, and for each token, but not for each of both
+        assert {factor.numel() for factor in spec.layout.factors[name]} <= {6, 3 + x.shape[2] * x.shape[3]}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from timm.models.coat import CoaT
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.xcit import Xcit
 from torch import nn
 
@@ -30,6 +31,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     ),
     "mixed tokens": (partial(MlpMixer, patch_size=8, num_blocks=2, embed_dim=16, **IMAGE), 32),
     "class tokens, layer scale": (partial(timm.create_model, "test_vit", num_classes=7), 64),
+    "register tokens": (
+        partial(VisionTransformer, patch_size=8, embed_dim=16, depth=2, num_heads=2, reg_tokens=3, **IMAGE),
+        32,
+    ),
     "position tables by a network": (partial(timm.create_model, "test_vit_relpos", num_classes=7), 160),
     "scales that are weighed": (
         partial(
