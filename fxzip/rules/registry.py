@@ -39,9 +39,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from fxzip import labels
 from fxzip.errors import OptionError
-from fxzip.labels import LabelGraph, Labelled
+from fxzip.labels import LabelGraph, Labelled, reduce
+from fxzip.meeting import meet
 
 Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
@@ -93,7 +93,7 @@ class RuleContext:
         known = [as_labelled(v) for v in values if isinstance(v, (Labelled, Tensor))]
         result = self.graph.opened(known[0])
         for other in known[1:]:
-            result = labels.meet(self.graph, self.name, result, other)
+            result = meet(self.graph, self.name, result, other)
         return Labelled(result.shape, result.factors, uniform=result.uniform)
 
     def per_channel(self, parameter: Labelled | str | None, axis: int, like: Labelled) -> Labelled | None:
@@ -111,7 +111,7 @@ class RuleContext:
         """The result of a symmetric reduction over axes (all of them for None)."""
         rank = len(value.shape)
         axes = range(rank) if axes is None or axes == () else [axes] if isinstance(axes, int) else axes
-        return labels.reduce(self.graph, self.name, value, list(axes), keepdim)
+        return reduce(self.graph, self.name, value, list(axes), keepdim)
 
     def use(self, value: Any) -> Any:
         """All channels of a value are treated alike by this node; returns the value."""
