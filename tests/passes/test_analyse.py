@@ -378,7 +378,7 @@ def test_tokens_that_meet_a_layer_share_its_channels() -> None:
         ((4, 10**6, 10**6), (4, 10**3, 10**3, 10**6), (4, 1, 1, 1)),
         ((10**6, 4, 10**3, 10**3), (10**6, 4, 10**6), (1, 4, 1)),
         ((10**6, 1, 4), (1, 10**6, 2, 2, 1), (1, 1, 2, 2, 1)),
-        ((10**6, 4, 3), (10**6, 12), (1, 12)),
+        ((10**6, 10**6, 4, 3), (10**6, 10**6, 12), (1, 1, 12)),
     ],
 )
 def test_only_axes_with_labels_are_spread_out(old: tuple[int, ...], new: tuple[int, ...], sizes: list[int]) -> None:
