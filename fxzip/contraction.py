@@ -9,7 +9,7 @@ with the kernel turned around (arXiv 1603.07285, section 4).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn import grad as gradients
+
+_WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {
+    1: gradients.conv1d_weight,
+    2: gradients.conv2d_weight,
+    3: gradients.conv3d_weight,
+}
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,28 @@ class Window:
 
         Without padding it is a view.
         """
-        x = self._spread(x)
-        if any(part for pair in self.padding for part in pair):
-            x = F.pad(x, [part for pair in reversed(self.padding) for part in pair], self.mode)
+        x = self._padded(x)
         for axis, (size, stride, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 2):
             x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
         return x.reshape(x.shape[0], self.groups, -1, *x.shape[2:])
+
+    def products(self, x: Tensor, t: Tensor) -> Tensor:
+        """Σ t xᵀ over all windows x and the outputs t that belong to them: (groups, outputs, inputs).
+
+        As convolutions compute the gradient of their weights: the windows are not copied out.
+        """
+        shape = (t.shape[1], x.shape[1] // self.groups, *self.kernel)
+        gradient = _WEIGHT_GRADIENTS[len(self.kernel)]
+        found = gradient(
+            self._padded(x), shape, t, stride=self.stride, padding=0, dilation=self.dilation, groups=self.groups
+        )
+        return found.reshape(self.groups, t.shape[1] // self.groups, -1)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        x = self._spread(x)
+        if any(part for pair in self.padding for part in pair):
+            x = F.pad(x, [part for pair in reversed(self.padding) for part in pair], self.mode)
+        return x
 
     def _spread(self, x: Tensor) -> Tensor:
         if all(step == 1 for step in self.spacing):
@@ -160,6 +183,22 @@ class Contraction:
         """The outputs (groups, o, samples) in a value of the output, or those samples that are in ``here``."""
         return _laid(y, self.channels, self.count, here)
 
+    def products(self, x: Tensor, t: Tensor) -> Tensor:
+        """Σ t xᵀ over all samples of a value of the input and one of the output: (groups, o, d)."""
+        # cuDNN would round to TF32
+        if self.window is None or x.is_cuda:
+            return self.rows(t) @ self.columns(x).mT
+        return self.window.products(x, t)
+
+    def total_input(self, x: Tensor) -> Tensor:
+        """The sum of `columns` over all samples (groups, d)."""
+        x = x if self.window is None else self.window(x.sum(0, keepdim=True))
+        return _summed(x, self.source, self.count)
+
+    def total_output(self, y: Tensor) -> Tensor:
+        """The sum of `rows` over all samples (groups, o)."""
+        return _summed(y, self.channels, self.count)
+
     def packed(self, weight: Tensor) -> Tensor:
         """A weight as (groups, o, d)."""
         order = self.groups + self.outputs + self.inputs
@@ -208,3 +247,12 @@ def _laid(tensor: Tensor, axes: Sequence[int], groups: int, here: Tensor | None)
     places = torch.unravel_index(here, [tensor.shape[axis] for axis in samples])
     picked = tensor.permute([*samples, *order[: len(axes)]])[places]
     return picked.reshape(len(here), groups, -1).permute(1, 2, 0)
+
+
+def _summed(tensor: Tensor, axes: Sequence[int], groups: int) -> Tensor:
+    """The sum over all axes but these, as (groups, those of ``axes``)."""
+    order = _in_front(tensor.dim(), axes)
+    kept, others = order[: len(axes)], order[len(axes) :]
+    total = tensor.sum(others) if others else tensor
+    ranks = sorted(kept)
+    return total.permute([ranks.index(axis) for axis in kept]).reshape(groups, -1)

@@ -14,11 +14,36 @@ from torch import Tensor
 _SLICE = 2**24  # elements of the inputs that are shifted and multiplied at once
 
 
-class Regression:
-    """Sums for g regressions of o outputs on d inputs each.
+class Residuals:
+    """Sums over samples of what is left to explain, for g regressions of o outputs on d inputs each; float64.
 
-    The sums are float64; products are taken in the dtype of the data, of values shifted by the first batch's
-    means, since E[xx'] - mm' cancels.
+    Attributes:
+        count: How many samples.
+        products: With the inputs (groups, o, d).
+        left: Alone (groups, o).
+        inputs: The inputs (groups, d).
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.products = self.left = self.inputs = torch.zeros((), dtype=torch.float64)
+
+    def add(self, count: int, products: Tensor, left: Tensor, inputs: Tensor) -> None:
+        """Add the sums over so many samples."""
+        self.count += count
+        self.products = products + self.products.to(products.device)
+        self.left = left + self.left.to(left.device)
+        self.inputs = inputs + self.inputs.to(inputs.device)
+
+
+class Regression:
+    """The inputs of g regressions of o outputs on d inputs each, and steps that solve them.
+
+    W is found from what it leaves to explain: a step with the Gram matrix of the same samples is the solution. One
+    with that of others (fewer of them, or from before the inputs changed a little) comes close, and the next closer.
+
+    The sums are float64; products are taken in the dtype of the data, of inputs shifted by the first batch's means,
+    since E[xx'] - mm' cancels.
 
     Args:
         intercept: Whether there is a b; without one nothing is shifted.
@@ -27,71 +52,56 @@ class Regression:
     def __init__(self, intercept: bool = True) -> None:
         self.intercept = intercept
         self.count = 0
-        self._shift: tuple[Tensor, Tensor] | None = None
-        self._sums: list[Tensor] = []
+        self._shift: Tensor | None = None
+        self._sums: tuple[Tensor, Tensor] | None = None
+        self._factor: tuple[Tensor, Tensor] | None = None
 
-    def forget_targets(self) -> None:
-        """Forget all targets; new ones are added by `add_targets`, for the same inputs."""
-        for total in self._sums[1::2]:
-            total.zero_()
-
-    def add_targets(self, x: Tensor, t: Tensor) -> None:
-        """Add targets of inputs that were added before; arguments as for `add`."""
-        assert self._shift is not None
-        step = max(1, _SLICE // (x.shape[0] * x.shape[1]))
-        for part_x, part_t in zip(x.split(step, 2), t.split(step, 2), strict=True):
-            if self.intercept:
-                part_x, part_t = part_x - self._shift[0], part_t - self._shift[1]
-            self._sums[1] += part_t @ part_x.mT
-            self._sums[3] += part_t.sum(2)
-
-    def add(self, x: Tensor, t: Tensor) -> None:
-        """Add samples.
-
-        Args:
-            x: Inputs (groups, d, samples).
-            t: Targets (groups, o, samples).
-        """
+    def add(self, x: Tensor) -> None:
+        """Add samples of the inputs (groups, d, samples)."""
         if self._shift is None:
-            self._shift = (x.mean(2, keepdim=True), t.mean(2, keepdim=True))
-        step = max(1, _SLICE // (x.shape[0] * x.shape[1]))
-        for part_x, part_t in zip(x.split(step, 2), t.split(step, 2), strict=True):
-            self._add(part_x, part_t)
+            self._shift = x.mean(2, keepdim=True)
+        for part in x.split(max(1, _SLICE // (x.shape[0] * x.shape[1])), 2):
+            shifted = part - self._shift if self.intercept else part
+            sums = _gram(shifted).double(), shifted.sum(2).double()
+            self._sums = sums if self._sums is None else (self._sums[0] + sums[0], self._sums[1] + sums[1])
         self.count += x.shape[2]
+        self._factor = None
 
-    def _add(self, x: Tensor, t: Tensor) -> None:
-        assert self._shift is not None
-        if self.intercept:
-            x, t = x - self._shift[0], t - self._shift[1]
-        sums = [_gram(x), t @ x.mT, x.sum(2), t.sum(2)]
-        if self._sums:
-            for total, part in zip(self._sums, sums, strict=True):
-                total += part
-        else:
-            self._sums = [part.double() for part in sums]
-
-    def solve(self, prior: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-        """The weights and the bias, float64.
+    def step(self, residuals: Residuals, ridge: float, back: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What to add to the weights and the bias, float64.
 
         Args:
-            prior: W₀ (groups, o, d): what the weights are where the samples say nothing.
+            residuals: What these leave to explain.
             ridge: λ as a share of the mean of the inputs' sums of squares.
+            back: From the weights to what they are where the samples say nothing, W₀ - W (groups, o, d).
 
         Returns:
-            Weights (groups, o, d) and biases (groups, o).
+            Changes of the weights (groups, o, d) and of the biases (groups, o).
+
+        Raises:
+            ArithmeticError: The inputs are not finite.
         """
-        assert self._shift is not None
-        gram, cross, sum_x, sum_t = self._sums
+        products, mean_left = residuals.products, residuals.left / residuals.count
         if self.intercept:
-            gram = torch.baddbmm(gram, sum_x[:, :, None], sum_x[:, None, :], alpha=-1 / self.count)
-            cross = torch.baddbmm(cross, sum_t[:, :, None], sum_x[:, None, :], alpha=-1 / self.count)
-        prior = prior.to(gram)
-        weights = prior + _solve(gram, cross - prior @ gram, ridge)
+            products = torch.baddbmm(products, mean_left[:, :, None], residuals.inputs[:, None, :], alpha=-1)
+        products = products * (self.count / residuals.count)
+        factor, damping = self._factored(ridge)
+        if back is not None:
+            products = products + damping * back
+        weights = torch.cholesky_solve(products.mT, factor).mT
         if not self.intercept:
-            return weights, torch.zeros_like(sum_t)
-        mean_x = self._shift[0][..., 0].double() + sum_x / self.count
-        mean_t = self._shift[1][..., 0].double() + sum_t / self.count
-        return weights, mean_t - (weights @ mean_x[:, :, None])[..., 0]
+            return weights, torch.zeros_like(mean_left)
+        return weights, mean_left - (weights @ residuals.inputs[:, :, None])[..., 0] / residuals.count
+
+    def _factored(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """The Cholesky factor of the Gram matrix + λ, and λ (groups, 1, 1)."""
+        if self._factor is None:
+            assert self._sums is not None
+            gram, total = self._sums
+            if self.intercept:
+                gram = torch.baddbmm(gram, total[:, :, None], total[:, None, :], alpha=-1 / self.count)
+            self._factor = _factored(gram, ridge)
+        return self._factor
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -108,8 +118,8 @@ def _gram(x: Tensor) -> Tensor:
     return gram
 
 
-def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """``right @ inv(gram + λ)``, with more λ where rounding leaves the matrix indefinite."""
+def _factored(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of ``gram + λ``, with more λ where rounding leaves the matrix indefinite, and λ."""
     scale = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     damping = ridge * scale + 1e-9 * scale + torch.finfo(gram.dtype).tiny ** 0.5
     damped = gram.clone()
@@ -117,7 +127,7 @@ def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
         damped.diagonal(dim1=1, dim2=2).copy_(gram.diagonal(dim1=1, dim2=2) + damping)
         factor, info = torch.linalg.cholesky_ex(damped)
         if not bool(info.any()):
-            return torch.cholesky_solve(right.mT, factor).mT
+            return factor, damping[:, :, None]
         damping = damping * 10 + 1e-8 * scale
     raise ArithmeticError("the Gram matrix is not finite")
 

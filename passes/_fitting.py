@@ -13,8 +13,9 @@ matrix of the inputs, and the mean of JᵀJ over positions; the outer one by lea
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ from fxzip.errors import CalibrationError
 from fxzip.passes._lockstep import Batch, LockStep, Stream
 from fxzip.passes._units import Unit
 from fxzip.passes.observe import writes_in_place
-from fxzip.regression import Regression
+from fxzip.regression import Regression, Residuals
 
 STEPS = (2.0, 1.0, 0.5, 0.25)
 """Lengths that are tried of a Gauss-Newton step: the curvature leaves out what lies between positions."""
@@ -33,19 +34,21 @@ DAMPING = 0.1
 """Of the curvature, as a share of its mean eigenvalue."""
 ONE_SIDED = 2
 """How often the targets of a one-sided fit are set again."""
+PROBED = 4
+"""Lengths of steps are found on one batch of so many."""
+GRAM_SAMPLES, GRAM_LEAST = 28, 2**15
+"""Samples in a Gram matrix, for each input and at the least: residuals are of all, so it need only be near."""
 
 Target = Callable[[str, Sequence[Tensor]], Tensor]
-Goal = Callable[[Batch], Tensor]
 
 
 @dataclass(eq=False)
 class Fit:
-    """A unit's solution, and what it takes to solve it again.
+    """A unit's solution, and what it takes to better it.
 
     Attributes:
         unit: The unit.
-        sums: Of its inputs and targets.
-        drawn: The samples that were taken of each batch; None for all.
+        inputs: Their Gram matrix, of some samples.
         prior: W₀, (groups, o, d).
         sizes: How many of the d inputs each layer has.
         weights: (groups, o, d).
@@ -53,8 +56,7 @@ class Fit:
     """
 
     unit: Unit
-    sums: Regression
-    drawn: list[Tensor | None]
+    inputs: Regression
     prior: Tensor
     sizes: list[int]
     weights: Tensor
@@ -117,69 +119,131 @@ class Fitter:
         lock: The lock step; the merged network is its last.
         target: What a node should give, from the parents' values.
         ridge: λ as a share of the mean of the inputs' sums of squares.
-        samples: Positions that a unit is fitted on.
     """
 
-    def __init__(self, lock: LockStep, target: Target, ridge: float, samples: int, seed: int) -> None:
-        self.lock, self.target, self.ridge, self.samples = lock, target, ridge, samples
+    def __init__(self, lock: LockStep, target: Target, ridge: float, seed: int) -> None:
+        self.lock, self.target, self.ridge = lock, target, ridge
         self.generator = torch.Generator().manual_seed(seed)
         self._orders: dict[Unit, list[fx.Node]] = {}
+        self._targets: dict[Batch, Tensor] = {}
 
     @property
     def _merged(self) -> Stream:
         return self.lock.streams[-1]
 
-    def fit(self, unit: Unit) -> Fit:
-        """Solve a unit for its target, and write its weights.
+    def solve(self, unit: Unit, pairs: Mapping[Pair, Fit], rounds: int) -> Fit:
+        """Solve a unit for its target, and better inner units and it in turn; their weights are written.
+
+        Args:
+            unit: The unit.
+            pairs: The inner units that it is the outer one of, as they were solved.
+            rounds: How often to better each.
 
         Raises:
             CalibrationError: Its inputs or targets are not finite.
         """
-        priors = [layer.prior(self._merged.module) for layer in unit.layers]
-        sums, sizes, empty = Regression(unit.bias_at is not None), [prior.shape[2] for prior in priors], torch.empty(0)
-        found = Fit(unit, sums, self._draw(unit), torch.cat(priors, 2), sizes, empty, empty)
-        self._solve(found, lambda batch: self.goal(batch, unit))
-        if self._one_sided(unit):
-            for _ in range(ONE_SIDED):
-                found.sums.forget_targets()
-                self._solve(found, lambda batch: self._next_goal(batch, unit))
+        found = self._fit(unit)
+        for pair, inner in pairs.items():
+            self._alternate(pair, inner, found, rounds)
+        self._targets.clear()
         return found
 
-    def goal(self, batch: Batch, unit: Unit, has: Tensor | None = None) -> Tensor:
-        """What a unit should give at its root, where it gives ``has``, if that is known."""
-        values = [env[unit.root.name] for env in batch.env[:-1]]
-        if not self._one_sided(unit):
-            return self.target(unit.root.name, values)
-        wanted = self.target(unit.root.name, [value.relu() for value in values])
-        below = self.target(unit.root.name, values) if has is None else has
-        return torch.where(wanted > 0, wanted, below.clamp(max=0))
+    def _fit(self, unit: Unit) -> Fit:
+        found, steps = self._started(unit), 1
+        for batch in self.lock.seen:
+            here = self._draw(unit, batch.env[0][unit.root.name])
+            found.inputs.add(_columns(unit, batch, here))
+            steps = steps if here is None or self._one_sided(unit) else 2
+        for _ in range(steps):
+            self._solve(found, self._linear)
+        for _ in range(ONE_SIDED if self._one_sided(unit) else 0):
+            self._solve(found, self._left)
+        return found
 
-    def _next_goal(self, batch: Batch, unit: Unit) -> Tensor:
-        """What a unit should give, now that it is solved."""
-        return self.goal(batch, unit, self._run(batch, unit) if self._one_sided(unit) else None)
-
-    def alternate(self, pair: Pair, inner: Fit, outer: Fit, rounds: int) -> None:
-        """Solve two units in turn for what the outer one gives."""
+    def _alternate(self, pair: Pair, inner: Fit, outer: Fit, rounds: int) -> None:
         for _ in range(rounds):
             if not self._step(pair, inner):
                 break
-            outer.sums = Regression(outer.sums.intercept)
-            self._solve(outer, lambda batch: self._next_goal(batch, pair.outer))
+            self._solve(outer, self._left, changed=True)
 
-    def _solve(self, fit: Fit, goal: Goal) -> None:
-        """Least squares for what a unit should give; inputs that are known already count with the new targets."""
-        first = fit.unit.layers[0].contraction
-        again = fit.sums.count > 0
-        for batch, here in zip(self.lock.seen, fit.drawn, strict=True):
-            wanted = goal(batch)
-            for node in fit.unit.known:
-                wanted = wanted - batch.env[-1][node.name]
-            x, t = _columns(fit.unit, batch, here), _precise(first.rows(wanted, here))
-            fit.sums.add_targets(x, t) if again else fit.sums.add(x, t)
+    def _started(self, unit: Unit) -> Fit:
+        """A fit that is at W₀, with the bias that is best for the first batch."""
+        priors = [layer.prior(self._merged.module) for layer in unit.layers]
+        prior, first = torch.cat(priors, 2), self.lock.seen[0]
+        sizes, inputs = [part.shape[2] for part in priors], Regression(unit.bias_at is not None)
+        found = Fit(unit, inputs, prior, sizes, prior, prior.new_zeros(prior.shape[:2]))
+        self._write(found, prior, found.bias)
+        if inputs.intercept:
+            contraction = unit.layers[0].contraction
+            left = contraction.rows(self._linear(first, unit, self._run(first, unit)))
+            self._write(found, prior, left.mean(2, dtype=torch.float64))
+        return found
+
+    def _left(self, batch: Batch, unit: Unit, has: Tensor) -> Tensor:
+        """What is left to explain of a unit's value; none where a ReLU makes 0 of it, as it should."""
+        wanted = self._wanted(batch, unit)
+        if not self._one_sided(unit):
+            return wanted - has
+        # The product is 0 where a ReLU should give 0, and immense elsewhere; torch.where takes ten times as long.
+        return torch.minimum(wanted - has, wanted * torch.finfo(wanted.dtype).max)
+
+    def _linear(self, batch: Batch, unit: Unit, has: Tensor) -> Tensor:
+        """What is left to explain, of the parents' values instead of what ReLUs make of them where these give 0."""
+        if not self._one_sided(unit):
+            return self._left(batch, unit, has)
+        wanted = self._wanted(batch, unit)
+        below = self.target(unit.root.name, [env[unit.root.name] for env in batch.env[:-1]])
+        return below.clamp(max=0) * (wanted == 0) + wanted - has
+
+    def _wanted(self, batch: Batch, unit: Unit) -> Tensor:
+        """What a unit should give, or the ReLU behind it."""
+        if batch not in self._targets:
+            values = [env[unit.root.name] for env in batch.env[:-1]]
+            if self._one_sided(unit):
+                self._targets[batch] = self.target(unit.root.name, [value.relu() for value in values]).relu()
+            else:
+                self._targets[batch] = self.target(unit.root.name, values)
+        return self._targets[batch]
+
+    def _solve(self, fit: Fit, left: Callable[[Batch, Unit, Tensor], Tensor], changed: bool = False) -> None:
+        """A step of least squares on what is left.
+
+        Args:
+            fit: The fit to better.
+            left: What is left, where the unit gives a value.
+            changed: Whether its inputs, and so its value, were computed anew since their Gram matrix was: then the
+                length of the step is found, too.
+        """
+        residuals, some = Residuals(), []
+        for number, batch in enumerate(self.lock.seen):
+            has = batch.env[-1][fit.unit.root.name] if changed else self._run(batch, fit.unit)
+            here = left(batch, fit.unit, has)
+            _add(residuals, fit.unit, batch, here)
+            if changed and number % PROBED == 0:
+                some.append((batch, has, here))
         try:
-            self._write(fit, *fit.sums.solve(fit.prior, self.ridge))
+            step = fit.inputs.step(residuals, self.ridge, fit.prior - fit.weights)
         except ArithmeticError as error:
             raise CalibrationError(f"refit at {fit.unit.root.name}: {error}") from error
+        self._move(fit, step, lambda: self._best_length(fit.unit, some) if changed else 1.0)
+
+    def _move(self, fit: Fit, step: tuple[Tensor, Tensor], length: Callable[[], float]) -> float:
+        """Take a step of a length that is found once a whole one is taken; returns the length."""
+        old = fit.weights, fit.bias
+        self._write(fit, old[0] + step[0], old[1] + step[1])
+        found = length()
+        if found != 1:
+            self._write(fit, old[0] + found * step[0], old[1] + found * step[1])
+        return found
+
+    def _best_length(self, unit: Unit, before: Sequence[tuple[Batch, Tensor, Tensor]]) -> float:
+        """The length of a step that leaves the least, from what the unit gave and what was left."""
+        explained = moved = 0.0
+        for batch, had, left in before:
+            change = (self._run(batch, unit) - had).double()
+            explained += float((change * left).sum())
+            moved += float(change.square().sum())
+        return min(max(explained / max(moved, 1e-30), 0.0), STEPS[0])
 
     def _write(self, fit: Fit, weights: Tensor, bias: Tensor) -> None:
         fit.weights, fit.bias = weights, bias
@@ -189,62 +253,60 @@ class Fitter:
 
     def _step(self, pair: Pair, inner: Fit) -> bool:
         """A Gauss-Newton step of the inner unit; whether it made the outer one's error smaller."""
-        old = inner.weights, inner.bias
         found = self._gradients(pair, inner)
         if found is None:
             return False
-        starts, curvature = found
-        turned = _curved(inner.sums.solve(torch.zeros_like(inner.prior), self.ridge), curvature)
-        self._write(inner, old[0] + turned[0], old[1] + turned[1])
-        length = self._length(pair, starts)
-        self._write(inner, old[0] + length * turned[0], old[1] + length * turned[1])
+        starts, residuals, curvature = found
+        step = _curved(inner.inputs.step(residuals, self.ridge), curvature)
+        length = self._move(inner, step, lambda: self._length(pair, starts))
         if length:
             for batch in self.lock.seen:
-                value = self._run(batch, pair.inner)
-                self._forward(pair, batch, value, batch.env[-1])
+                self._forward(pair, batch, self._run(batch, pair.inner), batch.env[-1])
         return length > 0
 
-    def _gradients(self, pair: Pair, inner: Fit) -> tuple[list[tuple[Batch, Tensor]], Tensor] | None:
+    def _gradients(self, pair: Pair, inner: Fit) -> tuple[list[tuple[Batch, Tensor]], Residuals, Tensor] | None:
         """Add up the gradients of the outer error by the inner value.
 
         Returns:
-            The inner value of each batch, and the mean of JᵀJ over positions (groups, o, o), by random probes; None
-            where no gradient comes through.
+            The inner value of some batches, the gradients, and the mean of JᵀJ over positions (groups, o, o), by
+            random probes; None where no gradient comes through.
         """
-        inner.sums.forget_targets()
-        first, starts = pair.inner.layers[0].contraction, []
-        curvature: Tensor | None = None
-        for batch, here in zip(self.lock.seen, inner.drawn, strict=False):
+        contraction, residuals, starts = pair.inner.layers[0].contraction, Residuals(), []
+        curvature, probes = torch.zeros((), dtype=torch.float64), 0
+        for number, batch in enumerate(self.lock.seen):
             start = self._run(batch, pair.inner)
             with torch.enable_grad():
                 value = start.detach().requires_grad_()
                 has = self._forward(pair, batch, value)
-            error = self.goal(batch, pair.outer, has.detach()) - has.detach()
-            probe = torch.randint(2, has.shape, generator=self.generator).to(error) * 2 - 1
-            gradient, probed = (_pulled_back(has, value, by) for by in (error, probe * (error != 0)))
-            if gradient is None or probed is None:
+            left = self._left(batch, pair.outer, has.detach())
+            gradient = _pulled_back(has, value, left)
+            if gradient is None:
                 return None
-            inner.sums.add_targets(_columns(pair.inner, batch, here), _precise(first.rows(gradient, here)))
-            rows = _precise(first.rows(probed, here))
-            part = (rows @ rows.mT).double()
-            curvature = part if curvature is None else curvature + part
-            starts.append((batch, start))
-        assert curvature is not None
-        return starts, curvature / inner.sums.count
+            _add(residuals, pair.inner, batch, gradient)
+            if number % PROBED == 0:
+                starts.append((batch, start))
+                probe = torch.randint(2, has.shape, generator=self.generator).to(left) * 2 - 1
+                probed = _pulled_back(has, value, probe * (left != 0))
+                assert probed is not None
+                rows = _precise(contraction.rows(probed, self._draw(pair.inner, probed)))
+                curvature = (rows @ rows.mT).double() + curvature.to(rows.device)
+                probes += rows.shape[2]
+        return starts, residuals, curvature / probes
 
     def _length(self, pair: Pair, starts: Sequence[tuple[Batch, Tensor]]) -> float:
-        """The length of a step that leaves the least error on every second batch; 0 where none is better."""
+        """The length of an inner step that leaves the least outer error; 0 where none is better."""
         errors = dict.fromkeys((0.0, *STEPS), 0.0)
-        for batch, start in starts[::2]:
+        for batch, start in starts:
             change = self._run(batch, pair.inner) - start
             for length in errors:
                 has = self._forward(pair, batch, start + length * change)
-                errors[length] += float((self.goal(batch, pair.outer, has) - has).double().square().sum())
+                left = self._left(batch, pair.outer, has)
+                errors[length] += float(left.double().square().sum())
         return min(errors, key=errors.__getitem__)
 
     def _forward(self, pair: Pair, batch: Batch, value: Tensor, into: dict[str, Tensor] | None = None) -> Tensor:
         """The outer unit's value for an inner value; what lies between goes ``into`` a dict."""
-        fresh = {pair.inner.root.name: value} if into is None else into
+        fresh = {} if into is None else into
         fresh[pair.inner.root.name] = value
         return self._compute(pair.path, ChainMap(fresh, batch.env[-1]), pair.outer.root)
 
@@ -264,15 +326,16 @@ class Fitter:
         users = unit.root.users
         return bool(users) and all(_is_relu(self._merged.module, user) for user in users)
 
-    def _draw(self, unit: Unit) -> list[Tensor | None]:
-        """The samples of each batch to take, drawn at random; None for all, where they are not too many."""
-        share = -(-2 * self.samples // self.lock.active)
-        counts = [unit.layers[0].contraction.samples(batch.env[0][unit.root.name]) for batch in self.lock.seen]
-        device = self.lock.seen[0].env[0][unit.root.name].device
-        return [
-            None if count <= share else torch.randperm(count, generator=self.generator)[:share].to(device)
-            for count in counts
-        ]
+    def _draw(self, unit: Unit, value: Tensor) -> Tensor | None:
+        """Samples of a batch for a Gram matrix, drawn at random; None for all, where they are not too many."""
+        share = -(-max(GRAM_LEAST, GRAM_SAMPLES * _width(unit)) // self.lock.active)
+        count = unit.layers[0].contraction.samples(value)
+        return None if count <= share else torch.randperm(count, generator=self.generator)[:share].to(value.device)
+
+
+def _width(unit: Unit) -> int:
+    """How many inputs a unit has, in each group."""
+    return sum(math.prod(layer.contraction.split[a] for a in layer.contraction.inputs) for layer in unit.layers)
 
 
 def _pulled_back(has: Tensor, value: Tensor, by: Tensor) -> Tensor | None:
@@ -294,6 +357,15 @@ def _is_relu(module: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(module.get_submodule(str(node.target)), nn.ReLU)
     return node.target in (F.relu, torch.relu, "relu")
+
+
+def _add(residuals: Residuals, unit: Unit, batch: Batch, left: Tensor) -> None:
+    """Add what is left to explain of a unit's value."""
+    left, first = _precise(left), unit.layers[0].contraction
+    inputs = [(layer.contraction, _precise(batch.env[-1][layer.source.name])) for layer in unit.layers]
+    products = torch.cat([contraction.products(x, left) for contraction, x in inputs], 2)
+    totals = torch.cat([contraction.total_input(x) for contraction, x in inputs], 1)
+    residuals.add(first.samples(left), products.double(), first.total_output(left).double(), totals.double())
 
 
 def _columns(unit: Unit, batch: Batch, here: Tensor | None) -> Tensor:

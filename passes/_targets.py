@@ -15,17 +15,34 @@ from fxzip.passes.fuse import Mixing
 _Place = tuple[MergeMap, tuple[int, ...], Tensor]  # a map, the axes where its channels lie, their index along them
 
 
-def merge_values(spec: ChannelSpec, maps: Mapping[str, MergeMap], node: str, values: Sequence[Tensor]) -> Tensor:
-    """The sum over the models of M_p z_p for a node's output; channels that lie in no space are averaged."""
-    where = spec.locate(node)
-    places = [(maps[s.name], axes, index.to(values[0].device)) for s, axes, index in where if s.name in maps and axes]
-    total: Tensor | None = None
-    for model, value in enumerate(values):
-        part = _mapped(value, places, model)
-        total = part if total is None else total + part
-    assert total is not None
-    weights = _weights(total, places, len(values))
-    return total if weights is None else total * weights
+class Targets:
+    """What a merged network should give, by node: the sum over the models of M_p z_p.
+
+    Channels that lie in no space are averaged.
+    """
+
+    def __init__(self, spec: ChannelSpec, maps: Mapping[str, MergeMap]) -> None:
+        self._spec, self._maps = spec, maps
+        self._places: dict[str, list[_Place]] = {}
+
+    def __call__(self, node: str, values: Sequence[Tensor]) -> Tensor:
+        """The target at a node, from the parents' values there."""
+        places = [(merge_map, axes, index.to(values[0].device)) for merge_map, axes, index in self._located(node)]
+        total: Tensor | None = None
+        for model, value in enumerate(values):
+            part = _mapped(value, places, model)
+            total = part if total is None else total + part
+        assert total is not None
+        weights = _weights(total, places, len(values))
+        return total if weights is None else total * weights
+
+    def _located(self, node: str) -> list[_Place]:
+        if node not in self._places:
+            where = self._spec.locate(node)
+            self._places[node] = [
+                (self._maps[s.name], axes, i) for s, axes, i in where if s.name in self._maps and axes
+            ]
+        return self._places[node]
 
 
 def _mapped(value: Tensor, places: Sequence[_Place], model: int) -> Tensor:

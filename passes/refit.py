@@ -32,7 +32,7 @@ from fxzip.passes._fitting import Fit, Fitter, Pair, Target, find_pairs
 from fxzip.passes._lockstep import LockStep, Step, Stream
 from fxzip.passes._norms import Norm, find_norm
 from fxzip.passes._slots import Uses
-from fxzip.passes._targets import merge_values
+from fxzip.passes._targets import Targets
 from fxzip.passes._units import Unit, find_units
 from fxzip.passes.align import Alignment
 from fxzip.passes.split import Split, crossing
@@ -56,7 +56,7 @@ class RefitOptions:
     """
 
     ridge: float = 1e-3
-    rounds: int = 3
+    rounds: int = 5
     images: int = 10_000
     samples: int = 2**17
     memory: int = 3 * 2**30
@@ -101,7 +101,7 @@ def refit(
     streams.append(Stream(parts.trunk, {}))
     feeds = [[_feed(parts.trunk, args, kwargs)] * len(streams) for args, kwargs in inputs]
     names = [alignment.shared[i][0] for i in cross]
-    trunk = _Refitter(streams, feeds, lambda n, values: merge_values(spec, maps, n, values), options, set(names))
+    trunk = _Refitter(streams, feeds, Targets(spec, maps), options, set(names))
     trunk.run(progress, "refitting the trunk")
     solved = trunk.solved
     for model, head in enumerate(parts.heads):
@@ -170,7 +170,7 @@ class _Refitter:
             self.inner.setdefault(pair.outer, []).append(pair)
         self.fits: dict[Unit, Fit] = {}
         self.lock = LockStep(streams, feeds, list(self._schedule()), keep)
-        self.fitter = Fitter(self.lock, target, options.ridge, options.samples, options.seed)
+        self.fitter = Fitter(self.lock, target, options.ridge, options.seed)
 
     def run(self, progress: bool, description: str) -> None:
         """Solve every layer, then cut out what was folded."""
@@ -217,9 +217,8 @@ class _Refitter:
         return sum(step.samples(batch.env[0][step.node.name]) for batch in self.lock.seen)
 
     def _solve_unit(self, unit: Unit) -> None:
-        found = self.fitter.fit(unit)
-        for pair in self.inner.get(unit, ()):
-            self.fitter.alternate(pair, self.fits.pop(pair.inner), found, self.options.rounds)
+        inner = {pair: self.fits.pop(pair.inner) for pair in self.inner.get(unit, ())}
+        found = self.fitter.solve(unit, inner, self.options.rounds)
         if any(unit is pair.inner for pairs in self.inner.values() for pair in pairs):
             self.fits[unit] = found
         self.solved += len(unit.layers)

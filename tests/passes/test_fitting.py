@@ -16,7 +16,6 @@ from fxzip.passes._fitting import find_pairs
 from fxzip.passes._units import find_units
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.trace import trace
-from fxzip.regression import Regression
 from tests.nets import Net, Residual, conv, pair
 from tests.oracles import call, images
 
@@ -56,19 +55,6 @@ def test_an_inner_unit_is_one_whose_value_goes_to_one_other_unit() -> None:
     assert not [outer for inner, outer in pairs_of(net, X.float()[:2]) if inner == "embed.weight"]
     net = Net(attention, embed=embed, norm=norm, qkv=nn.Linear(8, 24), proj=nn.Linear(8, 8), head=head)
     assert ("qkv.weight", "proj.weight") in pairs_of(net, X.float()[:2])
-
-
-def test_targets_can_be_set_again() -> None:
-    x, first, second = (torch.randn(2, n, 50, dtype=torch.float64) + 3 for n in (6, 4, 4))
-    sums, fresh = Regression(), Regression()
-    for here in (slice(0, 20), slice(20, 50)):
-        sums.add(x[..., here], first[..., here])
-        fresh.add(x[..., here], second[..., here])
-    sums.forget_targets()
-    for here in (slice(0, 20), slice(20, 50)):
-        sums.add_targets(x[..., here], second[..., here])
-    for one, other in zip(sums.solve(torch.zeros(2, 4, 6), 1e-3), fresh.solve(torch.zeros(2, 4, 6), 1e-3), strict=True):
-        assert torch.allclose(one, other, atol=1e-10)
 
 
 def rectified(m: Net, x: Tensor) -> Tensor:

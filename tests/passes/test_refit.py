@@ -10,25 +10,40 @@ from torch import Tensor, nn
 
 import fxzip
 from fxzip import regression
-from fxzip.passes._fitting import Fit, Fitter
+from fxzip.passes._fitting import Fit, Fitter, Pair
 from fxzip.passes._units import Unit, find_units
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
-from fxzip.regression import Regression
+from fxzip.regression import Regression, Residuals
 from tests.nets import Net, Residual, conv, pair, permuted_copy
 from tests.oracles import call, difference, images, randomise
 
 X = images(24, 12)
 
 
-def test_the_regression_is_the_least_squares_solution() -> None:
+def left_by(x: Tensor, t: Tensor, weights: Tensor, bias: Tensor, parts: int = 1) -> Residuals:
+    """What weights and a bias leave to explain of t."""
+    found = Residuals()
+    for part_x, part_t in zip(x.chunk(parts, 2), t.chunk(parts, 2), strict=True):
+        left = part_t - weights @ part_x - bias[:, :, None]
+        found.add(left.shape[2], left @ part_x.mT, left.sum(2), part_x.sum(2))
+    return found
+
+
+def solved(x: Tensor, t: Tensor, prior: Tensor, ridge: float, intercept: bool = True) -> tuple[Tensor, Tensor]:
+    """Weights and a bias by one step from the prior."""
+    regression, bias = Regression(intercept), torch.zeros(prior.shape[:2], dtype=prior.dtype)
+    for part in x.split(15, 2):
+        regression.add(part)
+    change, shift = regression.step(left_by(x, t, prior, bias, parts=3), ridge)
+    return prior + change, bias + shift
+
+
+def test_a_step_with_the_gram_matrix_of_all_samples_is_the_least_squares_solution() -> None:
     x = torch.randn(3, 5, 40, dtype=torch.float64) + 100
     t = torch.randn(3, 2, 40, dtype=torch.float64) - 50
-    sums = Regression()
-    for part_x, part_t in zip(x.split(15, 2), t.split(15, 2), strict=True):
-        sums.add(part_x, part_t)
-    weights, bias = sums.solve(torch.zeros(3, 2, 5), ridge=0.0)
+    weights, bias = solved(x, t, torch.zeros(3, 2, 5, dtype=torch.float64), ridge=0.0)
     for group in range(3):
         columns = torch.cat([x[group], torch.ones(1, 40)]).T
         best = torch.linalg.lstsq(columns, t[group].T).solution.T
@@ -36,15 +51,29 @@ def test_the_regression_is_the_least_squares_solution() -> None:
         assert torch.allclose(bias[group], best[:, 5], atol=1e-4)
 
 
+def test_steps_with_the_gram_matrix_of_some_samples_come_to_the_same() -> None:
+    x, t = torch.randn(2, 5, 400, dtype=torch.float64) + 3, torch.randn(2, 2, 400, dtype=torch.float64)
+    prior = torch.randn(2, 2, 5, dtype=torch.float64)
+    regression, weights, bias = Regression(), prior, prior.new_zeros(2, 2)
+    regression.add(x[..., ::4])
+    wanted = solved(x, t, prior, ridge=0.1)[0]
+    errors = []
+    for _ in range(6):
+        change, shift = regression.step(left_by(x, t, weights, bias), 0.1, back=prior - weights)
+        weights, bias = weights + change, bias + shift
+        errors.append(float((weights - wanted).norm() / (wanted - prior).norm()))
+    assert errors[0] < 0.3, errors
+    assert errors[1] < 0.5 * errors[0], errors
+    assert errors[-1] < 0.02, errors
+
+
 def test_sums_in_slices_and_panels_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     x, t = torch.randn(2, 700, 90, dtype=torch.float64), torch.randn(2, 3, 90, dtype=torch.float64)
-    prior = torch.zeros(2, 3, 700)
+    prior = torch.zeros(2, 3, 700, dtype=torch.float64)
     whole = x @ torch.linalg.inv(x.mT @ x + 1e-3 * x.square().sum(2).mean(1)[:, None, None] * torch.eye(90))
     for size in (regression._SLICE, 2 * 700 * 7):
         monkeypatch.setattr(regression, "_SLICE", size)
-        sums = Regression(intercept=False)
-        sums.add(x, t)
-        weights, bias = sums.solve(prior, ridge=1e-3)
+        weights, bias = solved(x, t, prior, ridge=1e-3, intercept=False)
         assert torch.allclose(weights, t @ whole.mT, atol=1e-6)
         assert not bias.any()
 
@@ -52,15 +81,9 @@ def test_sums_in_slices_and_panels_are_those_of_all(monkeypatch: pytest.MonkeyPa
 def test_the_ridge_holds_to_the_prior() -> None:
     x, t = torch.randn(1, 5, 40, dtype=torch.float64), torch.randn(1, 2, 40, dtype=torch.float64)
     prior = torch.randn(1, 2, 5, dtype=torch.float64)
-    sums = Regression()
-    sums.add(x, t)
-    assert torch.allclose(sums.solve(prior, ridge=1e9)[0], prior, atol=1e-6)
-    few = Regression()
-    few.add(x[..., :2], prior @ x[..., :2])
-    assert torch.allclose(few.solve(prior, ridge=1e-3)[0], prior, atol=1e-9)
-    dead = Regression()
-    dead.add(torch.zeros_like(x), t)
-    assert torch.equal(dead.solve(prior, ridge=0.0)[0], prior)
+    assert torch.allclose(solved(x, t, prior, ridge=1e9)[0], prior, atol=1e-6)
+    assert torch.allclose(solved(x[..., :2], prior @ x[..., :2], prior, ridge=1e-3)[0], prior, atol=1e-9)
+    assert torch.equal(solved(torch.zeros_like(x), t, prior, ridge=0.0)[0], prior)
 
 
 def branches(m: Net, x: Tensor) -> Tensor:
@@ -155,13 +178,13 @@ def test_memory_bounds_the_images(memory: int, read: int, taken: int, monkeypatc
     prepared = fxzip.prepare(*pair(Residual, X), example_inputs=X).observe(X.split(4), progress=False)
     options = partial(RefitOptions, memory=memory, least_images=7)
     monkeypatch.setattr("fxzip.prepared.RefitOptions", options)
-    fit, found = Fitter.fit, []
+    solve, found = Fitter.solve, []
 
-    def noted(self: Fitter, unit: Unit) -> Fit:
+    def noted(self: Fitter, unit: Unit, pairs: dict[Pair, Fit], rounds: int) -> Fit:
         found.append((len(self.lock.batches), self.lock.active))
-        return fit(self, unit)
+        return solve(self, unit, pairs, rounds)
 
-    monkeypatch.setattr(Fitter, "fit", noted)
+    monkeypatch.setattr(Fitter, "solve", noted)
     prepared.convert(progress=False)
     assert found[0] == (read, taken)
 

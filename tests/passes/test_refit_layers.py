@@ -140,6 +140,10 @@ def test_the_columns_are_what_the_weights_are_multiplied_by(kind: str) -> None:
     here = torch.randperm(columns.shape[2])[:5]
     assert torch.equal(how.columns(values[layer.source.name], here), columns[:, :, here])
     assert torch.equal(how.rows(values[layer.end.name], here), rows[:, :, here])
+    source, end = values[layer.source.name], values[layer.end.name]
+    assert torch.allclose(how.products(source, end), rows @ columns.mT)
+    assert torch.allclose(how.total_input(source), columns.sum(2))
+    assert torch.allclose(how.total_output(end), rows.sum(2))
 
 
 @every_kind
