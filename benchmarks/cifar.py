@@ -29,8 +29,13 @@ from benchmarks.data import Split, load_cifar10
 from benchmarks.pairs import Setting, calibration, halves, models
 from benchmarks.runs import RESULTS, Kept, Row, command_line, facts, in_order, shown, side_by_side, timed_merge, write
 
-CUTS = {"7 of 20": "layer2", "13 of 20": "layer3", "19 of 20": None}
-"""Layers in the trunk: convolutions of the main path."""
+CUTS: dict[str, dict[str, Any]] = {
+    "7 of 20": {"cut": "layer2"},
+    "13 of 20": {"cut": "layer3"},
+    "19 of 20": {},
+    "8 to 19 of 20": {"start": "layer2"},
+}
+"""Layers that are merged: convolutions of the main path."""
 METHODS: dict[str, dict[str, Any]] = {
     "average": {"method": "average", "refit": False},
     "Git Re-Basin (weights)": {"method": "weights", "refit": False},
@@ -84,7 +89,7 @@ def measure_pair(setting: Setting, pair: int, options: Namespace, wanted: list[t
     prepared.observe(loader, progress=False)
     observing = time.perf_counter() - start
     for cut, name in (which for which in wanted if which != ENSEMBLE):
-        zipped, flops, seconds = timed_merge(prepared, cut=CUTS[cut], **METHODS[name])
+        zipped, flops, seconds = timed_merge(prepared, **CUTS[cut], **METHODS[name])
         scores = accuracies(zipped, test, classes)
         yield {"pair": pair, "cut": cut, "method": name, "flops": flops, "seconds": seconds + observing, **scores}
 
@@ -111,7 +116,7 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     """Run what is missing, write it, print all."""
     parser = command_line(__doc__, width=2, size=16, epochs=7, pairs=3, images=10_000, jobs=1)
-    parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), help="layers in the trunk")
+    parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), help="layers that are merged")
     options = parser.parse_args()
     setting = Setting(options.width, options.size, options.epochs, options.bf16)
     about = facts("cifar", options.threads)

@@ -29,6 +29,7 @@ def zip(
     *models: Any,
     loader: Loader | None = None,
     cut: Cut = None,
+    start: Cut = None,
     method: str = "zip",
     alpha: float | None = None,
     beta: float | None = None,
@@ -54,6 +55,8 @@ def zip(
         cut: The module or node that the heads begin at, a share (0 to 1) of the layers for the trunk, a budget
             (``"flops<=1.3x"`` of one network: the earliest cut that meets it), or None for everything up to where
             the models part or their classifiers begin.
+        start: The module or node that merging starts at, or a share (0 to 1) of the layers: what comes before is run
+            as each network has it, side by side. None: at the input.
         method: ``zip``, ``select``, ``permute``, ``average``, ``optimal``, ``weights``, ``dual`` or ``cca`` (see
             `fxzip.matching`).
         alpha: For ``zip``: how readily merged channels merge again (arXiv 2305.03053, section 4.3), 0 to 1.
@@ -78,10 +81,11 @@ def zip(
     tasks = task_names(names, len(given))
     loader = as_one_loader(loader, tasks)
     prepared = prepare(*given, example_inputs=_first_batch(loader), names=tasks)
-    prepared.place(cut)
+    prepared.place(cut, start)
     prepared.observe(loader, points=points, progress=progress)
     return prepared.convert(
         cut=cut,
+        start=start,
         method=method,
         alpha=alpha,
         beta=beta,

@@ -210,7 +210,7 @@ tags: [fxzip, model-merging, pytorch]
 # {" + ".join(zipped.names)}
 
 {len(zipped.names)} networks, merged without training by [fxzip](https://pypi.org/project/fxzip/) into one
-with a shared trunk and a head for each task, cut at `{report.cut}`. It takes {ratio} of the floating-point
+with a shared trunk and a head for each task, {report.where}. It takes {ratio} of the floating-point
 operations that they took together.
 
 ```python

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +22,7 @@ from fxzip.moments import Moments
 from fxzip.outline import outline
 from fxzip.passes.align import Alignment
 from fxzip.passes.budget import cost_of_cuts, cut_within, parse_budget
-from fxzip.passes.cut import Cut, Cuts
+from fxzip.passes.cut import Cut, Cuts, crossing
 from fxzip.passes.match import match_spaces
 from fxzip.passes.match_weights import match_by_weights
 from fxzip.passes.observe import observe
@@ -58,31 +59,57 @@ class Prepared:
         """The valid cuts, by the module that the heads begin at, in the order of execution."""
         return self._cuts.names
 
-    def place(self, cut: Cut) -> int:
-        """The number of shared nodes in the trunk of a cut.
+    def place(self, cut: Cut, start: Cut = None) -> int:
+        """The number of shared nodes in the trunk of a cut, its stems among them.
 
         Raises:
-            CutError: The cut is unknown or invalid, no cut meets the budget, or the layers before it share no
-                channel space.
+            CutError: The cut or the start is unknown or invalid, no cut meets the budget, or the layers between share
+                no channel space.
         """
-        budget = parse_budget(cut)
-        place = self._cuts.resolve(cut) if budget is None else cut_within(self._costs, budget)
-        layers = any(layer < place for layer in self._cuts.layers)
-        if cut is None and not layers:
+        budget, begin = parse_budget(cut), self._begin(start)
+        place = self._cuts.resolve(cut) if budget is None else cut_within(self._costs_from(begin), budget)
+        layers = any(begin <= layer < place for layer in self._cuts.layers)
+        if cut is None and not any(layer < place for layer in self._cuts.layers):
             why = self.alignment.parting or "their classifiers come first"
             raise CutError(f"no layer comes before the place where the heads begin: {why}")
-        if layers and not self._spaces_before(place):
+        if begin and not layers:
+            raise CutError(f"start={start!r}: no layer is left to merge before the cut at {self._name_of(place)}")
+        if layers and not self._spaces_between(begin, place):
             frozen = "; ".join(f"{f.name}: {f.reason}" for f in self.spec.frozen[:3])
             raise CutError(f"cut={cut!r}: the layers before it share no channel space that can be merged; {frozen}")
         return place
+
+    def _begin(self, start: Cut) -> int:
+        """The number of shared nodes that come before what is merged.
+
+        Raises:
+            CutError: The start is unknown or invalid.
+        """
+        if start is None:
+            return 0
+        if parse_budget(start) is not None:
+            raise CutError(f"start={start!r}: give the name of a module or node, or a share of the layers")
+        begin = self._cuts.resolve(start, "start")
+        for name in (self.alignment.shared[i][0] for i in crossing(self.alignment, begin)):
+            if len({axes for _, axes, _ in self.spec.locate(name) if axes}) > 1:
+                raise CutError(f"start={start!r}: channels lie along several axes of {name}, which crosses there")
+        return begin
 
     @cached_property
     def _costs(self) -> dict[int, float]:
         places = [place for place in self._cuts.valid if place <= self._cuts.default]
         return cost_of_cuts(self.alignment, places, self.spec.example)
 
-    def _spaces_before(self, place: int) -> set[str]:
-        nodes = self.alignment.trunk_names(0)[:place]
+    def _costs_from(self, begin: int) -> dict[int, float]:
+        """What the cuts behind a start cost: what comes before it is run for each model."""
+        if not begin:
+            return self._costs
+        again = len(self.names) - cost_of_cuts(self.alignment, [begin], self.spec.example)[begin]
+        return {place: cost + again for place, cost in self._costs.items() if place > begin}
+
+    def _spaces_between(self, begin: int, place: int) -> set[str]:
+        names = self.alignment.trunk_names(0)
+        nodes = [*names[begin:place], *(names[i] for i in (crossing(self.alignment, begin) if begin else ()))]
         return {space.name for node in nodes for space, _, _ in self.spec.locate(node)}
 
     def observe(self, loader: Iterable[Any], *, points: Which = "last", progress: bool = True) -> Prepared:
@@ -108,6 +135,7 @@ class Prepared:
         self,
         *,
         cut: Cut = None,
+        start: Cut = None,
         method: str = "zip",
         alpha: float | None = None,
         beta: float | None = None,
@@ -123,6 +151,7 @@ class Prepared:
 
         Args:
             cut: As for `fxzip.zip`.
+            start: As for `fxzip.zip`.
             method: As for `fxzip.zip`.
             alpha: As for `fxzip.zip`.
             beta: As for `fxzip.zip`.
@@ -140,21 +169,25 @@ class Prepared:
         """
         chosen = check_method(method, {"alpha": alpha, "beta": beta, **others}, len(self.names))
         options = RefitOptions(ridge=ridge, rounds=rounds, images=images)
-        place = self.place(cut)
+        place, begin = self.place(cut, start), self._begin(start)
         if self._loader is None:
             raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")
-        maps = self._match(method, chosen, place)
-        parts = split(self.alignment, self.spec, maps, place)
-        merged = any(layer < place for layer in self._cuts.layers)
+        maps = self._match(method, chosen, self._spaces_between(begin, place))
+        parts = split(self.alignment, self.spec, maps, place, begin)
+        merged = any(begin <= layer < place for layer in self._cuts.layers)
         refitted = 0
         if refit and merged:
-            refitted = refit_parts(parts, self.alignment, self.spec, maps, place, self._loader, options, progress)
+            refitted = refit_parts(
+                parts, self.alignment, self.spec, maps, place, self._loader, options, progress, begin
+            )
         heads = dict(zip(self.names, parts.heads, strict=True))
         report = self._report(parts.trunk, heads, maps, place, cut, method, chosen, refitted)
+        report = replace(report, start=self._shown(start, begin) if begin else None)
         example = with_batch_size(*to_device(*self.spec.example, "cpu"), 2)
         zipped = ZippedModel(parts.trunk, heads, report, example).eval()
         if reset_batch_norm and merged and not refit:
-            count = recalibrate(zipped, self._loader, progress=progress)
+            stems = [f"trunk.{name}" for name in parts.stems]
+            count = recalibrate(zipped, self._loader, progress=progress, skip=stems)
             zipped.report = report.with_recalibrated(count)
         for part in (parts.trunk, *parts.heads):
             reuse_memory(part)
@@ -199,10 +232,9 @@ class Prepared:
     def _spread(self, count: int = 8) -> list[Cut]:
         """Cuts that merge something, at equal shares of the layers, and the last one."""
         shares = {self._cuts.resolve(k / count): k / count for k in range(1, count)}
-        return [*(share for place, share in shares.items() if self._spaces_before(place)), None]
+        return [*(share for place, share in shares.items() if self._spaces_between(0, place)), None]
 
-    def _match(self, method: str, chosen: Mapping[str, float], place: int) -> dict[str, MergeMap]:
-        names = self._spaces_before(place)
+    def _match(self, method: str, chosen: Mapping[str, float], names: set[str]) -> dict[str, MergeMap]:
         if evidence(method) != "weights":
             return match_spaces(self.spec, self.moments, method, len(self.names), names, **chosen)
         peers = paired_parameters(self.alignment, len(self.alignment.shared))
@@ -222,7 +254,7 @@ class Prepared:
         return Report(
             names=self.names,
             method=f"{method}({shown})" if shown else method,
-            cut=cut if isinstance(cut, str) and parse_budget(cut) is None else self._name_of(place),
+            cut=self._shown(cut, place),
             traced_by=tuple(str(module.meta.get("traced_by")) for module in self.alignment.modules),
             parting=self.alignment.parting,
             spaces=tuple(self._row(name, maps[name]) for name in (s.name for s in self.spec.spaces) if name in maps),
@@ -248,6 +280,10 @@ class Prepared:
         space, seen = self.spec[name], self.moments.get(name)
         correlation = None if seen is None else merge_map.mean_correlation(seen.correlation)
         return SpaceRow(name, space.size, len(space.sites), correlation, merge_map.within_share)
+
+    def _shown(self, cut: Cut, place: int) -> str:
+        """A cut as its user named it."""
+        return cut if isinstance(cut, str) and parse_budget(cut) is None else self._name_of(place)
 
     def _name_of(self, place: int) -> str:
         return next((name for name, at in self._cuts.named.items() if at == place), "the output")

@@ -89,6 +89,7 @@ class Report:
         recalibrated: BatchNorm layers whose statistics were reset.
         refitted: Layers whose weights were solved for.
         layers: What the network computes, in the order of execution, the trunk first.
+        start: Where merging starts, as the user named it; None for the input.
     """
 
     names: tuple[str, ...]
@@ -105,10 +106,16 @@ class Report:
     recalibrated: int = 0
     refitted: int = 0
     layers: tuple[LayerRow, ...] = ()
+    start: str | None = None
 
     def with_recalibrated(self, count: int) -> Report:
         """The same report, with the number of BatchNorm layers that were reset."""
         return replace(self, recalibrated=count)
+
+    @property
+    def where(self) -> str:
+        """What is merged, in words."""
+        return f"cut at {self.cut}" if self.start is None else f"merged from {self.start} to {self.cut}"
 
     @property
     def params_before(self) -> int:
@@ -143,7 +150,7 @@ class Report:
         return fragment(self)
 
     def __str__(self) -> str:
-        title = f"{' + '.join(self.names)}: {self.method}, cut at {self.cut}"
+        title = f"{' + '.join(self.names)}: {self.method}, {self.where}"
         spaces = new_table(title, "space", "channels", "sites", "correlation", "within models")
         for row in self.spaces:
             shown = "-" if row.correlation is None else f"{row.correlation:.3f}"

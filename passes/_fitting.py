@@ -1,14 +1,18 @@
 """Fitting: the least-squares solution of a unit, and of two units in a row for what the second one gives.
 
+A unit is solved by steps: what it leaves to explain, over all samples, times its inputs, times the inverse of their
+Gram matrix. Products of residuals with inputs are cheap; the Gram matrix is not, so it is taken once and of some
+samples. With all of them one step is the solution, with some a second one comes close to it.
+
 A unit whose value goes through nothing but ReLUs is fitted to what these should give: where that is 0, any value below
-0 does. So errors are one-sided there, and least squares are repeated with what the last solution gives below 0 as the
-target (networks are thinned so by Zhang et al., "Accelerating very deep convolutional networks", arXiv 1505.06798,
-section 3.2).
+0 does. So errors are one-sided there, and steps are repeated with what the last solution leaves (networks are thinned
+so by Zhang et al., "Accelerating very deep convolutional networks", arXiv 1505.06798, section 3.2).
 
 Where an inner unit's value goes to one outer unit only (the convolutions of a residual branch, the layers of an MLP),
 it matters by what the outer one makes of it. The two are solved in turn: the inner one by a damped Gauss-Newton step
 on the outer one's error, with the curvature as a Kronecker product (Martens and Grosse, arXiv 1503.05671): the Gram
-matrix of the inputs, and the mean of JᵀJ over positions; the outer one by least squares again.
+matrix of the inputs, and the mean of JᵀJ over positions; the outer one by another step of least squares. Its inputs
+have changed a little since its Gram matrix was taken, so the step's length is found, too.
 """
 
 from __future__ import annotations

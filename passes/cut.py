@@ -48,12 +48,13 @@ class Cuts:
                 found.setdefault(place, name)
         return tuple(found.values())
 
-    def resolve(self, cut: Cut) -> int:
+    def resolve(self, cut: Cut, what: str = "cut") -> int:
         """The place that a user's cut means.
 
         Args:
             cut: Name of the module or node that the heads begin at; a share (0 to 1) of the layers that the
                 trunk has at the most (with none of them it is empty); None for the default.
+            what: What it is called.
 
         Raises:
             CutError: The name is unknown, or nothing can be cut there; the nearest valid ones are named.
@@ -61,27 +62,30 @@ class Cuts:
         if cut is None:
             return self.default
         if isinstance(cut, str):
-            return self._by_name(cut)
+            return self._by_name(cut, what)
         if isinstance(cut, bool) or not isinstance(cut, Real):
-            raise CutError(f"cut={cut!r}: give the name of a module or node, a share of the layers (0 to 1), or None")
+            raise CutError(
+                f"{what}={cut!r}: give the name of a module or node, a share of the layers (0 to 1), or None"
+            )
         if not 0 <= cut <= 1:
-            raise CutError(f"cut={cut!r}: a share of the layers lies between 0 and 1")
+            raise CutError(f"{what}={cut!r}: a share of the layers lies between 0 and 1")
         count = round(cut * len(self.layers))
         place = min([*self.layers[count:], self.default]) if count else self.valid[0]
         return max(p for p in self.valid if p <= place)
 
-    def _by_name(self, cut: str) -> int:
+    def _by_name(self, cut: str, what: str) -> int:
         if cut not in self.named:
             near = difflib.get_close_matches(cut, self.names, n=5, cutoff=0.3) or list(self.names[:5])
-            raise CutError(f"cut={cut!r}: no shared module or node of that name; near: {', '.join(near)}")
+            raise CutError(f"{what}={cut!r}: no shared module or node of that name; near: {', '.join(near)}")
         place = self.named[cut]
         if place in self.valid and place <= self.default:
             return place
         near = sorted(self.names, key=lambda name: abs(self.named[name] - place))[:4]
+        verb = "end" if what == "cut" else what
         where = "channels that are kept in place or bundled cross there"
         if place > self.default:
             where = "the models' own classifiers begin before it"
-        raise CutError(f"cut={cut!r}: the trunk cannot end there, {where}; near: {', '.join(near)}")
+        raise CutError(f"{what}={cut!r}: the trunk cannot {verb} there, {where}; near: {', '.join(near)}")
 
 
 def find_cuts(alignment: Alignment, spec: ChannelSpec) -> Cuts:
@@ -111,6 +115,18 @@ def find_cuts(alignment: Alignment, spec: ChannelSpec) -> Cuts:
     )
     default = max((place for place in valid if place <= end), default=valid[0])
     return Cuts(dict(_named(alignment.modules[0], number)), valid, default, layers)
+
+
+def crossing(alignment: Alignment, cut: int) -> tuple[int, ...]:
+    """Which of the shared nodes before ``cut`` are used after it in some model; ascending."""
+    found: set[int] = set()
+    for model, module in enumerate(alignment.modules):
+        number = {names[model]: i for i, names in enumerate(alignment.shared[:cut])}
+        own = learned(module)
+        for node in module.graph.nodes:
+            if node.name in number and node.name not in own and any(u.name not in number for u in node.users):
+                found.add(number[node.name])
+    return tuple(sorted(found))
 
 
 def _last_uses(alignment: Alignment) -> dict[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ def recalibrate(
     progress: bool = True,
     device: torch.device | str | None = None,
     max_batches: int | None = None,
+    skip: Sequence[str] = (),
 ) -> int:
     """Reset the statistics of every BatchNorm in a module to those of a loader; returns how many were reset.
 
@@ -59,12 +60,14 @@ def recalibrate(
         progress: Show a bar.
         device: Where inputs go; None: to where the module is.
         max_batches: Stop after so many batches.
+        skip: Submodules whose BatchNorms are left alone.
 
     Raises:
         CalibrationError: the loader is empty, a batch does not fit, or statistics are not finite (names the
         layer).
     """
-    layers = _find(module)
+    found = _find(module)
+    layers = {key: each for key, each in found.items() if not any(f"{each.name}.".startswith(f"{s}.") for s in skip)}
     if not layers:
         return 0
     with evaluating(module), _TrainStatistics(layers.values()):

@@ -35,7 +35,9 @@ from fxzip.passes._slots import Uses
 from fxzip.passes._targets import Targets
 from fxzip.passes._units import Unit, find_units
 from fxzip.passes.align import Alignment
-from fxzip.passes.split import Split, crossing
+from fxzip.passes.cut import crossing
+from fxzip.passes.split import Split
+from fxzip.passes.stems import STEM
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class RefitOptions:
 
 def refit(
     parts: Split, alignment: Alignment, spec: ChannelSpec, maps: Mapping[str, MergeMap], cut: int,
-    loader: Iterable[Any], options: RefitOptions | None = None, progress: bool = True,
+    loader: Iterable[Any], options: RefitOptions | None = None, progress: bool = True, start: int = 0,
 ) -> int:  # fmt: skip
     """Refit trunk and heads in place; returns how many layers were solved.
 
@@ -90,6 +92,7 @@ def refit(
         loader: The calibration images.
         options: See `RefitOptions`.
         progress: Show a bar.
+        start: How many of the shared nodes are the models' own stems.
     """
     options = options or RefitOptions()
     inputs = _read(loader, parts, options)
@@ -101,7 +104,9 @@ def refit(
     streams.append(Stream(parts.trunk, {}))
     feeds = [[_feed(parts.trunk, args, kwargs)] * len(streams) for args, kwargs in inputs]
     names = [alignment.shared[i][0] for i in cross]
-    trunk = _Refitter(streams, feeds, Targets(spec, maps), options, set(names))
+    early = {mine for mine, *_ in alignment.shared[:start]}
+    before = [node for node in alignment.modules[0].graph.nodes if node.name in early]
+    trunk = _Refitter(streams, feeds, Targets(spec, maps), options, set(names), before)
     trunk.run(progress, "refitting the trunk")
     solved = trunk.solved
     for model, head in enumerate(parts.heads):
@@ -151,6 +156,7 @@ class _Refitter:
     Attributes:
         merged: The network that is refitted, in place.
         target: What a node of it should give, from the parents' values.
+        before: The parents' nodes, by the first one's, that come before what is merged.
         solved: How many layers were solved for.
     """
 
@@ -161,10 +167,12 @@ class _Refitter:
         target: Target,
         options: RefitOptions,
         keep: set[str],
+        before: Sequence[fx.Node] = (),
     ) -> None:
         self.merged, self.target, self.options = streams[-1].module, target, options
         self.solved = 0
-        self.units = find_units(self.merged)
+        self.before = before
+        self.units = [unit for unit in find_units(self.merged) if STEM not in unit.root.meta]
         self.inner: dict[Unit, list[Pair]] = {}
         for pair in find_pairs(self.merged, self.units) if options.rounds else ():
             self.inner.setdefault(pair.outer, []).append(pair)
@@ -191,8 +199,13 @@ class _Refitter:
         roots = {unit.root: unit for unit in self.units}
         claimed = set().union(*(unit.claimed for unit in self.units))
         parents, merged = slice(0, -1), slice(-1, None)
+        early = {node.name for node in self.before}
+        yield from (Step(node, parents) for node in self.before)
         for node in self.merged.graph.nodes:
             if node.op == "output":
+                continue
+            if STEM in node.meta or node.name in early:
+                yield Step(node, merged)
                 continue
             yield Step(node, parents if node in claimed else slice(None))
             norm = None if node in claimed else find_norm(self.merged, node, uses)

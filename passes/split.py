@@ -19,34 +19,30 @@ from fxzip.channels import ChannelSpec
 from fxzip.loops import device_of
 from fxzip.matching import MergeMap
 from fxzip.passes.align import Alignment
-from fxzip.passes.cut import learned
+from fxzip.passes.cut import crossing, learned
 from fxzip.passes.fuse import Mixing, applied, fuse_parameter, sites_by_parameter
 from fxzip.passes.observe import writes_in_place
+from fxzip.passes.stems import Stems
 from fxzip.passes.untie import parameter_uses, untie
 from fxzip.rules import kind_of, target_of
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Trunk and heads; a head takes what the trunk gives."""
+    """Trunk and heads; a head takes what the trunk gives.
+
+    Attributes:
+        trunk: The trunk.
+        heads: The heads.
+        stems: The modules of the trunk that hold what is not merged (`fxzip.passes.stems`).
+    """
 
     trunk: fx.GraphModule
     heads: tuple[fx.GraphModule, ...]
+    stems: tuple[str, ...] = ()
 
 
-def crossing(alignment: Alignment, cut: int) -> tuple[int, ...]:
-    """Which of the shared nodes before ``cut`` are used after it in some model; ascending."""
-    found: set[int] = set()
-    for model, module in enumerate(alignment.modules):
-        number = {names[model]: i for i, names in enumerate(alignment.shared[:cut])}
-        own = learned(module)
-        for node in module.graph.nodes:
-            if node.name in number and node.name not in own and any(u.name not in number for u in node.users):
-                found.add(number[node.name])
-    return tuple(sorted(found))
-
-
-def split(alignment: Alignment, spec: ChannelSpec, maps: Mapping[str, MergeMap], cut: int) -> Split:
+def split(alignment: Alignment, spec: ChannelSpec, maps: Mapping[str, MergeMap], cut: int, start: int = 0) -> Split:
     """Build trunk and heads.
 
     Args:
@@ -54,25 +50,31 @@ def split(alignment: Alignment, spec: ChannelSpec, maps: Mapping[str, MergeMap],
         spec: The channel spaces of the first one.
         maps: The maps of the spaces that lie in the trunk.
         cut: How many of the shared nodes the trunk has.
+        start: How many of them come before anything is merged: each model keeps these as its stem.
     """
     cross = crossing(alignment, cut)
-    trunk = _trunk(alignment, cut, cross)
-    _write_fused(trunk, alignment, spec, maps, cut)
+    stems = Stems(alignment, spec, maps, start)
+    trunk = _trunk(alignment, stems, cut, cross)
+    _write_fused(trunk, alignment, spec, maps, cut, (*stems.prefixes, *stems.joins))
     heads = tuple(_head(alignment, spec, maps, cut, cross, model) for model in range(len(alignment.modules)))
-    return Split(trunk, heads)
+    return Split(trunk, heads, stems.prefixes)
 
 
-def _trunk(alignment: Alignment, cut: int, cross: Sequence[int]) -> fx.GraphModule:
+def _trunk(alignment: Alignment, stems: Stems, cut: int, cross: Sequence[int]) -> fx.GraphModule:
     module = alignment.modules[0]
-    keep = {names[0] for names in alignment.shared[:cut]}
+    early = {names[0] for names in alignment.shared[: stems.start]} - learned(module)
+    keep = {names[0] for names in alignment.shared[:cut]} - early
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.find_nodes(op="placeholder"):
+        copies[node] = graph.node_copy(node)
+    stems.insert(graph, copies)
     for node in module.graph.nodes:
-        if node.name in keep or node.op == "placeholder":
+        if node.name in keep and node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    by_name = {node.name: node for node in copies}
-    graph.output(tuple(copies[by_name[alignment.shared[i][0]]] for i in cross))
-    return _module(module, graph, "Trunk")
+    by_name = {node.name: copied for node, copied in copies.items()}
+    graph.output(tuple(by_name[alignment.shared[i][0]] for i in cross))
+    return _module(stems.root(), graph, "Trunk")
 
 
 def _module(root: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
@@ -85,9 +87,14 @@ def _module(root: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
 
 
 def _write_fused(
-    trunk: fx.GraphModule, alignment: Alignment, spec: ChannelSpec, maps: Mapping[str, MergeMap], cut: int
+    trunk: fx.GraphModule,
+    alignment: Alignment,
+    spec: ChannelSpec,
+    maps: Mapping[str, MergeMap],
+    cut: int,
+    unmerged: Sequence[str],
 ) -> None:
-    """Replace the trunk's parameters and buffers by the merged ones."""
+    """Replace the trunk's parameters and buffers by the merged ones, but for those of ``unmerged`` modules."""
     peers = paired_parameters(alignment, cut)
     states = [module.state_dict(keep_vars=True) for module in alignment.modules]
     sites = sites_by_parameter(spec, maps)
@@ -96,6 +103,8 @@ def _write_fused(
     done: set[int] = set()
     with torch.no_grad():
         for name, tensor in trunk.state_dict(keep_vars=True).items():
+            if any(f"{name}.".startswith(f"{target}.") for target in unmerged):
+                continue
             if id(tensor) in done:  # a tied parameter has several names, of which one has the sites
                 continue
             done.add(id(tensor))

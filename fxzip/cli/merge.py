@@ -26,6 +26,7 @@ def zip_models(
     ema: p.Ema = True,
     device: p.Device = "cpu",
     cut: p.Cut = None,
+    start: p.Start = None,
     method: p.Method = "zip",
     alpha: p.Alpha = None,
     beta: p.Beta = None,
@@ -71,7 +72,7 @@ class _Merge:
         named = {"alpha": given["alpha"], "beta": given["beta"], **shared.pairs(given["options"], "--option")}
         self.options = {key: value for key, value in named.items() if value is not None}
         self.model_args = shared.pairs(given["model_args"], "--model-arg")
-        self.cut = shared.share_or_name(given["cut"])
+        self.cut, self.start = (shared.share_or_name(given[key]) for key in ("cut", "start"))
         defaults = {key: getattr(RefitOptions, key) for key in ("ridge", "rounds", "images")}
         self.refit = {key: value if given[key] is None else given[key] for key, value in defaults.items()}
 
@@ -95,10 +96,11 @@ class _Merge:
         with shared.spinner("tracing and analysing", self.quiet):
             first = next(iter(loader))[0]
             prepared = fxzip.prepare(*models, example_inputs=first, names=names)
-            prepared.place(self.cut)
+            prepared.place(self.cut, self.start)
         prepared.observe(loader, points=given["points"], progress=not self.quiet)
         zipped = prepared.convert(
             cut=self.cut,
+            start=self.start,
             method=self.method,
             refit=given["refit"],
             **self.refit,

@@ -69,6 +69,13 @@ Cut = Annotated[
         "late as can be without.",
     ),
 ]
+Start = Annotated[
+    str | None,
+    _merging(
+        metavar="NAME",
+        help="Where merging starts: a module, or a share of the layers; what comes before is run for each network.",
+    ),
+]
 Method = Annotated[
     str,
     _merging(

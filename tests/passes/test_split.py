@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.passes import split as split_pass
+from fxzip.passes.cut import crossing
 from fxzip.passes.match import match_spaces
-from fxzip.passes.split import crossing, paired_parameters, split
+from fxzip.passes.split import paired_parameters, split
 from tests.nets import Net, Residual, chain, conv, pair, self_zip_errors
 from tests.oracles import TOLERANCE, call, difference, images, randomise
 

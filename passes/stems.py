@@ -1,0 +1,163 @@
+"""Stems: each model's own first layers, side by side in front of the trunk.
+
+What merging loses it mostly loses early, where one network's width computes what two did. Up to ``start`` each model
+keeps its own layers; what crosses there is merged as the spaces say, x = M [z_1; ...; z_N], and the trunk goes on from
+values without errors. The place is one where heads could begin (`fxzip.passes.cut`): there every tensor's channels lie
+along one axis.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxzip.channels import ChannelSpec
+from fxzip.loops import device_of
+from fxzip.matching import MergeMap
+from fxzip.passes.align import Alignment
+from fxzip.passes.cut import crossing
+from fxzip.passes.observe import writes_in_place
+
+STEM = "stem"
+"""Key of the meta of nodes that are not merged: the model whose stem they are in, or `JOINED`; begins their names."""
+JOINED = -1
+"""Where stems are joined."""
+
+
+@dataclass(eq=False)
+class Stems:
+    """The stems of all models in a graph that is being built.
+
+    Attributes:
+        alignment: The models.
+        spec: The channel spaces.
+        maps: The maps of the spaces that cross.
+        start: How many of the shared nodes they have.
+        joins: The matrices that join them, by the names of the trunk's buffers.
+    """
+
+    alignment: Alignment
+    spec: ChannelSpec
+    maps: Mapping[str, MergeMap]
+    start: int
+    joins: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def prefixes(self) -> tuple[str, ...]:
+        """The modules of the trunk that hold what is each stem's; none without stems."""
+        taken = dir(self.alignment.modules[0])
+        count = len(self.alignment.modules) if self.start else 0
+        return tuple(_free(f"{STEM}{model}", taken) for model in range(count))
+
+    def insert(self, graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> None:
+        """Append the stems, and what joins them.
+
+        Args:
+            graph: The trunk's.
+            copies: The trunk's nodes by the first model's; the placeholders are there, what crosses is added.
+        """
+        first = {node.name: node for node in self.alignment.modules[0].graph.nodes}
+        inputs = [copies.get(first[names[0]]) for names in self.alignment.shared[: self.start]]
+        stems = [self._stem(graph, model, inputs) for model in range(len(self.alignment.modules))]
+        for place in crossing(self.alignment, self.start):
+            node = first[self.alignment.shared[place][0]]
+            if node not in copies:
+                copies[node] = self._join(graph, node, [stem[place] for stem in stems])
+
+    def root(self) -> fx.GraphModule:
+        """A module where the nodes that were inserted, and those of the first model, find what they name."""
+        if not self.start:
+            return self.alignment.modules[0]
+        root = copy.copy(self.alignment.modules[0])
+        for prefix, module in zip(self.prefixes, self.alignment.modules, strict=True):
+            root.add_module(prefix, module)
+        for name, matrix in self.joins.items():
+            root.register_buffer(name, matrix)
+        return root
+
+    def _stem(self, graph: fx.Graph, model: int, inputs: Sequence[fx.Node | None]) -> dict[int, fx.Node]:
+        """One model's nodes, by their places."""
+        module = self.alignment.modules[model]
+        places = {names[model]: place for place, names in enumerate(self.alignment.shared[: self.start])}
+        mine = [node for node in module.graph.nodes if node.name in places]
+        in_place = any(writes_in_place(node, module) for node in mine)
+        found: dict[fx.Node, fx.Node] = {}
+        for node in mine:
+            given = inputs[places[node.name]] if node.op == "placeholder" else None
+            if given is None:
+                found[node] = self._copied(graph, node, model, found)
+            elif in_place and isinstance(node.meta.get("val"), Tensor):  # the other stems need it as it is
+                found[node] = graph.create_node("call_function", torch.clone, (given,), name=self._name(model, node))
+                found[node].meta = {**node.meta, STEM: model}
+            else:
+                found[node] = given
+        return {places[node.name]: new for node, new in found.items()}
+
+    def _copied(self, graph: fx.Graph, node: fx.Node, model: int, found: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        target: Any = node.target
+        if node.op in ("call_module", "get_attr"):
+            target = f"{self.prefixes[model]}.{node.target}"
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
+        new = graph.create_node(node.op, target, args, kwargs, name=self._name(model, node))
+        new.meta = {**node.meta, STEM: model}
+        return new
+
+    def _name(self, model: int, node: fx.Node) -> str:
+        """A name that no model has: by its name a node of the trunk is known as the models' own."""
+        taken = {n.name for module in self.alignment.modules for n in module.graph.nodes}
+        return _free(f"{STEM}{model}_{node.name}", taken)
+
+    def _join(self, graph: fx.Graph, node: fx.Node, values: Sequence[fx.Node]) -> fx.Node:
+        """M [z_1; ...; z_N] under the name of the first model's node; the mean where there are no channels."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return values[0]  # a size, or what is computed from sizes
+        matrix, axis = self._matrix(node.name)
+        if matrix is None:
+            total = values[0]
+            for other in values[1:]:
+                total = graph.call_function(torch.add, (total, other))
+            return self._named(graph, node, torch.mul, total, 1 / len(values))
+        name = _free(f"join_{node.name}", dir(self.alignment.modules[0]))
+        device, dtype = device_of(self.alignment.modules[0]), value.dtype
+        self.joins[name] = matrix.to(device, dtype)
+        last = axis in (-1, value.dim() - 1)
+        moved = [z if last else graph.call_function(torch.movedim, (z, axis, -1)) for z in values]
+        arguments = graph.call_function(torch.cat, (moved, -1)), graph.get_attr(name)
+        if last:
+            return self._named(graph, node, F.linear, *arguments)
+        return self._named(graph, node, torch.movedim, graph.call_function(F.linear, arguments), -1, axis)
+
+    @staticmethod
+    def _named(graph: fx.Graph, node: fx.Node, function: Any, *args: Any) -> fx.Node:
+        new = graph.create_node("call_function", function, args, name=node.name)
+        new.meta = {"val": node.meta["val"], STEM: JOINED}
+        return new
+
+    def _matrix(self, node: str) -> tuple[Tensor | None, int]:
+        """M of all models side by side for a node's channels, and their axis; None if it has none."""
+        located = [(space, axes, index) for space, axes, index in self.spec.locate(node) if axes]
+        if not located:
+            return None, 0
+        ((axis,),) = {axes for _, axes, _ in located}
+        size = max(factor.shape[axis] for factor in self.spec.layout.factors[node])
+        count = len(self.alignment.modules)
+        parts = [torch.eye(size, dtype=torch.float64) / count for _ in range(count)]
+        for space, _, index in located:
+            for model, part in enumerate(parts):
+                for copy_ in index.T if space.name in self.maps else ():
+                    part[copy_[:, None], copy_] = self.maps[space.name].part(model, "produce")
+        return torch.cat(parts, 1), axis
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name

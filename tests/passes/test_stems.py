@@ -1,0 +1,161 @@
+"""Stems: what comes before the start stays each model's own, and merging goes on from exact values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxzip
+from fxzip.errors import CutError
+from fxzip.passes._targets import Targets
+from fxzip.passes.cut import crossing
+from fxzip.passes.stems import STEM
+from tests.nets import Residual, pair, permuted_copy, untouched
+from tests.oracles import call, difference, images, randomise
+from tests.passes.test_split import CASES
+
+X = images(12, 8)
+
+
+class Recorder(fx.Interpreter):
+    """Keeps the value of every node."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.values[n.name] = result.clone() if isinstance(result, Tensor) else result
+        return result
+
+
+def values(module: fx.GraphModule, x: Tensor) -> dict[str, Any]:
+    recorder = Recorder(module)
+    with torch.no_grad():
+        recorder.run(x)
+    return recorder.values
+
+
+def prepared_pair(make: Callable[[], nn.Module] = Residual) -> tuple[list[nn.Module], fxzip.Prepared]:
+    models = pair(make, X)
+    return models, fxzip.prepare(*models, example_inputs=X[:2]).observe([X], progress=False)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_self_zip_is_exact_from_every_start(kind: str) -> None:
+    model = randomise(CASES[kind], X)
+    other = permuted_copy(model, X)
+    prepared = fxzip.prepare(model, other, example_inputs=X).observe([X], progress=False)
+    expected, tried = (call(model, X), call(other, X)), 0
+    for start in prepared.cuts:
+        try:
+            place = prepared.place(None, start)
+        except CutError:
+            continue
+        tried += place > 0
+        zipped = prepared.convert(start=start, method="permute", refit=False, reset_batch_norm=False, progress=False)
+        for wanted, out in zip(expected, call(zipped, X), strict=True):
+            assert difference(wanted, out) < 1e-8, start
+    assert tried
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("method", ["zip", "permute", "select", "cca"])
+def test_the_stems_are_the_models_own_and_are_joined_by_the_maps(method: str, refit: bool) -> None:
+    models, prepared = prepared_pair()
+    with untouched(*models):
+        zipped = prepared.convert(start="layer2", method=method, refit=refit, progress=False)
+    for model, own in enumerate(models):
+        stem = zipped.trunk.get_submodule(f"stem{model}")
+        for name, tensor in own.layer1.state_dict().items():
+            if not name.endswith("num_batches_tracked"):
+                assert torch.equal(tensor, stem.state_dict()[f"layer1.{name}"]), name
+    place = prepared.place("layer2")
+    chosen = {} if method != "zip" else {"alpha": 1.0, "beta": 1.0}
+    names = prepared._spaces_between(place, prepared.place(None))
+    maps = prepared._match(method, {**chosen, **({"gamma": 0.0} if method == "cca" else {})}, names)
+    joined = values(zipped.trunk, X)
+    parents = [values(module, X) for module in prepared.alignment.modules]
+    (number,) = crossing(prepared.alignment, place)
+    node = prepared.alignment.shared[number]
+    wanted = Targets(prepared.spec, maps)(node[0], [found[name] for found, name in zip(parents, node, strict=True)])
+    if method != "cca":
+        assert difference(wanted, joined[node[0]]) < 1e-10
+    assert joined[node[0]].shape == wanted.shape
+
+
+def test_a_later_start_keeps_more() -> None:
+    x = images(200, 8)
+    models = pair(Residual, x)
+    prepared = fxzip.prepare(*models, example_inputs=x[:2]).observe(x.split(50), progress=False)
+    errors, costs = [], []
+    for start in (None, "layer1", "layer2"):
+        zipped = prepared.convert(start=start, progress=False)
+        expected = torch.cat([call(model, x) for model in models], 1)
+        errors.append(float((torch.cat(call(zipped, x), 1) - expected).square().mean()))
+        costs.append(zipped.report.flops_after)
+        assert zipped.report.refitted > 0
+    assert errors[2] < errors[1] < errors[0]
+    assert costs[0] < costs[1] < costs[2] < 2 * zipped.report.before[0].flops
+
+
+def test_batch_norms_of_the_stems_are_not_reset() -> None:
+    _, prepared = prepared_pair()
+    counts = [prepared.convert(start=s, refit=False, progress=False).report.recalibrated for s in (None, "layer2")]
+    assert 0 < counts[1] < counts[0]
+
+
+def test_the_report_tells_of_the_start_and_it_is_saved_and_exported(tmp_path: Any) -> None:
+    models, x = [model.float() for model in pair(Residual, X)], X.float()
+    zipped = fxzip.zip(*models, [x], start="layer2", progress=False)
+    assert "merged from layer2 to fc" in str(zipped.report)
+    assert not [space for space in zipped.report.spaces if space.name.startswith("layer1.conv1")]
+    zipped.save(tmp_path / "merged")
+    loaded = fxzip.load(tmp_path / "merged")
+    assert loaded.report.start == "layer2"
+    for out, again in zip(call(zipped, x), call(loaded, x), strict=True):
+        assert torch.equal(out, again)
+    assert zipped.export(tmp_path / "merged.onnx").path.exists()
+
+
+def test_budgets_count_what_is_run_twice() -> None:
+    _, prepared = prepared_pair()
+    whole = prepared.convert(start="layer1", progress=False)
+    ratio = whole.report.flops_after / whole.report.before[0].flops
+    assert prepared.place(f"flops<={1.02 * ratio:.3f}x", "layer1") <= prepared.place(None)
+    with pytest.raises(CutError, match="cheapest costs"):
+        prepared.place(f"flops<={0.98 * ratio - 0.05:.3f}x", "layer1")
+    with pytest.raises(CutError, match=r"start=.flops<=1\.2x.: give the name"):
+        prepared.place(None, "flops<=1.2x")
+
+
+def test_starts_that_cannot_be_are_told() -> None:
+    models, prepared = prepared_pair()
+    with pytest.raises(CutError, match="start='layer7': no shared module"):
+        prepared.place(None, "layer7")
+    with pytest.raises(CutError, match="start='layer2': no layer is left to merge before the cut at layer2"):
+        prepared.place("layer2", "layer2")
+    with pytest.raises(CutError, match=r"start=1\.5: a share"):
+        fxzip.zip(*models, [X], start=1.5)
+
+
+def test_names_that_the_models_have_are_not_taken() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem0, self.join_relu, self.b = nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.b(self.join_relu(self.stem0(x))).relu().mean((2, 3)))
+
+    models, prepared = prepared_pair(Named)
+    zipped = prepared.convert(start="b", progress=False)
+    assert torch.equal(zipped.trunk.get_submodule("stem0_").stem0.weight, models[0].stem0.weight)
+    assert {node.meta[STEM] for node in zipped.trunk.graph.nodes if STEM in node.meta} >= {0, 1}
+    assert not zipped.report.layers[0].spaces
