@@ -3,7 +3,7 @@
     python -m benchmarks.ablations --data ../shared/data
 
 One thing is changed at a time, all else being the default of ``fxzip.zip``: α and β of the matcher, greedy against
-optimal assignment, the number of images, one merge point for each space or all, and the ridge of the refit. All
+optimal assignment, the number of images, one merge point for each space or all, and rounds and ridge of the refit. All
 merges are full zips; a merge that several tables need is made once. Figures go to
 benchmarks/results/ablations_SETTING.json as they come, so that a run can be taken up again; the tables that the docs
 show go to benchmarks/results/ablations.json.
@@ -45,6 +45,7 @@ class Merge:
         beta: Of the matcher ``zip``.
         refit: Whether layers are refitted.
         ridge: Of the refit.
+        rounds: Of the refit.
     """
 
     images: int = 1000
@@ -54,20 +55,22 @@ class Merge:
     beta: float | None = 1.0
     refit: bool = True
     ridge: float | None = RefitOptions.ridge
+    rounds: int | None = RefitOptions.rounds
 
     @property
     def plain(self) -> Merge:
         """The same without refit."""
-        return replace(self, refit=False, ridge=None)
+        return replace(self, refit=False, ridge=None, rounds=None)
 
 
-ENSEMBLE = Merge(0, "last", "ensemble", None, None, False, None)
+ENSEMBLE = Merge(0, "last", "ensemble", None, None, False, None, None)
 """No merge, for comparison."""
 Figure = tuple[Merge, str]
 """A merge, and which of its figures to show."""
 ALPHAS, BETAS = (0.0, 1e-4, 0.1, 0.5, 1.0), (0.0, 0.05, 0.5, 1.0)
-IMAGES = (50, 100, 250, 1000, 4000)
+IMAGES = (50, 100, 250, 1000, 4000, 10_000)
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+ROUNDS = (0, 1, 3, 5, 8)
 
 
 def zipped_by(alpha: float, beta: float) -> Merge:
@@ -111,6 +114,13 @@ TABLES: dict[str, dict[str, dict[str, Figure]]] = {
         for name, merge in (("zip", Merge()), ("permute", assigned_by("permute")))
         for points in ("last", "all")
     },
+    "Rounds of the refit": {
+        f"{rounds}": {
+            "with refit": (Merge(rounds=rounds), "average"),
+            "refit_s": (Merge(rounds=rounds), "seconds"),
+        }
+        for rounds in ROUNDS
+    },
     "Ridge of the refit": {f"{ridge:g}": {"with refit": (Merge(ridge=ridge), "average")} for ridge in RIDGES},
 }
 """Tables of rows of columns."""
@@ -141,7 +151,7 @@ def measure(
 
 def merged(prepared: fxzip.Prepared, wanted: Merge, test: Split) -> Row:
     """The figures of one merge; its seconds are without observing."""
-    given = {name: getattr(wanted, name) for name in ("method", "alpha", "beta", "refit", "ridge")}
+    given = {name: getattr(wanted, name) for name in ("method", "alpha", "beta", "refit", "ridge", "rounds")}
     zipped, _, seconds = timed_merge(prepared, **{name: value for name, value in given.items() if value is not None})
     correlation, _ = matched(zipped.report, [space.name for space in zipped.report.spaces])
     return {"seconds": seconds, "correlation": correlation, **accuracies(zipped, test, halves(PAIR))}
