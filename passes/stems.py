@@ -93,8 +93,9 @@ class Stems:
             given = inputs[places[node.name]] if node.op == "placeholder" else None
             if given is None:
                 found[node] = self._copied(graph, node, model, found)
-            elif in_place and isinstance(node.meta.get("val"), Tensor):  # the other stems need it as it is
-                found[node] = graph.create_node("call_function", torch.clone, (given,), name=self._name(model, node))
+            elif in_place and isinstance(node.meta["val"], Tensor):  # the other stems need it as it is
+                name = self._free_node(f"{STEM}{model}_{node.name}")
+                found[node] = graph.create_node("call_function", torch.clone, (given,), name=name)
                 found[node].meta = {**node.meta, STEM: model}
             else:
                 found[node] = given
@@ -105,40 +106,39 @@ class Stems:
         if node.op in ("call_module", "get_attr"):
             target = f"{self.prefixes[model]}.{node.target}"
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
-        new = graph.create_node(node.op, target, args, kwargs, name=self._name(model, node))
+        new = graph.create_node(node.op, target, args, kwargs, name=self._free_node(f"{STEM}{model}_{node.name}"))
         new.meta = {**node.meta, STEM: model}
         return new
 
-    def _name(self, model: int, node: fx.Node) -> str:
-        """A name that no model has: by its name a node of the trunk is known as the models' own."""
-        taken = {n.name for module in self.alignment.modules for n in module.graph.nodes}
-        return _free(f"{STEM}{model}_{node.name}", taken)
+    def _free_node(self, wanted: str) -> str:
+        """A name that no node of the models has: a node of the trunk that has one is known as theirs."""
+        return _free(wanted, {n.name for module in self.alignment.modules for n in module.graph.nodes})
 
     def _join(self, graph: fx.Graph, node: fx.Node, values: Sequence[fx.Node]) -> fx.Node:
         """M [z_1; ...; z_N] under the name of the first model's node; the mean where there are no channels."""
-        value = node.meta.get("val")
+        value = node.meta["val"]
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return values[0]  # a size, or what is computed from sizes
         matrix, axis = self._matrix(node.name)
         if matrix is None:
             total = values[0]
             for other in values[1:]:
-                total = graph.call_function(torch.add, (total, other))
-            return self._named(graph, node, torch.mul, total, 1 / len(values))
+                total = self._joined(graph, node, torch.add, total, other)
+            return self._joined(graph, node, torch.mul, total, 1 / len(values), last=True)
         name = _free(f"join_{node.name}", dir(self.alignment.modules[0]))
-        device, dtype = device_of(self.alignment.modules[0]), value.dtype
-        self.joins[name] = matrix.to(device, dtype)
-        last = axis in (-1, value.dim() - 1)
-        moved = [z if last else graph.call_function(torch.movedim, (z, axis, -1)) for z in values]
-        arguments = graph.call_function(torch.cat, (moved, -1)), graph.get_attr(name)
-        if last:
-            return self._named(graph, node, F.linear, *arguments)
-        return self._named(graph, node, torch.movedim, graph.call_function(F.linear, arguments), -1, axis)
+        self.joins[name] = matrix.to(device_of(self.alignment.modules[0]), value.dtype)
+        behind = axis == value.dim() - 1
+        moved = [z if behind else self._joined(graph, node, torch.movedim, z, axis, -1) for z in values]
+        stacked = self._joined(graph, node, torch.cat, moved, -1)
+        how = graph.create_node("get_attr", name, name=self._free_node(name))
+        mixed = self._joined(graph, node, F.linear, stacked, how, last=behind)
+        return mixed if behind else self._joined(graph, node, torch.movedim, mixed, -1, axis, last=True)
 
-    @staticmethod
-    def _named(graph: fx.Graph, node: fx.Node, function: Any, *args: Any) -> fx.Node:
-        new = graph.create_node("call_function", function, args, name=node.name)
-        new.meta = {"val": node.meta["val"], STEM: JOINED}
+    def _joined(self, graph: fx.Graph, node: fx.Node, function: Any, *args: Any, last: bool = False) -> fx.Node:
+        """A step of a join; the last one has the name of the first model's node."""
+        name = node.name if last else self._free_node(f"join_{node.name}_{function.__name__}")
+        new = graph.create_node("call_function", function, args, name=name)
+        new.meta = {STEM: JOINED} | ({"val": node.meta["val"]} if last else {})
         return new
 
     def _matrix(self, node: str) -> tuple[Tensor | None, int]:

@@ -8,17 +8,31 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import fxzip
 from fxzip.errors import CutError
 from fxzip.passes._targets import Targets
 from fxzip.passes.cut import crossing
 from fxzip.passes.stems import STEM
-from tests.nets import Residual, pair, permuted_copy, untouched
+from tests.nets import Net, Residual, conv, pair, permuted_copy, untouched
 from tests.oracles import call, difference, images, randomise
 from tests.passes.test_split import CASES
 
 X = images(12, 8)
+
+
+def cats(m: Net, x: Tensor) -> Tensor:
+    x = torch.cat([m.a(x), m.b(x)], 1).relu()
+    x = torch.cat([m.c(x).movedim(1, -1), m.d(x).movedim(1, -1)], -1).movedim(-1, 1)
+    return F.linear(F.linear(x.mean((2, 3)), m.e.weight).relu(), m.head.weight)
+
+
+KINDS = CASES | {
+    "the operations of a join": Net(
+        cats, a=conv(3, 4), b=conv(3, 4), c=conv(8, 4), d=conv(8, 4), e=nn.Linear(8, 6), head=nn.Linear(6, 3)
+    )
+}
 
 
 class Recorder(fx.Interpreter):
@@ -46,9 +60,10 @@ def prepared_pair(make: Callable[[], nn.Module] = Residual) -> tuple[list[nn.Mod
     return models, fxzip.prepare(*models, example_inputs=X[:2]).observe([X], progress=False)
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_a_self_zip_is_exact_from_every_start(kind: str) -> None:
-    model = randomise(CASES[kind], X)
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_self_zip_is_exact_from_every_start(kind: str, refit: bool) -> None:
+    model = randomise(KINDS[kind], X)
     other = permuted_copy(model, X)
     prepared = fxzip.prepare(model, other, example_inputs=X).observe([X], progress=False)
     expected, tried = (call(model, X), call(other, X)), 0
@@ -58,7 +73,7 @@ def test_a_self_zip_is_exact_from_every_start(kind: str) -> None:
         except CutError:
             continue
         tried += place > 0
-        zipped = prepared.convert(start=start, method="permute", refit=False, reset_batch_norm=False, progress=False)
+        zipped = prepared.convert(start=start, method="permute", refit=refit, reset_batch_norm=False, progress=False)
         for wanted, out in zip(expected, call(zipped, X), strict=True):
             assert difference(wanted, out) < 1e-8, start
     assert tried
