@@ -21,7 +21,7 @@ from fxzip.merged import ZippedModel
 from fxzip.moments import Moments
 from fxzip.outline import outline
 from fxzip.passes.align import Alignment
-from fxzip.passes.budget import cost_of_cuts, cut_within, parse_budget
+from fxzip.passes.budget import cost_of_cuts, cost_of_joins, cut_within, parse_budget
 from fxzip.passes.cut import Cut, Cuts, crossing
 from fxzip.passes.match import match_spaces
 from fxzip.passes.match_weights import match_by_weights
@@ -101,10 +101,16 @@ class Prepared:
         return cost_of_cuts(self.alignment, places, self.spec.example)
 
     def _costs_from(self, begin: int) -> dict[int, float]:
-        """What the cuts behind a start cost: what comes before it is run for each model."""
+        """What the cuts behind a start cost: what comes before it is run for each model, and then joined."""
         if not begin:
             return self._costs
         again = len(self.names) - cost_of_cuts(self.alignment, [begin], self.spec.example)[begin]
+        channels: dict[int, int] = {}
+        for place in crossing(self.alignment, begin):
+            name = self.alignment.shared[place][0]
+            for axis in {axes[0] for _, axes, _ in self.spec.locate(name) if axes}:
+                channels[place] = max(factor.shape[axis] for factor in self.spec.layout.factors[name])
+        again += cost_of_joins(self.alignment, channels, self.spec.example)
         return {place: cost + again for place, cost in self._costs.items() if place > begin}
 
     def _spaces_between(self, begin: int, place: int) -> set[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxzip.batches import with_batch_size
 from fxzip.errors import CutError
@@ -32,27 +32,34 @@ def parse_budget(cut: object) -> float | None:
 
 
 class _Counting(fx.Interpreter):
-    """Runs a graph and keeps the FLOPs of each node."""
+    """Runs a graph and keeps the FLOPs of each node, and how many elements its value has."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.flops: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         with flop_counter() as counter:
             result = super().run_node(n)
         self.flops[n.name] = int(counter.get_total_flops())
+        self.sizes[n.name] = result.numel() if isinstance(result, Tensor) else 0
         return result
 
 
-def flops_by_node(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, int]:
-    """The floating-point operations of each node for one example."""
+def _counted(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> _Counting:
+    """What each node costs and gives for one example."""
     args, kwargs = with_batch_size(*example, 1)
     names = [node.target for node in module.graph.find_nodes(op="placeholder")]
     counting = _Counting(module)
     with torch.no_grad():
         counting.run(*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
-    return counting.flops
+    return counting
+
+
+def flops_by_node(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, int]:
+    """The floating-point operations of each node for one example."""
+    return _counted(module, example).flops
 
 
 def cost_of_cuts(
@@ -70,6 +77,22 @@ def cost_of_cuts(
         saved.append(saved[-1] + sum(found[name] for found, name in zip(flops[1:], names[1:], strict=True)))
     total = sum(sum(found.values()) for found in flops)
     return {place: (total - saved[place]) / max(mean, 1) for place in places}
+
+
+def cost_of_joins(
+    alignment: Alignment, channels: Mapping[int, int], example: tuple[tuple[Any, ...], dict[str, Any]]
+) -> float:
+    """What it costs to join stems, in multiples of the mean network's FLOPs.
+
+    Args:
+        alignment: The traced models.
+        channels: How many channels there are in each of the shared nodes that are joined, by its place.
+        example: The inputs.
+    """
+    found = [_counted(module, example) for module in alignment.modules]
+    mean = sum(sum(each.flops.values()) for each in found) / len(found)
+    joined = sum(2 * len(found) * size * found[0].sizes[alignment.shared[i][0]] for i, size in channels.items())
+    return joined / max(mean, 1)
 
 
 def cut_within(costs: Mapping[int, float], budget: float) -> int:

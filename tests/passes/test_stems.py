@@ -138,13 +138,15 @@ def test_the_report_tells_of_the_start_and_it_is_saved_and_exported(tmp_path: An
     assert zipped.export(tmp_path / "merged.onnx").path.exists()
 
 
-def test_budgets_count_what_is_run_twice() -> None:
+def test_budgets_count_what_is_run_twice_and_what_joins() -> None:
     _, prepared = prepared_pair()
-    whole = prepared.convert(start="layer1", progress=False)
-    ratio = whole.report.flops_after / whole.report.before[0].flops
-    assert prepared.place(f"flops<={1.02 * ratio:.3f}x", "layer1") <= prepared.place(None)
+    for cut in ("layer2", None):
+        report = prepared.convert(start="layer1", cut=cut, refit=False, progress=False).report
+        cost = report.flops_after / report.before[0].flops
+        assert prepared._costs_from(prepared.place("layer1"))[prepared.place(cut)] == pytest.approx(cost, rel=1e-6)
+    assert prepared.place(f"flops<={cost + 1e-6}x", "layer1") <= prepared.place(None)
     with pytest.raises(CutError, match="cheapest costs"):
-        prepared.place(f"flops<={0.98 * ratio - 0.05:.3f}x", "layer1")
+        prepared.place(f"flops<={cost - 1e-3}x", "layer1")
     with pytest.raises(CutError, match=r"start=.flops<=1\.2x.: give the name"):
         prepared.place(None, "flops<=1.2x")
 
