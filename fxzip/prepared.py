@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +31,7 @@ from fxzip.passes.refit import RefitOptions
 from fxzip.passes.refit import refit as refit_parts
 from fxzip.passes.reuse import reuse_memory
 from fxzip.passes.split import paired_parameters, split
+from fxzip.passes.stems import joined_channels
 from fxzip.report import Cost, Report, SpaceRow
 from fxzip.sweep import Sweep, SweepRow, as_scores
 
@@ -66,33 +66,31 @@ class Prepared:
             CutError: The cut or the start is unknown or invalid, no cut meets the budget, or the layers between share
                 no channel space.
         """
-        budget, begin = parse_budget(cut), self._begin(start)
+        return self._span(cut, start)[1]
+
+    def _span(self, cut: Cut, start: Cut) -> tuple[int, int]:
+        """The places of what is merged: how many of the shared nodes come before it, and before its end."""
+        begin, budget = self._begin(start), parse_budget(cut)
         place = self._cuts.resolve(cut) if budget is None else cut_within(self._costs_from(begin), budget)
         layers = any(begin <= layer < place for layer in self._cuts.layers)
-        if cut is None and not any(layer < place for layer in self._cuts.layers):
-            why = self.alignment.parting or "their classifiers come first"
-            raise CutError(f"no layer comes before the place where the heads begin: {why}")
         if begin and not layers:
             raise CutError(f"start={start!r}: no layer is left to merge before the cut at {self._name_of(place)}")
+        if cut is None and not layers:
+            why = self.alignment.parting or "their classifiers come first"
+            raise CutError(f"no layer comes before the place where the heads begin: {why}")
         if layers and not self._spaces_between(begin, place):
             frozen = "; ".join(f"{f.name}: {f.reason}" for f in self.spec.frozen[:3])
             raise CutError(f"cut={cut!r}: the layers before it share no channel space that can be merged; {frozen}")
-        return place
+        return begin, place
 
     def _begin(self, start: Cut) -> int:
-        """The number of shared nodes that come before what is merged.
-
-        Raises:
-            CutError: The start is unknown or invalid.
-        """
+        """The number of shared nodes that come before what is merged."""
         if start is None:
             return 0
         if parse_budget(start) is not None:
             raise CutError(f"start={start!r}: give the name of a module or node, or a share of the layers")
         begin = self._cuts.resolve(start, "start")
-        for name in (self.alignment.shared[i][0] for i in crossing(self.alignment, begin)):
-            if len({axes for _, axes, _ in self.spec.locate(name) if axes}) > 1:
-                raise CutError(f"start={start!r}: channels lie along several axes of {name}, which crosses there")
+        joined_channels(self.alignment, self.spec, begin)  # raises where stems cannot be joined
         return begin
 
     @cached_property
@@ -104,13 +102,8 @@ class Prepared:
         """What the cuts behind a start cost: what comes before it is run for each model, and then joined."""
         if not begin:
             return self._costs
-        again = len(self.names) - cost_of_cuts(self.alignment, [begin], self.spec.example)[begin]
-        channels: dict[int, int] = {}
-        for place in crossing(self.alignment, begin):
-            name = self.alignment.shared[place][0]
-            for axis in {axes[0] for _, axes, _ in self.spec.locate(name) if axes}:
-                channels[place] = max(factor.shape[axis] for factor in self.spec.layout.factors[name])
-        again += cost_of_joins(self.alignment, channels, self.spec.example)
+        again = len(self.names) - self._costs[begin]
+        again += cost_of_joins(self.alignment, joined_channels(self.alignment, self.spec, begin), self.spec.example)
         return {place: cost + again for place, cost in self._costs.items() if place > begin}
 
     def _spaces_between(self, begin: int, place: int) -> set[str]:
@@ -175,7 +168,7 @@ class Prepared:
         """
         chosen = check_method(method, {"alpha": alpha, "beta": beta, **others}, len(self.names))
         options = RefitOptions(ridge=ridge, rounds=rounds, images=images)
-        place, begin = self.place(cut, start), self._begin(start)
+        begin, place = self._span(cut, start)
         if self._loader is None:
             raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")
         maps = self._match(method, chosen, self._spaces_between(begin, place))
@@ -187,8 +180,8 @@ class Prepared:
                 parts, self.alignment, self.spec, maps, place, self._loader, options, progress, begin
             )
         heads = dict(zip(self.names, parts.heads, strict=True))
-        report = self._report(parts.trunk, heads, maps, place, cut, method, chosen, refitted)
-        report = replace(report, start=self._shown(start, begin) if begin else None)
+        where = self._shown(cut, place), self._shown(start, begin) if begin else None
+        report = self._report(parts.trunk, heads, maps, where, method, chosen, refitted)
         example = with_batch_size(*to_device(*self.spec.example, "cpu"), 2)
         zipped = ZippedModel(parts.trunk, heads, report, example).eval()
         if reset_batch_norm and merged and not refit:
@@ -251,8 +244,8 @@ class Prepared:
         return match_by_weights(self.spec, states, names, seen, gamma)
 
     def _report(
-        self, trunk: fx.GraphModule, heads: Mapping[str, fx.GraphModule], maps: Mapping[str, MergeMap], place: int,
-        cut: Cut, method: str, chosen: Mapping[str, float], refitted: int,
+        self, trunk: fx.GraphModule, heads: Mapping[str, fx.GraphModule], maps: Mapping[str, MergeMap],
+        where: tuple[str, str | None], method: str, chosen: Mapping[str, float], refitted: int,
     ) -> Report:  # fmt: skip
         args, kwargs = with_batch_size(*self.spec.example, 1)
         trunk_cost, crossing = measure_cost(trunk, args, kwargs)
@@ -260,7 +253,8 @@ class Prepared:
         return Report(
             names=self.names,
             method=f"{method}({shown})" if shown else method,
-            cut=self._shown(cut, place),
+            cut=where[0],
+            start=where[1],
             traced_by=tuple(str(module.meta.get("traced_by")) for module in self.alignment.modules),
             parting=self.alignment.parting,
             spaces=tuple(self._row(name, maps[name]) for name in (s.name for s in self.spec.spaces) if name in maps),

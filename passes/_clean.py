@@ -75,6 +75,11 @@ def attribute(module: nn.Module, target: str) -> Any:
     return operator.attrgetter(target)(module)
 
 
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a qualified name is one of these modules, or of something in one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+
+
 def drop_unused(module: fx.GraphModule, names: Iterable[str]) -> None:
     """Forget those of the named parameters that no node uses, so that they are neither counted nor saved."""
     used = {str(n.target) for n in module.graph.find_nodes(op="get_attr")}

@@ -110,6 +110,32 @@ def _applied_in_rows(tensor: Tensor, axis: int, index: Tensor, rows: Tensor, mat
     return result
 
 
+def along_axes(
+    spec: ChannelSpec, maps: Mapping[str, MergeMap], node: str, model: int, role: Role, others: float = 1.0
+) -> dict[int, Tensor]:
+    """How one model's channels in a node's output are mixed: a matrix for each axis where there are some, float64.
+
+    Args:
+        spec: The channel spaces.
+        maps: The maps of those that are merged.
+        node: The node, by the first model's name; no space of it lies along several axes at once.
+        model: The model.
+        role: ``produce`` for M_p, (merged positions, the model's); ``contract`` for U_p, (the model's, merged ones).
+        others: What positions are multiplied by that are in no merged space.
+    """
+    found: dict[int, Tensor] = {}
+    for space, axes, index in spec.locate(node):
+        if space.name not in maps or space.size == 1:
+            continue
+        (axis,) = axes
+        size = max(factor.shape[axis] for factor in spec.layout.factors[node])
+        matrix = found.setdefault(axis, others * torch.eye(size, dtype=torch.float64))
+        part = maps[space.name].part(model, role)
+        for copy in index.T:
+            matrix[copy[:, None], copy] = part if role == "produce" else part.T
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Mixing:
     """A matrix (size × channels) applied to the rows of a tensor: M_p or U_pᵀ of one model.

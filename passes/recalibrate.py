@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxzip.errors import CalibrationError
 from fxzip.loops import device_of, evaluating, feed
+from fxzip.passes._clean import is_within
 
 _NATIVE = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
 _EVAL = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
@@ -66,8 +67,7 @@ def recalibrate(
         CalibrationError: the loader is empty, a batch does not fit, or statistics are not finite (names the
         layer).
     """
-    found = _find(module)
-    layers = {key: each for key, each in found.items() if not any(f"{each.name}.".startswith(f"{s}.") for s in skip)}
+    layers = {key: layer for key, layer in _find(module).items() if not is_within(layer.name, skip)}
     if not layers:
         return 0
     with evaluating(module), _TrainStatistics(layers.values()):

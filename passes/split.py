@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,10 @@ from torch import Tensor, fx, nn
 from fxzip.channels import ChannelSpec
 from fxzip.loops import device_of
 from fxzip.matching import MergeMap
+from fxzip.passes._clean import is_within
 from fxzip.passes.align import Alignment
 from fxzip.passes.cut import crossing, learned
-from fxzip.passes.fuse import Mixing, applied, fuse_parameter, sites_by_parameter
+from fxzip.passes.fuse import Mixing, along_axes, applied, fuse_parameter, sites_by_parameter
 from fxzip.passes.observe import writes_in_place
 from fxzip.passes.stems import Stems
 from fxzip.passes.untie import parameter_uses, untie
@@ -103,7 +105,7 @@ def _write_fused(
     done: set[int] = set()
     with torch.no_grad():
         for name, tensor in trunk.state_dict(keep_vars=True).items():
-            if any(f"{name}.".startswith(f"{target}.") for target in unmerged):
+            if is_within(name, unmerged):
                 continue
             if id(tensor) in done:  # a tied parameter has several names, of which one has the sites
                 continue
@@ -155,7 +157,9 @@ def _head(
     for i in cross:
         source = old[alignment.shared[i][model]]
         if in_place and alignment.shared[i][0] in spec.layout.factors:  # the other heads need it as it is
-            copies[source] = graph.call_function(torch.clone, (copies[source],))
+            copies[source] = graph.create_node(
+                "call_function", torch.clone, (copies[source],), name=f"{source.name}_own"
+            )
         unmerge = Unmerge.of(spec, maps, alignment.shared[i][0], model)
         found = foldable(alignment, spec, maps, cut, i, model) if unmerge.moves else []
         if found is None:
@@ -193,17 +197,8 @@ class Unmerge:
     @classmethod
     def of(cls, spec: ChannelSpec, maps: Mapping[str, MergeMap], node: str, model: int) -> Unmerge:
         """From the maps of the spaces that the tensor holds."""
-        by_axis: dict[int, Tensor] = {}
-        for space, axes, index in spec.locate(node):
-            if space.name not in maps or space.size == 1:
-                continue
-            (axis,) = axes
-            size = max(f.shape[axis] for f in spec.layout.factors[node])
-            matrix = by_axis.setdefault(axis, torch.eye(size, dtype=torch.float64))
-            part = maps[space.name].part(model, "contract").T
-            for copy_ in index.T:
-                matrix[copy_[:, None], copy_] = part
-        return cls(node, tuple((axis, _as_gather(matrix)) for axis, matrix in by_axis.items()))
+        steps = along_axes(spec, maps, node, model, "contract").items()
+        return cls(node, tuple((axis, _as_gather(matrix)) for axis, matrix in steps))
 
     @property
     def moves(self) -> bool:
@@ -215,13 +210,18 @@ class Unmerge:
         for axis, how in self.steps:
             name = f"unmerge_{self.node}" if len(self.steps) == 1 else f"unmerge_{self.node}_{axis}"
             buffers[name] = how
+
+            # Names of its own: nodes of a head that have the model's names are known as the model's.
+            def call(function: Any, *args: Any, called: str = name) -> fx.Node:
+                return graph.create_node("call_function", function, args, name=called)
+
+            buffer = graph.get_attr(name)
             if how.dim() == 1:
-                select = (node, axis, graph.get_attr(name))
-                node = graph.create_node("call_function", torch.index_select, select, name=f"{name}_gather")
+                node = call(torch.index_select, node, axis, buffer, called=f"{name}_gather")
             else:
-                last = graph.call_function(torch.movedim, (node, axis, -1))
-                mixed = graph.call_function(F.linear, (last, graph.get_attr(name)))
-                node = graph.create_node("call_function", torch.movedim, (mixed, -1, axis), name=f"{name}_mix")
+                last = call(torch.movedim, node, axis, -1, called=f"{name}_last")
+                mixed = call(F.linear, last, buffer, called=f"{name}_linear")
+                node = call(torch.movedim, mixed, -1, axis, called=f"{name}_mix")
         return node
 
 

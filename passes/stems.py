@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxzip.channels import ChannelSpec
+from fxzip.errors import CutError
 from fxzip.loops import device_of
 from fxzip.matching import MergeMap
 from fxzip.passes.align import Alignment
 from fxzip.passes.cut import crossing
+from fxzip.passes.fuse import along_axes
 from fxzip.passes.observe import writes_in_place
 
 STEM = "stem"
@@ -119,12 +121,15 @@ class Stems:
         value = node.meta["val"]
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return values[0]  # a size, or what is computed from sizes
-        matrix, axis = self._matrix(node.name)
-        if matrix is None:
+        count = len(values)
+        parts = [along_axes(self.spec, self.maps, node.name, k, "produce", 1 / count) for k in range(count)]
+        if not parts[0]:
             total = values[0]
             for other in values[1:]:
                 total = self._joined(graph, node, torch.add, total, other)
-            return self._joined(graph, node, torch.mul, total, 1 / len(values), last=True)
+            return self._joined(graph, node, torch.mul, total, 1 / count, last=True)
+        (axis,) = parts[0]
+        matrix = torch.cat([part[axis] for part in parts], 1)
         name = _free(f"join_{node.name}", dir(self.alignment.modules[0]))
         self.joins[name] = matrix.to(device_of(self.alignment.modules[0]), value.dtype)
         behind = axis == value.dim() - 1
@@ -141,20 +146,25 @@ class Stems:
         new.meta = {STEM: JOINED} | ({"val": node.meta["val"]} if last else {})
         return new
 
-    def _matrix(self, node: str) -> tuple[Tensor | None, int]:
-        """M of all models side by side for a node's channels, and their axis; None if it has none."""
-        located = [(space, axes, index) for space, axes, index in self.spec.locate(node) if axes]
-        if not located:
-            return None, 0
-        ((axis,),) = {axes for _, axes, _ in located}
-        size = max(factor.shape[axis] for factor in self.spec.layout.factors[node])
-        count = len(self.alignment.modules)
-        parts = [torch.eye(size, dtype=torch.float64) / count for _ in range(count)]
-        for space, _, index in located:
-            for model, part in enumerate(parts):
-                for copy_ in index.T if space.name in self.maps else ():
-                    part[copy_[:, None], copy_] = self.maps[space.name].part(model, "produce")
-        return torch.cat(parts, 1), axis
+
+def joined_channels(alignment: Alignment, spec: ChannelSpec, start: int) -> dict[int, int]:
+    """How many positions there are along the channels' axis of each tensor with channels that crosses at a start.
+
+    Returns:
+        By the places of the shared nodes.
+
+    Raises:
+        CutError: A tensor has channels along several axes (a Mixer's tokens and channels): one matrix cannot join it.
+    """
+    found: dict[int, int] = {}
+    for place in crossing(alignment, start):
+        node = alignment.shared[place][0]
+        axes = {axis for _, axes, _ in spec.locate(node) for axis in axes}
+        if len(axes) > 1:
+            raise CutError(f"start: {node} crosses there, and has channels along {len(axes)} axes; start elsewhere")
+        for axis in axes:
+            found[place] = max(factor.shape[axis] for factor in spec.layout.factors[node])
+    return found
 
 
 def _free(name: str, taken: Collection[str]) -> str:

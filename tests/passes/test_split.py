@@ -226,3 +226,23 @@ def test_parameters_are_paired_by_their_nodes(prepared: fxzip.Prepared) -> None:
     zipped = pairs.convert(cut="layer2", method="permute", progress=False)
     assert "heads.task0.fc.weight" in zipped.state_dict()
     assert "heads.task1.backbone.fc.weight" in zipped.state_dict()
+
+
+def unmerged(m: Net, x: Tensor) -> Tensor:
+    x = F.relu(m.a(x)).movedim(1, -1)
+    x = F.relu(F.linear(x.clone() * x.clone(), m.b.weight)).movedim(-1, 1)
+    x.add_(1)
+    return F.linear(F.relu(x).mean((2, 3)), m.head.weight)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_heads_keep_the_names_of_the_models_nodes(refit: bool) -> None:
+    models = pair(lambda: Net(unmerged, a=conv(3, 8), b=nn.Linear(8, 6), head=nn.Linear(6, 4)), X)
+    prepared = fxzip.prepare(*models, example_inputs=X).observe([X], progress=False)
+    names = {node.name for node in prepared.alignment.modules[0].graph.nodes}
+    assert {"movedim", "linear", "clone"} <= names
+    for method in ("select", "permute"):  # a dense unmerge, and a gather
+        zipped = prepared.convert(cut="relu", method=method, refit=refit, reset_batch_norm=False, progress=False)
+        for head in zipped.heads.values():
+            own = {node.name for node in head.graph.nodes}
+            assert {"movedim", "linear", "clone", "clone_1"} <= own, own
