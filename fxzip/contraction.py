@@ -185,8 +185,7 @@ class Contraction:
 
     def products(self, x: Tensor, t: Tensor) -> Tensor:
         """Σ t xᵀ over all samples of a value of the input and one of the output: (groups, o, d)."""
-        # cuDNN would round to TF32
-        if self.window is None or x.is_cuda:
+        if self.window is None or x.is_cuda:  # cuDNN would round what it multiplies to TF32
             return self.rows(t) @ self.columns(x).mT
         return self.window.products(x, t)
 

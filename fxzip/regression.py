@@ -31,9 +31,9 @@ class Residuals:
     def add(self, count: int, products: Tensor, left: Tensor, inputs: Tensor) -> None:
         """Add the sums over so many samples."""
         self.count += count
-        self.products = products + self.products.to(products.device)
-        self.left = left + self.left.to(left.device)
-        self.inputs = inputs + self.inputs.to(inputs.device)
+        self.products = self.products + products
+        self.left = self.left + left
+        self.inputs = self.inputs + inputs
 
 
 class Regression:

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 
 from fxzip.errors import CalibrationError
 from fxzip.passes._lockstep import Batch, LockStep, Stream
+from fxzip.passes._pairs import Pair
 from fxzip.passes._units import Unit
-from fxzip.passes.observe import writes_in_place
 from fxzip.regression import Regression, Residuals
 
 STEPS = (2.0, 1.0, 0.5, 0.25)
@@ -65,55 +65,6 @@ class Fit:
     sizes: list[int]
     weights: Tensor
     bias: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """Two units in a row.
-
-    Attributes:
-        inner: The unit whose value only the outer one uses.
-        outer: The unit that it is for.
-        path: The nodes from the inner root (which is left out) to the outer root, and all that the outer unit claims.
-    """
-
-    inner: Unit
-    outer: Unit
-    path: tuple[fx.Node, ...]
-
-    @property
-    def reads(self) -> set[fx.Node]:
-        """The nodes outside whose values the two are computed from."""
-        mine = {*self.path, *self.inner.claimed}
-        return {source for node in mine for source in node.all_input_nodes if source not in mine}
-
-
-def find_pairs(module: fx.GraphModule, units: Iterable[Unit]) -> list[Pair]:
-    """The units whose values go to one other unit only, each with that one."""
-    owner = {node: unit for unit in units for node in unit.claimed}
-    found = (_pair(module, unit, owner) for unit in dict.fromkeys(owner.values()))
-    return [pair for pair in found if pair is not None]
-
-
-def _pair(module: fx.GraphModule, inner: Unit, owner: dict[fx.Node, Unit]) -> Pair | None:
-    outer: Unit | None = None
-    path: set[fx.Node] = set()
-    pending = list(inner.root.users)
-    while pending:
-        node = pending.pop()
-        if node in path:
-            continue
-        here = owner.get(node)
-        if node.op == "output" or (here is not None and outer not in (None, here)):
-            return None
-        path.add(node)
-        outer = here or outer
-        if here is None or node is not here.root:
-            pending += node.users
-    if outer is None or any(writes_in_place(node, module) for node in path):  # the path is run many times
-        return None
-    path |= outer.claimed
-    return Pair(inner, outer, tuple(node for node in module.graph.nodes if node in path))
 
 
 class Fitter:
@@ -293,7 +244,7 @@ class Fitter:
                 probed = _pulled_back(has, value, probe * (left != 0))
                 assert probed is not None
                 rows = _precise(contraction.rows(probed, self._draw(pair.inner, probed)))
-                curvature = (rows @ rows.mT).double() + curvature.to(rows.device)
+                curvature = curvature + (rows @ rows.mT).double()
                 probes += rows.shape[2]
         return starts, residuals, curvature / probes
 

@@ -28,9 +28,10 @@ from fxzip.errors import CalibrationError, OptionError
 from fxzip.loops import batches, counted, device_of
 from fxzip.matching import MergeMap
 from fxzip.passes._clean import drop_unused
-from fxzip.passes._fitting import Fit, Fitter, Pair, Target, find_pairs
+from fxzip.passes._fitting import Fit, Fitter, Target
 from fxzip.passes._lockstep import LockStep, Step, Stream
 from fxzip.passes._norms import Norm, find_norm
+from fxzip.passes._pairs import Pair, find_pairs
 from fxzip.passes._slots import Uses
 from fxzip.passes._targets import Targets
 from fxzip.passes._units import Unit, find_units

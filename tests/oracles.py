@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fxzip
@@ -182,3 +182,18 @@ def self_zip_errors(model: nn.Module, x: Tensor, spec: ChannelSpec) -> dict[str,
         found[name] = max(difference(a, b) for a, b in zip(expected, outputs, strict=True))
         del zipped
     return found
+
+
+def recorded(module: fx.GraphModule, *args: Any) -> dict[str, Any]:
+    """What each node of a graph gives, by name; copies, since a later node may write into it."""
+    values: dict[str, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            values[n.name] = result.clone() if isinstance(result, Tensor) else result
+            return result
+
+    with torch.no_grad():
+        Recorder(module).run(*args)
+    return values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,12 +11,12 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.passes import _fitting
-from fxzip.passes._fitting import find_pairs
+from fxzip.passes._pairs import find_pairs
 from fxzip.passes._units import find_units
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.trace import trace
 from tests.nets import Net, Residual, conv, pair
-from tests.oracles import call, images
+from tests.oracles import call, images, recorded
 
 X = images(32, 12)
 
@@ -61,33 +60,20 @@ def rectified(m: Net, x: Tensor) -> Tensor:
     return m.head(m.b(m.a(x).relu()).relu().mean((2, 3)))
 
 
-class _Recorder(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        self.env[n] = super().run_node(n)
-        return self.env[n]
-
-
-def value_at(module: fx.GraphModule, name: str) -> Tensor:
-    recorder = _Recorder(module, garbage_collect_values=False)
-    with torch.no_grad():
-        recorder.run(X)
-    return next(value for node, value in recorder.env.items() if node.name == name)  # type: ignore[no-any-return]
-
-
 def test_before_a_relu_only_errors_that_come_through_count(monkeypatch: pytest.MonkeyPatch) -> None:
     def make() -> Net:
         return Net(rectified, a=conv(3, 6), b=conv(6, 8), head=nn.Linear(8, 4))
 
     models = pair(make, X)
     for model in models:
-        model.b.bias.data -= value_at(fx.symbolic_trace(model), "b").std((0, 2, 3))  # so that most is below 0
+        model.b.bias.data -= recorded(fx.symbolic_trace(model), X)["b"].std((0, 2, 3))  # so that most is below 0
     prepared = fxzip.prepare(*models, example_inputs=X[:2]).observe([X], progress=False)
-    wanted = sum(value_at(module, "relu_1") for module in prepared.alignment.modules) / 2
+    wanted = sum(recorded(module, X)["relu_1"] for module in prepared.alignment.modules) / 2
 
     def error(times: int) -> float:
         monkeypatch.setattr(_fitting, "ONE_SIDED", times)
         trunk = prepared.convert(method="average", rounds=0, progress=False).trunk
-        return float((value_at(trunk, "relu_1") - wanted).square().mean())
+        return float((recorded(trunk, X)["relu_1"] - wanted).square().mean())
 
     linear, twice = error(0), error(2)
     assert twice < 0.98 * linear
@@ -103,11 +89,11 @@ def test_units_in_a_row_are_solved_for_what_the_last_one_gives(kind: Callable[[N
         return Net(kind, embed=nn.Conv2d(3, 8, 4, 4), norm=nn.LayerNorm(8), head=nn.Linear(8, 3), **parts)
 
     prepared = fxzip.prepare(*pair(make, X), example_inputs=X[:2]).observe([X], progress=False)
-    wanted = sum(value_at(module, "add") for module in prepared.alignment.modules) / 2
+    wanted = sum(recorded(module, X)["add"] for module in prepared.alignment.modules) / 2
 
     def error(rounds: int) -> float:
         trunk = prepared.convert(method="average", rounds=rounds, progress=False).trunk
-        return float((value_at(trunk, "add") - wanted).square().mean())
+        return float((recorded(trunk, X)["add"] - wanted).square().mean())
 
     assert error(3) < 0.98 * error(0)
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import fxzip
 from fxzip import regression
-from fxzip.passes._fitting import Fit, Fitter, Pair
+from fxzip.passes._fitting import Fit, Fitter
+from fxzip.passes._pairs import Pair
 from fxzip.passes._units import Unit, find_units
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.refit import RefitOptions

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.func import functional_call, jacfwd
 from torch.nn import functional as F
 
@@ -17,7 +17,7 @@ from fxzip.passes._units import find_units
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.trace import trace
 from tests.nets import Net, pair, permuted_copy
-from tests.oracles import call, difference, randomise
+from tests.oracles import call, difference, randomise, recorded
 
 IN, OUT = 8, 6
 SIZES = {0: (5,), 1: (12,), 2: (8, 8), 3: (4, 4, 4)}  # of the inputs by dimensions; tokens for none
@@ -108,20 +108,6 @@ def solved_layer(model: nn.Module, x: Tensor) -> tuple[Any, Layer]:
     layers = [layer for unit in find_units(module) for layer in unit.layers]
     (found,) = (layer for layer in layers if layer.weight == "layer.weight")
     return module, found
-
-
-def recorded(module: Any, x: Tensor) -> dict[str, Any]:
-    """The value of every node."""
-    values: dict[str, Any] = {}
-
-    class Recorded(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            values[n.name] = super().run_node(n)
-            return values[n.name]
-
-    with torch.no_grad():
-        Recorded(module).run(x)
-    return values
 
 
 @every_kind

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 import fxzip
 from fxzip.regression import scale_and_shift
 from tests.nets import Net, pair, permuted_copy
-from tests.oracles import call, difference, randomise
-from tests.passes.test_refit_layers import recorded
+from tests.oracles import call, difference, randomise, recorded
 
 WIDTH = 8
 
