@@ -26,22 +26,11 @@ Loader = Iterable[Any]
 
 
 def zip(
-    *models: Any,
-    loader: Loader | None = None,
-    cut: Cut = None,
-    start: Cut = None,
-    method: str = "zip",
-    alpha: float | None = None,
-    beta: float | None = None,
-    names: Iterable[str] | None = None,
-    points: Which = "last",
-    refit: bool = True,
-    ridge: float = RefitOptions.ridge,
-    rounds: int = RefitOptions.rounds,
-    images: int = RefitOptions.images,
-    progress: bool = True,
-    **others: Any,
-) -> ZippedModel:
+    *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, method: str = "zip",
+    alpha: float | None = None, beta: float | None = None, names: Iterable[str] | None = None, points: Which = "last",
+    refit: bool = True, ridge: float = RefitOptions.ridge, rounds: int = RefitOptions.rounds,
+    images: int = RefitOptions.images, progress: bool = True, **others: Any,
+) -> ZippedModel:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
         zipped = fxzip.zip(model_a, model_b, loader)
@@ -84,18 +73,9 @@ def zip(
     prepared.place(cut, start)
     prepared.observe(loader, points=points, progress=progress)
     return prepared.convert(
-        cut=cut,
-        start=start,
-        method=method,
-        alpha=alpha,
-        beta=beta,
-        refit=refit,
-        ridge=ridge,
-        rounds=rounds,
-        images=images,
-        progress=progress,
-        **others,
-    )
+        cut=cut, start=start, method=method, alpha=alpha, beta=beta, refit=refit, ridge=ridge, rounds=rounds,
+        images=images, progress=progress, **others,
+    )  # fmt: skip
 
 
 def prepare(*models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None) -> Prepared:
