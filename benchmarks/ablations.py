@@ -26,7 +26,7 @@ from benchmarks.data import Split, load_cifar10
 from benchmarks.pairs import Setting, calibration, halves, models
 from benchmarks.runs import RESULTS, Kept, Row, command_line, facts, shown, timed_merge, write
 from fxzip.passes.refit import RefitOptions
-from fxzip.style import matched
+from fxzip.views.style import matched
 
 PAIR = 0
 DIGITS = {"average": 1, "correlation": 3, "seconds": 0}

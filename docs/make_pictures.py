@@ -13,8 +13,8 @@ sys.path.insert(0, str(HERE / "examples"))
 from digits import HALVES, digit_net, digits, fit, joint, loader
 
 import fxzip
-from fxzip.page.charts import charts_of
-from fxzip.page.facts import Facts
+from fxzip.views.page.charts import charts_of
+from fxzip.views.page.facts import Facts
 
 CUTS = ["layer1", "layer2", "layer3", None]
 METHODS = [

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fxzip.data.loops import counted, device_of, evaluating
 from fxzip.errors import CalibrationError
-from fxzip.loops import counted, device_of, evaluating
 from fxzip.merged import ZippedModel
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from fxzip.batches import model_inputs, to_device
 from fxzip.channels import ChannelSpec
+from fxzip.data.batches import model_inputs, to_device
+from fxzip.data.loaders import as_one_loader
+from fxzip.data.loops import device_of
 from fxzip.errors import AlignmentError, CalibrationError, OptionError
-from fxzip.loaders import as_one_loader
-from fxzip.loops import device_of
 from fxzip.merged import ZippedModel
 from fxzip.passes.align import align
 from fxzip.passes.analyse import analyse_graph

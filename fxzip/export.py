@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxzip.batches import Inputs, batch_size, model_inputs, to_device, with_batch_size
+from fxzip.data.batches import Inputs, batch_size, model_inputs, to_device, with_batch_size
+from fxzip.data.loops import device_of, evaluating
 from fxzip.errors import ExportError, OptionError
 from fxzip.exported import input_names, onnx_runner, output_names, tensors_in
 from fxzip.folders import replace_files, scratch_folder
-from fxzip.loops import device_of, evaluating
 
 if TYPE_CHECKING:
     from os import PathLike

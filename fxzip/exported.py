@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxzip.batches import Inputs
+from fxzip.data.batches import Inputs
 
 if TYPE_CHECKING:
     from fxzip.merged import ZippedModel

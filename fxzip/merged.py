@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxzip.batches import Inputs
+from fxzip.data.batches import Inputs
 from fxzip.errors import OptionError
 from fxzip.report import Report
 
@@ -87,8 +87,8 @@ class ZippedModel(nn.Module):
         return save(self, folder, overwrite=overwrite)
 
     def draw(self, path: str | PathLike[str]) -> Path:
-        """Draw the trunk and the heads (``.svg``, ``.png``, ``.pdf``, ``.dot`` or ``.mmd``); see `fxzip.draw.draw`."""
-        from fxzip.draw import draw
+        """Draw the trunk and the heads (``.svg``, ``.png``, ``.pdf``, ``.dot`` or ``.mmd``); see `fxzip.draw`."""
+        from fxzip.views.draw import draw
 
         return draw(self, path)
 

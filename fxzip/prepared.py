@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxzip.batches import to_device, with_batch_size
 from fxzip.channels import ChannelSpec
+from fxzip.data.batches import to_device, with_batch_size
+from fxzip.data.loaders import as_one_loader
+from fxzip.data.loops import counted
 from fxzip.errors import AlignmentError, CalibrationError, CutError, OptionError
 from fxzip.flops import flop_counter
-from fxzip.loaders import as_one_loader
-from fxzip.loops import counted
 from fxzip.matching import MergeMap, evidence, match, options
 from fxzip.merged import ZippedModel
 from fxzip.moments import Moments
-from fxzip.outline import outline
 from fxzip.passes.align import Alignment
-from fxzip.passes.budget import cost_of_cuts, cost_of_joins, cut_within, parse_budget
 from fxzip.passes.cut import Cut, Cuts, crossing
+from fxzip.passes.cut.budget import cost_of_cuts, cost_of_joins, cut_within, parse_budget
 from fxzip.passes.match import match_spaces
 from fxzip.passes.match_weights import match_by_weights
 from fxzip.passes.observe import observe
@@ -31,9 +30,10 @@ from fxzip.passes.refit import RefitOptions
 from fxzip.passes.refit import refit as refit_parts
 from fxzip.passes.reuse import reuse_memory
 from fxzip.passes.split import paired_parameters, split
-from fxzip.passes.stems import joined_channels
+from fxzip.passes.split.stems import joined_channels
 from fxzip.report import Cost, Report, SpaceRow
 from fxzip.sweep import Sweep, SweepRow, as_scores
+from fxzip.views.outline import outline
 
 
 class Prepared:

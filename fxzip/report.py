@@ -138,14 +138,14 @@ class Report:
         return self.trunk.flops + sum(cost.flops for cost in self.heads)
 
     def to_html(self, path: str | PathLike[str], *, sweep: Sweep | None = None) -> Path:
-        """Write the report as one HTML page that needs no other file; see `fxzip.page.write_page`."""
-        from fxzip.page import write_page
+        """Write the report as one HTML page that needs no other file; see `fxzip.views.page.write_page`."""
+        from fxzip.views.page import write_page
 
         return write_page(self, path, sweep=sweep)
 
     def _repr_html_(self) -> str:
         """The report as a notebook shows it."""
-        from fxzip.page import fragment
+        from fxzip.views.page import fragment
 
         return fragment(self)
 

@@ -1,1 +1,22 @@
-"""The passes of fxzip, one file each, named by what they do, in the order in which they run."""
+"""The passes of fxzip, in the order in which they run.
+
+| pass                | takes                          | gives                                | changes         |
+| ------------------- | ------------------------------ | ------------------------------------ | --------------- |
+| `trace`             | a model, example inputs        | a GraphModule                        | nothing         |
+| `canonicalise`      | a GraphModule                  | the same, computed weights folded    | the GraphModule |
+| `align`             | the models' GraphModules       | `Alignment`: the nodes they share    | nothing         |
+| `analyse`           | a GraphModule, example inputs  | `ChannelSpec`: the channel spaces    | nothing         |
+| `cut`               | alignment, spec                | `Cuts`: the places for a cut; costs  | nothing         |
+| `points`            | a GraphModule, spec            | the merge points of each space       | nothing         |
+| `observe`           | alignment, points, loader      | `Moments` of each space              | nothing         |
+| `match`             | spec, moments                  | a `MergeMap` for each space          | nothing         |
+| `match_weights`     | spec, weights                  | a `MergeMap` for each space          | nothing         |
+| `split`             | alignment, spec, maps, places  | `Split`: trunk and heads             | nothing         |
+| `refit`             | trunk and heads, loader        | how many layers were solved          | trunk and heads |
+| `recalibrate`       | a network, loader              | how many BatchNorms were reset       | the network     |
+| `reuse`             | a GraphModule                  | nothing                              | the GraphModule |
+| `permute`           | spec, a model                  | a copy with channels in other orders | nothing         |
+
+Each is usable alone. A pass that has grown is a package with its verb on its face: ``from fxzip.passes.trace import
+trace``.
+"""

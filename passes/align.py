@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzip.errors import AlignmentError
-from fxzip.passes._clean import attribute
+from fxzip.passes.trace.clean import attribute
 
 # What a module is set to but its output in eval mode does not hang on.
 _NO_MATTER = {"training", "inplace", "momentum", "forward"}

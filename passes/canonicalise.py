@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxzip.passes._clean import drop_unused
+from fxzip.passes.trace.clean import drop_unused
 from fxzip.rules import kind_of, target_of
 
 

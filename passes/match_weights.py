@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fxzip.channels import ChannelSpace, ChannelSpec, Site
 from fxzip.matching import MergeMap
-from fxzip.passes.fuse import sites_by_parameter, transformed
 from fxzip.passes.match import inside, match_space, with_parents
 from fxzip.passes.permute import by_depth
+from fxzip.passes.split.fuse import sites_by_parameter, transformed
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 States = Sequence[Mapping[str, Tensor]]

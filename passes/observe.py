@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzip.channels import MergePoint
+from fxzip.data.loops import describe, evaluating, feed
 from fxzip.errors import CalibrationError
-from fxzip.loops import describe, evaluating, feed
 from fxzip.moments import Moments, Observer
 from fxzip.passes.align import Alignment
 from fxzip.passes.reuse import reuse_memory

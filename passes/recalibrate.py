@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from fxzip.data.loops import device_of, evaluating, feed
 from fxzip.errors import CalibrationError
-from fxzip.loops import device_of, evaluating, feed
-from fxzip.passes._clean import is_within
+from fxzip.passes.trace.clean import is_within
 
 _NATIVE = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
 _EVAL = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")

@@ -44,7 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_wheel_holds_every_source_once_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     names = [name for name in wheel.namelist() if ".dist-info/" not in name]
     assert len(names) == len(set(names))
-    assert set(names) == sources() | {"fxzip/py.typed", "fxzip/page/page.html.jinja"}
+    assert set(names) == sources() | {"fxzip/py.typed", "fxzip/views/page/page.html.jinja"}
 
 
 def test_wheel_has_licence_and_command(wheel: zipfile.ZipFile) -> None:

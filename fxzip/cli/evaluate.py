@@ -44,7 +44,7 @@ def evaluate(
     """
     import fxzip
     from fxzip.accuracy import measure, table
-    from fxzip.images import find_images
+    from fxzip.data.images import find_images
 
     if json_path is not None:
         shared.check_writable(json_path.absolute().parent)
@@ -79,7 +79,7 @@ def _loaders(
     groups: Mapping[str, Any], tasks: tuple[str, ...], saved: Mapping[str, Any], given: Mapping[str, Any], data: str
 ) -> dict[str, Any]:
     """A loader for each task."""
-    from fxzip.images import ImageLoader
+    from fxzip.data.images import ImageLoader
     from fxzip.zoo import transform
 
     missing = [name for name in tasks if name not in groups]

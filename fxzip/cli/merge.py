@@ -79,7 +79,7 @@ class _Merge:
     def run(self) -> None:
         """Check, load, merge, save."""
         import fxzip
-        from fxzip.images import ImageLoader, find_images
+        from fxzip.data.images import ImageLoader, find_images
         from fxzip.zoo import data_config, transform
 
         given = self.given
@@ -133,7 +133,7 @@ class _Merge:
             return None
 
     def _load(self) -> list[Any]:
-        from fxzip.loops import counted
+        from fxzip.data.loops import counted
         from fxzip.zoo import load
 
         models, given = [], self.given

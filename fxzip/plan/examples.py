@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxzip.batches import Inputs
+from fxzip.data.batches import Inputs
 from fxzip.errors import FileFormatError
 from fxzip.plan.values import decode, encode
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxzip.labels import Labelled, along, mixed, reduce, varying
-from fxzip.meeting import meet
+from fxzip.labelling.labels import Labelled, along, mixed, reduce, varying
+from fxzip.labelling.meeting import meet
 from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, register_rule
 
 

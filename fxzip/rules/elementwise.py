@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fxzip.labels import Labelled
+from fxzip.labelling.labels import Labelled
 from fxzip.rules.movement import cut_in_half
 from fxzip.rules.registry import RuleContext, register_rule
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxzip.labels import FIXED, VOID, Labelled, compress, mixed, varying
+from fxzip.labelling.labels import FIXED, VOID, Labelled, compress, mixed, varying
 from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, key_of, mapped, register_rule
 
 NAMES = """

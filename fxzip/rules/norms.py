@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn import functional as F
 
-from fxzip.labels import Labelled, along
+from fxzip.labelling.labels import Labelled, along
 from fxzip.rules.registry import RuleContext, register_rule
 
 _STATISTICS = ("running_mean", "running_var", "weight", "bias")

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxzip.labels import Labelled
-from fxzip.rules._trial import Operation, Slot, Trial, tensors_of
+from fxzip.labelling.labels import Labelled
 from fxzip.rules.registry import RuleContext, Unsupported, mapped
+from fxzip.rules.trial import Operation, Slot, Trial, tensors_of
 
 _TRIALS = 64
 """Most combinations of axes to try at a node."""

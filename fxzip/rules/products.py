@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxzip.labels import Labelled
+from fxzip.labelling.labels import Labelled
 from fxzip.rules.contractions import matmul
 from fxzip.rules.registry import RuleContext, register_rule
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fxzip.labels import Labelled
+from fxzip.labelling.labels import Labelled
 from fxzip.rules.movement import spatial
 from fxzip.rules.registry import RuleContext, Unsupported, register_rule
 

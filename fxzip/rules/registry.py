@@ -40,8 +40,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzip.errors import OptionError
-from fxzip.labels import LabelGraph, Labelled, reduce
-from fxzip.meeting import meet
+from fxzip.labelling.labels import LabelGraph, Labelled, reduce
+from fxzip.labelling.meeting import meet
 
 Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxzip.batches import batch_size, model_inputs, to_device, with_batch_size
+from fxzip.data.batches import batch_size, model_inputs, to_device, with_batch_size
 from fxzip.errors import CalibrationError
 
 X = torch.arange(12.0).reshape(3, 4)

@@ -25,8 +25,8 @@ from typer.testing import CliRunner, Result
 
 import fxzip
 from fxzip import cli, io, prepared
+from fxzip.data.images import ImageLoader, find_images
 from fxzip.errors import FrozenSpaceWarning, OptionError
-from fxzip.images import ImageLoader, find_images
 from fxzip.matching import options
 from fxzip.zoo import data_config, load, transform
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import fxzip
-from fxzip import draw as drawing
-from fxzip.draw import draw, mermaid
 from fxzip.errors import OptionError, SaveError
 from fxzip.report import LayerRow, Report
-from fxzip.style import INK, PALETTE, PLAIN, flops_text, quantity
+from fxzip.views import draw as drawing
+from fxzip.views.draw import draw, mermaid
+from fxzip.views.style import INK, PALETTE, PLAIN, flops_text, quantity
 from tests.fxzip.served import NETWORKS, hand_made
 
 pytest.importorskip("pydot", reason="drawings need pydot: pip install 'fxzip[report]'")

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 import fxzip
-from fxzip import page
 from fxzip.errors import OptionError, SaveError
-from fxzip.page import fragment
-from fxzip.page.facts import Facts
 from fxzip.sweep import Sweep, SweepRow
+from fxzip.views import page
+from fxzip.views.page import fragment
+from fxzip.views.page.facts import Facts
 from tests.fxzip.served import hand_made, run_fresh
 from tests.nets import Residual
 
 pytest.importorskip("matplotlib", reason="the page's charts need matplotlib: pip install 'fxzip[report]'")
-from fxzip.page.charts import spans
+from fxzip.views.page.charts import spans
 
 VOID = frozenset(("meta", "link", "br"))
 SWEEP = Sweep(
@@ -259,5 +259,5 @@ def test_unwritable(zipped: fxzip.ZippedModel, tmp_path: Path) -> None:
 
 
 def test_matplotlib_is_not_imported_before() -> None:
-    code = "import sys, fxzip.prepared, fxzip.page, fxzip.draw; print('matplotlib' in sys.modules)"
+    code = "import sys, fxzip.prepared, fxzip.views.page, fxzip.views.draw; print('matplotlib' in sys.modules)"
     assert run_fresh(code).split() == ["False"]

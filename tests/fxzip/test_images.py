@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fxzip
 from fxzip.accuracy import measure, measure_one, table
+from fxzip.data.images import ImageLoader, find_images
 from fxzip.errors import CalibrationError
-from fxzip.images import ImageLoader, find_images
 from tests.fxzip.served import hand_made
 
 

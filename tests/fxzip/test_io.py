@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import fxzip
 from fxzip import io
 from fxzip.errors import FileFormatError, SaveError
-from fxzip.passes._export import export
+from fxzip.passes.trace.export import export
 from fxzip.plan import decode, encode, layers, targets
 from fxzip.rules import registry
 from tests.fxzip.served import Small, hand_made, zipped_small

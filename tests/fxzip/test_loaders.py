@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import fxzip
+from fxzip.data.loaders import Interleaved, as_one_loader
 from fxzip.errors import OptionError
-from fxzip.loaders import Interleaved, as_one_loader
 from tests.nets import Residual, pair
 from tests.oracles import call, difference, images
 

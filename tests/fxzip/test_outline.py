@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.outline import FEW, blocks
 from fxzip.report import LayerRow, Report
+from fxzip.views.outline import FEW, blocks
 from tests.fxzip.served import NETWORKS, Small
 from tests.nets import Residual
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.labels import Labelled
+from fxzip.labelling.labels import Labelled
 from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.trace import trace

@@ -6,7 +6,7 @@ import pytest
 
 import fxzip
 from fxzip.errors import CutError
-from fxzip.passes.budget import flops_by_node, parse_budget
+from fxzip.passes.cut.budget import flops_by_node, parse_budget
 from tests.nets import Residual, pair, places
 from tests.oracles import images
 

@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.passes import _fitting
-from fxzip.passes._pairs import find_pairs
-from fxzip.passes._units import find_units
 from fxzip.passes.canonicalise import canonicalise
+from fxzip.passes.refit import fitting
+from fxzip.passes.refit.pairs import find_pairs
+from fxzip.passes.refit.units import find_units
 from fxzip.passes.trace import trace
 from tests.nets import Net, Residual, conv, pair
 from tests.oracles import call, images, recorded
@@ -71,7 +71,7 @@ def test_before_a_relu_only_errors_that_come_through_count(monkeypatch: pytest.M
     wanted = sum(recorded(module, X)["relu_1"] for module in prepared.alignment.modules) / 2
 
     def error(times: int) -> float:
-        monkeypatch.setattr(_fitting, "ONE_SIDED", times)
+        monkeypatch.setattr(fitting, "ONE_SIDED", times)
         trunk = prepared.convert(method="average", rounds=0, progress=False).trunk
         return float((recorded(trunk, X)["relu_1"] - wanted).square().mean())
 

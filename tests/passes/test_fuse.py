@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.matching import MergeMap
-from fxzip.passes.fuse import fuse_parameter
 from fxzip.passes.match import match_spaces
 from fxzip.passes.split import split
+from fxzip.passes.split.fuse import fuse_parameter
 from tests.nets import Net, chain, conv
 from tests.oracles import images, randomise
 

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import fxzip
-from fxzip import regression
-from fxzip.passes._fitting import Fit, Fitter
-from fxzip.passes._pairs import Pair
-from fxzip.passes._units import Unit, find_units
 from fxzip.passes.canonicalise import canonicalise
-from fxzip.passes.refit import RefitOptions
+from fxzip.passes.refit import RefitOptions, regression
+from fxzip.passes.refit.fitting import Fit, Fitter
+from fxzip.passes.refit.pairs import Pair
+from fxzip.passes.refit.regression import Regression, Residuals
+from fxzip.passes.refit.units import Unit, find_units
 from fxzip.passes.trace import trace
-from fxzip.regression import Regression, Residuals
 from tests.nets import Net, Residual, conv, pair, permuted_copy
 from tests.oracles import call, difference, images, randomise
 

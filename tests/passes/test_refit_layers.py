@@ -12,9 +12,9 @@ from torch.func import functional_call, jacfwd
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.passes._layers import Layer
-from fxzip.passes._units import find_units
 from fxzip.passes.canonicalise import canonicalise
+from fxzip.passes.refit.layers import Layer
+from fxzip.passes.refit.units import find_units
 from fxzip.passes.trace import trace
 from tests.nets import Net, pair, permuted_copy
 from tests.oracles import call, difference, randomise, recorded

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.passes._units import Unit, find_units
 from fxzip.passes.canonicalise import canonicalise
+from fxzip.passes.refit.units import Unit, find_units
 from fxzip.passes.trace import trace
 from tests.nets import Net, conv, permuted_copy
 from tests.oracles import call, difference, images, randomise

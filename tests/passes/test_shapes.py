@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fxzip
-from fxzip.passes import _shapes
-from fxzip.passes._shapes import propagate_shapes
+from fxzip.passes.analyse import shapes
+from fxzip.passes.analyse.shapes import propagate_shapes
 from fxzip.passes.trace import trace
 
 
@@ -51,8 +51,8 @@ def test_what_is_read_is_what_runs() -> None:
 def test_little_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     traced = trace(Net().eval(), (torch.randn(4, 3, 6, 6),))
     ran: list[str] = []
-    run_node = _shapes._Shapes.run_node
-    monkeypatch.setattr(_shapes._Shapes, "run_node", lambda self, n: ran.append(n.op) or run_node(self, n))
+    run_node = shapes._Shapes.run_node
+    monkeypatch.setattr(shapes._Shapes, "run_node", lambda self, n: ran.append(n.op) or run_node(self, n))
     propagate_shapes(traced, (torch.randn(1, 3, 6, 6),), {})
     assert "call_module" not in ran
     assert "placeholder" not in ran

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import fxzip
 from fxzip.errors import CutError
 from fxzip.matching import options
-from fxzip.passes._targets import Targets
 from fxzip.passes.cut import crossing
-from fxzip.passes.stems import STEM
+from fxzip.passes.refit.targets import Targets
+from fxzip.passes.split.stems import STEM
 from tests.nets import Net, Residual, conv, pair, permuted_copy, untouched
 from tests.oracles import call, difference, images, randomise, recorded
 from tests.passes.test_split import CASES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -253,7 +254,7 @@ def test_export_is_the_second_way(name: str, monkeypatch: pytest.MonkeyPatch) ->
     def fails(*_: Any) -> fx.GraphModule:
         raise NotImplementedError("not today")
 
-    monkeypatch.setattr("fxzip.passes.trace._by_recording", fails)
+    monkeypatch.setattr(sys.modules["fxzip.passes.trace.trace"], "_by_recording", fails)
     model = (Wrapped(lambda y, x: y.view(x.shape[0], 2, 4) + 1) if name == "rows" else Keywords()).eval()
     args, kwargs = ((ROWS,), {}) if name == "rows" else ((), {"x": ROWS, "mask": torch.rand(2, 1)})
     graph_module = trace(model, args, kwargs)

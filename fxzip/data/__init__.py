@@ -1,0 +1,1 @@
+"""What a loader gives: batches, one loader of several, loops over them, image files."""

@@ -1,0 +1,178 @@
+"""Running a network over a loader: batches on a device, a progress bar, and modes put back afterwards."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor, nn
+
+from fxzip.data.batches import Inputs, model_inputs, to_device
+from fxzip.errors import CalibrationError
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """The device of a module's first parameter or buffer, None where it has none."""
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        return tensor.device
+    return None
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode for the modules and all in them; each submodule's mode is put back after, also on failure."""
+    modes = [(submodule, submodule.training) for module in modules for submodule in module.modules()]
+    try:
+        # By the flags, there and back: train() may do more (exported programs refuse it).
+        for submodule, _ in modes:
+            submodule.training = False
+        yield
+    finally:
+        for submodule, mode in modes:
+            submodule.training = mode
+
+
+@contextmanager
+def batches(
+    loader: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    description: str = "",
+    max_batches: int | None = None,
+) -> Iterator[Iterator[Inputs]]:
+    """Iterate over a loader's batches as ``(args, kwargs)`` of a model, on a device, under a progress bar.
+
+        with batches(loader, device=device, description="observing") as inputs:
+            for args, kwargs in inputs:
+                model(*args, **kwargs)
+
+    The bar (on stderr, with the time left where the loader has a length) is gone when the block ends or
+    fails.
+
+    Raises:
+        CalibrationError: the loader gives no batches or cannot be iterated over, or a batch is of a wrong
+        type.
+    """
+    try:
+        iterator = iter(loader)
+    except TypeError as error:
+        raise CalibrationError(f"a loader must be iterable, {type(loader).__name__} is not") from error
+    total = _length(loader)
+    if max_batches is not None:
+        iterator = itertools.islice(iterator, max_batches)
+        total = max_batches if total is None else min(total, max_batches)
+    with _bar() if progress else nullcontext() as bar:
+        yield _inputs(iterator, device, bar, description, total)
+
+
+@contextmanager
+def counted(total: int, progress: bool, description: str) -> Iterator[Callable[[], None]]:
+    """A bar over so many steps; gives a function to call after each of them."""
+    with _bar() if progress else nullcontext() as bar:
+        task = None if bar is None else bar.add_task(description, total=total)
+        yield lambda: None if bar is None or task is None else bar.advance(task)
+
+
+def feed(
+    module: nn.Module,
+    loader: Iterable[Any],
+    *,
+    progress: bool = True,
+    description: str = "",
+    device: torch.device | str | None = None,
+    max_batches: int | None = None,
+) -> int:
+    """Call a module on each batch of a loader, as `batches` gives them, without gradients; returns how many.
+
+    Inputs go to ``device``, or to where the module is.
+
+    Raises:
+        CalibrationError: as `batches`, or the module fails on a batch (the message has the batch's number and
+            shapes). An accelerator out of memory is left as it is.
+    """
+    count = 0
+    place = device if device is not None else device_of(module)
+    loop = batches(loader, device=place, progress=progress, description=description, max_batches=max_batches)
+    with torch.no_grad(), loop as inputs:
+        for args, kwargs in inputs:
+            try:
+                module(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except CalibrationError as error:
+                raise CalibrationError(f"batch {count}: {error}") from error
+            except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+                message = f"batch {count} of {describe(args, kwargs)} does not fit the model: {error}"
+                raise CalibrationError(message) from error
+            count += 1
+    return count
+
+
+def describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Inputs in a few words: the shape and type of each tensor, the type of anything else."""
+    parts = [_describe(value) for value in args] + [f"{name}={_describe(value)}" for name, value in kwargs.items()]
+    return ", ".join(parts) or "no inputs"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return type(value).__name__
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """len(loader), or None: a DataLoader over an iterable dataset has __len__, and raises."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else None
+    except TypeError:
+        return None
+
+
+def _inputs(
+    iterator: Iterator[Any],
+    device: torch.device | str | None,
+    bar: Progress | None,
+    description: str,
+    total: int | None,
+) -> Iterator[Inputs]:
+    task = None if bar is None else bar.add_task(description, total=total)
+    empty = True
+    for number, batch in enumerate(iterator):
+        empty = False
+        try:
+            args, kwargs = model_inputs(batch)
+            if device is not None:
+                args, kwargs = to_device(args, kwargs, torch.device(device))
+        except CalibrationError as error:
+            raise CalibrationError(f"batch {number}: {error}") from error
+        yield args, kwargs
+        if bar is not None and task is not None:
+            bar.advance(task)
+    if empty:
+        raise CalibrationError("the loader gave no batches (is it a generator that was used up before?)")
+
+
+def _bar() -> Progress:
+    # A console of its own: a live display that a caller holds on another console does not refuse it.
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

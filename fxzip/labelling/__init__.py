@@ -1,0 +1,1 @@
+"""Labels of channels: what meets, which labels are one channel, and how they make up channel spaces."""

@@ -1,0 +1,5 @@
+"""Cut: where the trunk may end and the heads begin, what each place costs, and the plan of a merge."""
+
+from fxzip.passes.cut.cut import Cut, Cuts, classifiers, crossing, find_cuts, is_layer, learned
+
+__all__ = ["Cut", "Cuts", "classifiers", "crossing", "find_cuts", "is_layer", "learned"]

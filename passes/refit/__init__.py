@@ -1,0 +1,5 @@
+"""Refit: closed-form least squares of the merged weights, layer by layer, on the merged network's own inputs."""
+
+from fxzip.passes.refit.refit import RefitOptions, refit
+
+__all__ = ["RefitOptions", "refit"]

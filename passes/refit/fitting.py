@@ -1,0 +1,334 @@
+"""Fitting: the least-squares solution of a unit, and of two units in a row for what the second one gives.
+
+A unit is solved by steps: what it leaves to explain, over all samples, times its inputs, times the inverse of their
+Gram matrix. Products of residuals with inputs are cheap; the Gram matrix is not, so it is taken once and of some
+samples. With all of them one step is the solution, with some a second one comes close to it.
+
+A unit whose value goes through nothing but ReLUs is fitted to what these should give: where that is 0, any value below
+0 does. So errors are one-sided there, and steps are repeated with what the last solution leaves (networks are thinned
+so by Zhang et al., "Accelerating very deep convolutional networks", arXiv 1505.06798, section 3.2).
+
+Where an inner unit's value goes to one outer unit only (the convolutions of a residual branch, the layers of an MLP),
+it matters by what the outer one makes of it. The two are solved in turn: the inner one by a damped Gauss-Newton step
+on the outer one's error, with the curvature as a Kronecker product (Martens and Grosse, arXiv 1503.05671): the Gram
+matrix of the inputs, and the mean of JᵀJ over positions; the outer one by another step of least squares. Its inputs
+have changed a little since its Gram matrix was taken, so the step's length is found, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fxzip.errors import CalibrationError
+from fxzip.passes.refit.lockstep import Batch, LockStep, Stream
+from fxzip.passes.refit.pairs import Pair
+from fxzip.passes.refit.regression import Regression, Residuals
+from fxzip.passes.refit.units import Unit
+
+STEPS = (2.0, 1.0, 0.5, 0.25)
+"""Lengths that are tried of a Gauss-Newton step: the curvature leaves out what lies between positions."""
+DAMPING = 0.1
+"""Of the curvature, as a share of its mean eigenvalue."""
+ONE_SIDED = 2
+"""How often the targets of a one-sided fit are set again."""
+PROBED = 4
+"""Lengths of steps are found on one batch of so many."""
+GRAM_SAMPLES, GRAM_LEAST = 28, 2**15
+"""Samples in a Gram matrix, for each input and at the least: residuals are of all, so it need only be near."""
+
+Target = Callable[[str, Sequence[Tensor]], Tensor]
+
+
+@dataclass(eq=False)
+class Fit:
+    """A unit's solution, and what it takes to better it.
+
+    Attributes:
+        unit: The unit.
+        inputs: Their Gram matrix, of some samples.
+        prior: W₀, (groups, o, d).
+        sizes: How many of the d inputs each layer has.
+        weights: (groups, o, d).
+        bias: (groups, o).
+    """
+
+    unit: Unit
+    inputs: Regression
+    prior: Tensor
+    sizes: list[int]
+    weights: Tensor
+    bias: Tensor
+
+
+class Fitter:
+    """Fits units of the merged network while all networks stand at their roots.
+
+    Attributes:
+        lock: The lock step; the merged network is its last.
+        target: What a node should give, from the parents' values.
+        ridge: λ as a share of the mean of the inputs' sums of squares.
+    """
+
+    def __init__(self, lock: LockStep, target: Target, ridge: float, seed: int) -> None:
+        self.lock, self.target, self.ridge = lock, target, ridge
+        self.generator = torch.Generator().manual_seed(seed)
+        self._orders: dict[Unit, list[fx.Node]] = {}
+        self._targets: dict[Batch, Tensor] = {}
+
+    @property
+    def _merged(self) -> Stream:
+        return self.lock.streams[-1]
+
+    def solve(self, unit: Unit, pairs: Mapping[Pair, Fit], rounds: int) -> Fit:
+        """Solve a unit for its target, and better inner units and it in turn; their weights are written.
+
+        Args:
+            unit: The unit.
+            pairs: The inner units that it is the outer one of, as they were solved.
+            rounds: How often to better each.
+
+        Raises:
+            CalibrationError: Its inputs or targets are not finite.
+        """
+        found = self._fit(unit)
+        for pair, inner in pairs.items():
+            self._alternate(pair, inner, found, rounds)
+        self._targets.clear()
+        return found
+
+    def _fit(self, unit: Unit) -> Fit:
+        found, steps = self._started(unit), 1
+        for batch in self.lock.seen:
+            here = self._draw(unit, batch.env[0][unit.root.name])
+            found.inputs.add(_columns(unit, batch, here))
+            steps = steps if here is None or self._one_sided(unit) else 2
+        for _ in range(steps):
+            self._solve(found, self._linear)
+        for _ in range(ONE_SIDED if self._one_sided(unit) else 0):
+            self._solve(found, self._left)
+        return found
+
+    def _alternate(self, pair: Pair, inner: Fit, outer: Fit, rounds: int) -> None:
+        for _ in range(rounds):
+            if not self._step(pair, inner):
+                break
+            self._solve(outer, self._left, changed=True)
+
+    def _started(self, unit: Unit) -> Fit:
+        """A fit that is at W₀, with the bias that is best for the first batch."""
+        priors = [layer.prior(self._merged.module) for layer in unit.layers]
+        prior, first = torch.cat(priors, 2), self.lock.seen[0]
+        sizes, inputs = [part.shape[2] for part in priors], Regression(unit.bias_at is not None)
+        found = Fit(unit, inputs, prior, sizes, prior, prior.new_zeros(prior.shape[:2]))
+        self._write(found, prior, found.bias)
+        if inputs.intercept:
+            contraction = unit.layers[0].contraction
+            left = contraction.rows(self._linear(first, unit, self._run(first, unit)))
+            self._write(found, prior, left.mean(2, dtype=torch.float64))
+        return found
+
+    def _left(self, batch: Batch, unit: Unit, has: Tensor) -> Tensor:
+        """What is left to explain of a unit's value; none where a ReLU makes 0 of it, as it should."""
+        wanted = self._wanted(batch, unit)
+        if not self._one_sided(unit):
+            return wanted - has
+        # The product is 0 where a ReLU should give 0, and immense elsewhere; torch.where takes ten times as long.
+        return torch.minimum(wanted - has, wanted * torch.finfo(wanted.dtype).max)
+
+    def _linear(self, batch: Batch, unit: Unit, has: Tensor) -> Tensor:
+        """What is left to explain, of the parents' values instead of what ReLUs make of them where these give 0."""
+        if not self._one_sided(unit):
+            return self._left(batch, unit, has)
+        wanted = self._wanted(batch, unit)
+        below = self.target(unit.root.name, [env[unit.root.name] for env in batch.env[:-1]])
+        return below.clamp(max=0) * (wanted == 0) + wanted - has
+
+    def _wanted(self, batch: Batch, unit: Unit) -> Tensor:
+        """What a unit should give, or the ReLU behind it."""
+        if batch not in self._targets:
+            values = [env[unit.root.name] for env in batch.env[:-1]]
+            if self._one_sided(unit):
+                self._targets[batch] = self.target(unit.root.name, [value.relu() for value in values]).relu()
+            else:
+                self._targets[batch] = self.target(unit.root.name, values)
+        return self._targets[batch]
+
+    def _solve(self, fit: Fit, left: Callable[[Batch, Unit, Tensor], Tensor], changed: bool = False) -> None:
+        """A step of least squares on what is left.
+
+        Args:
+            fit: The fit to better.
+            left: What is left, where the unit gives a value.
+            changed: Whether its inputs, and so its value, were computed anew since their Gram matrix was: then the
+                length of the step is found, too.
+        """
+        residuals, some = Residuals(), []
+        for number, batch in enumerate(self.lock.seen):
+            has = batch.env[-1][fit.unit.root.name] if changed else self._run(batch, fit.unit)
+            here = left(batch, fit.unit, has)
+            _add(residuals, fit.unit, batch, here)
+            if changed and number % PROBED == 0:
+                some.append((batch, has, here))
+        try:
+            step = fit.inputs.step(residuals, self.ridge, fit.prior - fit.weights)
+        except ArithmeticError as error:
+            raise CalibrationError(f"refit at {fit.unit.root.name}: {error}") from error
+        self._move(fit, step, lambda: self._best_length(fit.unit, some) if changed else 1.0)
+
+    def _move(self, fit: Fit, step: tuple[Tensor, Tensor], length: Callable[[], float]) -> float:
+        """Take a step of a length that is found once a whole one is taken; returns the length."""
+        old = fit.weights, fit.bias
+        self._write(fit, old[0] + step[0], old[1] + step[1])
+        found = length()
+        if found != 1:
+            self._write(fit, old[0] + found * step[0], old[1] + found * step[1])
+        return found
+
+    def _best_length(self, unit: Unit, before: Sequence[tuple[Batch, Tensor, Tensor]]) -> float:
+        """The length of a step that leaves the least, from what the unit gave and what was left."""
+        explained = moved = 0.0
+        for batch, had, left in before:
+            change = (self._run(batch, unit) - had).double()
+            explained += float((change * left).sum())
+            moved += float(change.square().sum())
+        return min(max(explained / max(moved, 1e-30), 0.0), STEPS[0])
+
+    def _write(self, fit: Fit, weights: Tensor, bias: Tensor) -> None:
+        fit.weights, fit.bias = weights, bias
+        for layer, part in zip(fit.unit.layers, weights.split(fit.sizes, 2), strict=True):
+            layer.write(self._merged.module, part, bias if layer is fit.unit.bias_at else None)
+        self._merged.reload()
+
+    def _step(self, pair: Pair, inner: Fit) -> bool:
+        """A Gauss-Newton step of the inner unit; whether it made the outer one's error smaller."""
+        found = self._gradients(pair, inner)
+        if found is None:
+            return False
+        starts, residuals, curvature = found
+        step = _curved(inner.inputs.step(residuals, self.ridge), curvature)
+        length = self._move(inner, step, lambda: self._length(pair, starts))
+        if length:
+            for batch in self.lock.seen:
+                self._forward(pair, batch, self._run(batch, pair.inner), batch.env[-1])
+        return length > 0
+
+    def _gradients(self, pair: Pair, inner: Fit) -> tuple[list[tuple[Batch, Tensor]], Residuals, Tensor] | None:
+        """Add up the gradients of the outer error by the inner value.
+
+        Returns:
+            The inner value of some batches, the gradients, and the mean of JᵀJ over positions (groups, o, o), by
+            random probes; None where no gradient comes through.
+        """
+        contraction, residuals, starts = pair.inner.layers[0].contraction, Residuals(), []
+        curvature, probes = torch.zeros((), dtype=torch.float64), 0
+        for number, batch in enumerate(self.lock.seen):
+            start = self._run(batch, pair.inner)
+            with torch.enable_grad():
+                value = start.detach().requires_grad_()
+                has = self._forward(pair, batch, value)
+            left = self._left(batch, pair.outer, has.detach())
+            gradient = _pulled_back(has, value, left)
+            if gradient is None:
+                return None
+            _add(residuals, pair.inner, batch, gradient)
+            if number % PROBED == 0:
+                starts.append((batch, start))
+                probe = torch.randint(2, has.shape, generator=self.generator).to(left) * 2 - 1
+                probed = _pulled_back(has, value, probe * (left != 0))
+                assert probed is not None
+                rows = _precise(contraction.rows(probed, self._draw(pair.inner, probed)))
+                curvature = curvature + (rows @ rows.mT).double()
+                probes += rows.shape[2]
+        return starts, residuals, curvature / probes
+
+    def _length(self, pair: Pair, starts: Sequence[tuple[Batch, Tensor]]) -> float:
+        """The length of an inner step that leaves the least outer error; 0 where none is better."""
+        errors = dict.fromkeys((0.0, *STEPS), 0.0)
+        for batch, start in starts:
+            change = self._run(batch, pair.inner) - start
+            for length in errors:
+                has = self._forward(pair, batch, start + length * change)
+                left = self._left(batch, pair.outer, has)
+                errors[length] += float(left.double().square().sum())
+        return min(errors, key=errors.__getitem__)
+
+    def _forward(self, pair: Pair, batch: Batch, value: Tensor, into: dict[str, Tensor] | None = None) -> Tensor:
+        """The outer unit's value for an inner value; what lies between goes ``into`` a dict."""
+        fresh = {} if into is None else into
+        fresh[pair.inner.root.name] = value
+        return self._compute(pair.path, ChainMap(fresh, batch.env[-1]), pair.outer.root)
+
+    def _run(self, batch: Batch, unit: Unit) -> Tensor:
+        """What a unit gives."""
+        if unit not in self._orders:
+            self._orders[unit] = [node for node in self._merged.module.graph.nodes if node in unit.claimed]
+        return self._compute(self._orders[unit], ChainMap({}, batch.env[-1]), unit.root)
+
+    def _compute(self, nodes: Iterable[fx.Node], env: ChainMap[str, Tensor], last: fx.Node) -> Tensor:
+        for node in nodes:
+            if node.op != "get_attr":
+                env[node.name] = self._merged.compute(node.name, env)
+        return env[last.name]
+
+    def _one_sided(self, unit: Unit) -> bool:
+        users = unit.root.users
+        return bool(users) and all(_is_relu(self._merged.module, user) for user in users)
+
+    def _draw(self, unit: Unit, value: Tensor) -> Tensor | None:
+        """Samples of a batch for a Gram matrix, drawn at random; None for all, where they are not too many."""
+        share = -(-max(GRAM_LEAST, GRAM_SAMPLES * _width(unit)) // self.lock.active)
+        count = unit.layers[0].contraction.samples(value)
+        return None if count <= share else torch.randperm(count, generator=self.generator)[:share].to(value.device)
+
+
+def _width(unit: Unit) -> int:
+    """How many inputs a unit has, in each group."""
+    return sum(math.prod(layer.contraction.split[a] for a in layer.contraction.inputs) for layer in unit.layers)
+
+
+def _pulled_back(has: Tensor, value: Tensor, by: Tensor) -> Tensor | None:
+    """Jᵀ ``by``, with J of ``has`` by ``value``; None where it does not hang on it smoothly."""
+    if not has.requires_grad:
+        return None
+    return torch.autograd.grad(has, value, by, retain_graph=True, allow_unused=True)[0]
+
+
+def _curved(step: tuple[Tensor, Tensor], curvature: Tensor) -> tuple[Tensor, Tensor]:
+    """A step of weights (groups, o, d) and bias (groups, o), by the inverse of a curvature (groups, o, o)."""
+    mean = curvature.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    damped = curvature + (DAMPING * mean + 1e-30) * torch.eye(curvature.shape[1]).to(curvature)
+    both = torch.linalg.solve(damped, torch.cat([step[0], step[1][:, :, None]], 2))
+    return both[:, :, :-1], both[:, :, -1]
+
+
+def _is_relu(module: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), nn.ReLU)
+    return node.target in (F.relu, torch.relu, "relu")
+
+
+def _add(residuals: Residuals, unit: Unit, batch: Batch, left: Tensor) -> None:
+    """Add what is left to explain of a unit's value."""
+    left, first = _precise(left), unit.layers[0].contraction
+    inputs = [(layer.contraction, _precise(batch.env[-1][layer.source.name])) for layer in unit.layers]
+    products = torch.cat([contraction.products(x, left) for contraction, x in inputs], 2)
+    totals = torch.cat([contraction.total_input(x) for contraction, x in inputs], 1)
+    residuals.add(first.samples(left), products.double(), first.total_output(left).double(), totals.double())
+
+
+def _columns(unit: Unit, batch: Batch, here: Tensor | None) -> Tensor:
+    """The inputs of a unit's layers (groups, d, samples)."""
+    parts = [layer.contraction.columns(batch.env[-1][layer.source.name], here) for layer in unit.layers]
+    return _precise(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Sums of products want float32 at the least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,246 @@
+"""Refit: closed-form least squares of the merged weights, layer by layer, on the merged network's own inputs.
+
+Parents and merged network run in lock step over the calibration images, node by node. At each layer
+
+    W* = argmin Σ ‖T - W X - b‖² + λ ‖W - W₀‖²
+
+with X the layer's input *in the merged network*, as the layers before were refitted, and T = M [z_1; ...; z_N] the
+parents' values under the space's map: errors are corrected as they arise. A layer is whatever is linear in its
+weights (`fxzip.contraction`), as a module or as a function. BatchNorms and scales behind one are folded into it.
+Where layers end in a sum (a residual add, a downsampling shortcut beside a convolution) they are solved together, for
+the parents' sum minus what the merged network's skip carries. W₀ is the paper's rule, so what the images do not
+determine stays as it was, and a merge that is exact already stays exact. Norms that stand alone get the scale and
+shift that fit best (REPAIR, arXiv 2211.08403, in closed form). The layers of a head are refitted to its own parent's
+values. No labels are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxzip.channels import ChannelSpec
+from fxzip.data.loops import batches, counted, device_of
+from fxzip.errors import CalibrationError, OptionError
+from fxzip.matching import MergeMap
+from fxzip.passes.align import Alignment
+from fxzip.passes.cut import crossing
+from fxzip.passes.refit.fitting import Fit, Fitter, Target
+from fxzip.passes.refit.lockstep import LockStep, Step, Stream
+from fxzip.passes.refit.norms import Norm, find_norm
+from fxzip.passes.refit.pairs import Pair, find_pairs
+from fxzip.passes.refit.slots import Uses
+from fxzip.passes.refit.targets import Targets
+from fxzip.passes.refit.units import Unit, find_units
+from fxzip.passes.split import Split
+from fxzip.passes.split.stems import STEM
+from fxzip.passes.trace.clean import drop_unused
+
+
+@dataclass(frozen=True)
+class RefitOptions:
+    """How to refit.
+
+    Attributes:
+        ridge: λ as a share of the mean of the inputs' sums of squares; 0 or more.
+        rounds: How often an inner layer (of a residual branch, of an MLP) and the one that it is for are solved in
+            turn, in the trunk; in the heads it is once. 0: each layer is solved once.
+        images: Most images to use, of those that the loader gives; fewer where ``memory`` does not hold them.
+        samples: Positions that a layer is fitted on, at the least, if there are as many: layers with large feature
+            maps take fewer images, so that memory is that of so many positions.
+        memory: Bytes of inputs to keep, and of activations, at the most, unless ``least_images`` need more: where
+            they would not fit, fewer images are taken.
+        least_images: Images that every layer is fitted on, if there are as many.
+        seed: Of the draw of positions.
+    """
+
+    ridge: float = 1e-3
+    rounds: int = 5
+    images: int = 10_000
+    samples: int = 2**17
+    memory: int = 3 * 2**30
+    least_images: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.ridge >= 0:
+            raise OptionError(f"ridge={self.ridge}: it must be 0 or more")
+        if self.rounds != int(self.rounds) or self.rounds < 0:
+            raise OptionError(f"rounds={self.rounds}: it must be a whole number, 0 or more")
+        if self.images != int(self.images) or self.images < 1:
+            raise OptionError(f"images={self.images}: it must be a whole number, 1 or more")
+
+
+def refit(
+    parts: Split, alignment: Alignment, spec: ChannelSpec, maps: Mapping[str, MergeMap], cut: int,
+    loader: Iterable[Any], options: RefitOptions | None = None, progress: bool = True, start: int = 0,
+) -> int:  # fmt: skip
+    """Refit trunk and heads in place; returns how many layers were solved.
+
+    The loader is read once. Memory is that of the inputs, of the tensors that are alive at one node in all networks
+    (for ``options.samples`` positions, and mostly less than ``options.memory``), and of the largest Gram matrix.
+
+    Args:
+        parts: What `fxzip.passes.split` built, by the paper's rule.
+        alignment: The parents.
+        spec: The channel spaces.
+        maps: The merge maps.
+        cut: The place of the cut.
+        loader: The calibration images.
+        options: See `RefitOptions`.
+        progress: Show a bar.
+        start: How many of the shared nodes are the models' own stems.
+    """
+    options = options or RefitOptions()
+    inputs = _read(loader, parts, options)
+    cross = crossing(alignment, cut)
+    streams = [
+        Stream(module, {names[0]: names[model] for names in alignment.shared[:cut]})
+        for model, module in enumerate(alignment.modules)
+    ]
+    streams.append(Stream(parts.trunk, {}))
+    feeds = [[_feed(parts.trunk, args, kwargs)] * len(streams) for args, kwargs in inputs]
+    names = [alignment.shared[i][0] for i in cross]
+    early = {mine for mine, *_ in alignment.shared[:start]}
+    before = [node for node in alignment.modules[0].graph.nodes if node.name in early]
+    trunk = _Refitter(streams, feeds, Targets(spec, maps), options, set(names), before)
+    trunk.run(progress, "refitting the trunk")
+    solved = trunk.solved
+    for model, head in enumerate(parts.heads):
+        own = [alignment.shared[i][model] for i in cross]
+        feeds = [
+            [{mine: env[name] for name, mine in zip(names, own, strict=True)} for env in (b.env[model], b.env[-1])]
+            for b in trunk.lock.seen
+        ]
+        pair = [Stream(alignment.modules[model], {}), Stream(head, {})]
+        # A head has the parent's width, so its first round leaves little.
+        run = _Refitter(
+            pair, feeds, lambda _, values: values[0], replace(options, rounds=min(options.rounds, 1)), set()
+        )
+        run.run(progress, f"refitting head {model}")
+        solved += run.solved
+    return solved
+
+
+def _read(loader: Iterable[Any], parts: Split, options: RefitOptions) -> list[Any]:
+    """The calibration batches, up to the number of images that are wanted and as many as fit into memory."""
+    found, count, size = [], 0, 0
+    with batches(loader, device=device_of(parts.trunk) or device_of(parts.heads[0]), progress=False) as given:
+        for args, kwargs in given:
+            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+            found.append((args, kwargs))
+            count += len(tensors[0])
+            size += sum(tensor.nbytes for tensor in tensors)
+            full = size * (1 + 1 / len(found)) > options.memory and count >= options.least_images
+            if full or count >= options.images:
+                break
+    if not found:
+        raise CalibrationError("the loader is empty: it gave no batch")
+    return found
+
+
+def _feed(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    nodes = module.graph.find_nodes(op="placeholder")
+    values = dict(zip((n.name for n in nodes), args, strict=False))
+    for node in nodes[len(args) :]:
+        values[node.name] = kwargs.get(str(node.target), node.args[0] if node.args else None)
+    return values
+
+
+class _Refitter:
+    """Solves the layers of the last of several networks that run in lock step.
+
+    Attributes:
+        merged: The network that is refitted, in place.
+        target: What a node of it should give, from the parents' values.
+        before: The parents' nodes, by the first one's, that come before what is merged.
+        solved: How many layers were solved for.
+    """
+
+    def __init__(
+        self,
+        streams: list[Stream],
+        feeds: list[list[dict[str, Any]]],
+        target: Target,
+        options: RefitOptions,
+        keep: set[str],
+        before: Sequence[fx.Node] = (),
+    ) -> None:
+        self.merged, self.target, self.options = streams[-1].module, target, options
+        self.solved = 0
+        self.before = before
+        self.units = [unit for unit in find_units(self.merged) if STEM not in unit.root.meta]
+        self.inner: dict[Unit, list[Pair]] = {}
+        for pair in find_pairs(self.merged, self.units) if options.rounds else ():
+            self.inner.setdefault(pair.outer, []).append(pair)
+        self.fits: dict[Unit, Fit] = {}
+        self.lock = LockStep(streams, feeds, list(self._schedule()), keep)
+        self.fitter = Fitter(self.lock, target, options.ridge, options.seed)
+
+    def run(self, progress: bool, description: str) -> None:
+        """Solve every layer, then cut out what was folded."""
+        count = sum(step.solve is not None for step in self.lock.steps)
+        with counted(count, progress, description) as done:
+            self.lock.run(self._enough, done)
+        for unit in self.units:
+            for layer in unit.layers:
+                layer.cut_out(self.merged)
+        self.merged.graph.eliminate_dead_code()
+        self.merged.delete_all_unused_submodules()
+        drop_unused(self.merged, set(self.merged.state_dict()))
+        self.merged.recompile()
+
+    def _schedule(self) -> Iterator[Step]:
+        """The nodes in order, those of a unit's layers held back in the merged network until it is solved."""
+        uses = Uses(self.merged)
+        roots = {unit.root: unit for unit in self.units}
+        claimed = set().union(*(unit.claimed for unit in self.units))
+        parents, merged = slice(0, -1), slice(-1, None)
+        early = {node.name for node in self.before}
+        yield from (Step(node, parents) for node in self.before)
+        for node in self.merged.graph.nodes:
+            if node.op == "output":
+                continue
+            if STEM in node.meta or node.name in early:
+                yield Step(node, merged)
+                continue
+            yield Step(node, parents if node in claimed else slice(None))
+            norm = None if node in claimed else find_norm(self.merged, node, uses)
+            if node in roots:
+                unit = roots[node]
+                samples, reads = unit.layers[0].contraction.samples, {layer.source for layer in unit.layers}
+                reads = reads.union(unit.known, *(pair.reads for pair in self.inner.get(unit, ())))
+                yield Step(node, solve=partial(self._solve_unit, unit), samples=samples, reads=tuple(reads))
+                yield from (Step(n, merged) for n in self.merged.graph.nodes if n in unit.claimed)
+            elif norm is not None:
+                yield Step(node, solve=partial(self._solve_norm, norm), samples=norm.samples)
+
+    def _enough(self, step: Step | None) -> bool:
+        """Whether a layer has samples enough, or as many as fit into memory; at the end (None) only the latter."""
+        if sum(batch.images for batch in self.lock.seen) < self.options.least_images:
+            return False
+        more = self.lock.held() * (1 + 1 / self.lock.active)  # with another batch
+        return more > self.options.memory or (step is not None and self._samples(step) >= self.options.samples)
+
+    def _samples(self, step: Step) -> int:
+        assert step.samples is not None
+        return sum(step.samples(batch.env[0][step.node.name]) for batch in self.lock.seen)
+
+    def _solve_unit(self, unit: Unit) -> None:
+        inner = {pair: self.fits.pop(pair.inner) for pair in self.inner.get(unit, ())}
+        found = self.fitter.solve(unit, inner, self.options.rounds)
+        if any(unit is pair.inner for pairs in self.inner.values() for pair in pairs):
+            self.fits[unit] = found
+        self.solved += len(unit.layers)
+
+    def _solve_norm(self, norm: Norm) -> None:
+        name, seen = norm.node.name, self.lock.seen
+        goals = [self.target(name, [env[name] for env in batch.env[:-1]]) for batch in seen]
+        values = norm.fit(self.merged, [batch.env[-1][name] for batch in seen], goals)
+        for batch, value in zip(seen, values, strict=True):
+            batch.env[-1][name] = value
+        self.lock.streams[-1].reload()

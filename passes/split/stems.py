@@ -1,0 +1,173 @@
+"""Stems: each model's own first layers, side by side in front of the trunk.
+
+What merging loses it mostly loses early, where one network's width computes what two did. Up to ``start`` each model
+keeps its own layers; what crosses there is merged as the spaces say, x = M [z_1; ...; z_N], and the trunk goes on from
+values without errors. The place is one where heads could begin (`fxzip.passes.cut`): there every tensor's channels lie
+along one axis.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxzip.channels import ChannelSpec
+from fxzip.data.loops import device_of
+from fxzip.errors import CutError
+from fxzip.matching import MergeMap
+from fxzip.passes.align import Alignment
+from fxzip.passes.cut import crossing
+from fxzip.passes.observe import writes_in_place
+from fxzip.passes.split.fuse import along_axes
+
+STEM = "stem"
+"""Key of the meta of nodes that are not merged: the model whose stem they are in, or `JOINED`; begins their names."""
+JOINED = -1
+"""Where stems are joined."""
+
+
+@dataclass(eq=False)
+class Stems:
+    """The stems of all models in a graph that is being built.
+
+    Attributes:
+        alignment: The models.
+        spec: The channel spaces.
+        maps: The maps of the spaces that cross.
+        start: How many of the shared nodes they have.
+        joins: The matrices that join them, by the names of the trunk's buffers.
+    """
+
+    alignment: Alignment
+    spec: ChannelSpec
+    maps: Mapping[str, MergeMap]
+    start: int
+    joins: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def prefixes(self) -> tuple[str, ...]:
+        """The modules of the trunk that hold what is each stem's; none without stems."""
+        taken = dir(self.alignment.modules[0])
+        count = len(self.alignment.modules) if self.start else 0
+        return tuple(_free(f"{STEM}{model}", taken) for model in range(count))
+
+    def insert(self, graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> None:
+        """Append the stems, and what joins them.
+
+        Args:
+            graph: The trunk's.
+            copies: The trunk's nodes by the first model's; the placeholders are there, what crosses is added.
+        """
+        first = {node.name: node for node in self.alignment.modules[0].graph.nodes}
+        inputs = [copies.get(first[names[0]]) for names in self.alignment.shared[: self.start]]
+        stems = [self._stem(graph, model, inputs) for model in range(len(self.alignment.modules))]
+        for place in crossing(self.alignment, self.start):
+            node = first[self.alignment.shared[place][0]]
+            if node not in copies:
+                copies[node] = self._join(graph, node, [stem[place] for stem in stems])
+
+    def root(self) -> fx.GraphModule:
+        """A module where the nodes that were inserted, and those of the first model, find what they name."""
+        if not self.start:
+            return self.alignment.modules[0]
+        root = copy.copy(self.alignment.modules[0])
+        for prefix, module in zip(self.prefixes, self.alignment.modules, strict=True):
+            root.add_module(prefix, module)
+        for name, matrix in self.joins.items():
+            root.register_buffer(name, matrix)
+        return root
+
+    def _stem(self, graph: fx.Graph, model: int, inputs: Sequence[fx.Node | None]) -> dict[int, fx.Node]:
+        """One model's nodes, by their places."""
+        module = self.alignment.modules[model]
+        places = {names[model]: place for place, names in enumerate(self.alignment.shared[: self.start])}
+        mine = [node for node in module.graph.nodes if node.name in places]
+        in_place = any(writes_in_place(node, module) for node in mine)
+        found: dict[fx.Node, fx.Node] = {}
+        for node in mine:
+            given = inputs[places[node.name]] if node.op == "placeholder" else None
+            if given is None:
+                found[node] = self._copied(graph, node, model, found)
+            elif in_place and isinstance(node.meta["val"], Tensor):  # the other stems need it as it is
+                name = self._free_node(f"{STEM}{model}_{node.name}")
+                found[node] = graph.create_node("call_function", torch.clone, (given,), name=name)
+                found[node].meta = {**node.meta, STEM: model}
+            else:
+                found[node] = given
+        return {places[node.name]: new for node, new in found.items()}
+
+    def _copied(self, graph: fx.Graph, node: fx.Node, model: int, found: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        target: Any = node.target
+        if node.op in ("call_module", "get_attr"):
+            target = f"{self.prefixes[model]}.{node.target}"
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
+        new = graph.create_node(node.op, target, args, kwargs, name=self._free_node(f"{STEM}{model}_{node.name}"))
+        new.meta = {**node.meta, STEM: model}
+        return new
+
+    def _free_node(self, wanted: str) -> str:
+        """A name that no node of the models has: a node of the trunk that has one is known as theirs."""
+        return _free(wanted, {n.name for module in self.alignment.modules for n in module.graph.nodes})
+
+    def _join(self, graph: fx.Graph, node: fx.Node, values: Sequence[fx.Node]) -> fx.Node:
+        """M [z_1; ...; z_N] under the name of the first model's node; the mean where there are no channels."""
+        value = node.meta["val"]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return values[0]  # a size, or what is computed from sizes
+        count = len(values)
+        parts = [along_axes(self.spec, self.maps, node.name, k, "produce", 1 / count) for k in range(count)]
+        if not parts[0]:
+            total = values[0]
+            for other in values[1:]:
+                total = self._joined(graph, node, torch.add, total, other)
+            return self._joined(graph, node, torch.mul, total, 1 / count, last=True)
+        (axis,) = parts[0]
+        matrix = torch.cat([part[axis] for part in parts], 1)
+        name = _free(f"join_{node.name}", dir(self.alignment.modules[0]))
+        self.joins[name] = matrix.to(device_of(self.alignment.modules[0]), value.dtype)
+        behind = axis == value.dim() - 1
+        moved = [z if behind else self._joined(graph, node, torch.movedim, z, axis, -1) for z in values]
+        stacked = self._joined(graph, node, torch.cat, moved, -1)
+        how = graph.create_node("get_attr", name, name=self._free_node(name))
+        mixed = self._joined(graph, node, F.linear, stacked, how, last=behind)
+        return mixed if behind else self._joined(graph, node, torch.movedim, mixed, -1, axis, last=True)
+
+    def _joined(self, graph: fx.Graph, node: fx.Node, function: Any, *args: Any, last: bool = False) -> fx.Node:
+        """A step of a join; the last one has the name of the first model's node."""
+        name = node.name if last else self._free_node(f"join_{node.name}_{function.__name__}")
+        new = graph.create_node("call_function", function, args, name=name)
+        new.meta = {STEM: JOINED} | ({"val": node.meta["val"]} if last else {})
+        return new
+
+
+def joined_channels(alignment: Alignment, spec: ChannelSpec, start: int) -> dict[int, int]:
+    """How many positions there are along the channels' axis of each tensor with channels that crosses at a start.
+
+    Returns:
+        By the places of the shared nodes.
+
+    Raises:
+        CutError: A tensor has channels along several axes (a Mixer's tokens and channels): one matrix cannot join it.
+    """
+    found: dict[int, int] = {}
+    for place in crossing(alignment, start):
+        node = alignment.shared[place][0]
+        axes = {axis for _, axes, _ in spec.locate(node) for axis in axes}
+        if len(axes) > 1:
+            raise CutError(f"start: {node} crosses there, and has channels along {len(axes)} axes; start elsewhere")
+        for axis in axes:
+            found[place] = max(factor.shape[axis] for factor in spec.layout.factors[node])
+    return found
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
