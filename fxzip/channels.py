@@ -8,8 +8,9 @@ space move whole blocks and act inside them. The blocks are themselves the chann
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -85,6 +86,10 @@ class ChannelSpace:
         return f"ChannelSpace({self.name!r}, size={self.size}, sites={len(self.sites)}{inside})"
 
 
+Located = tuple[ChannelSpace, tuple[int, ...], Tensor]
+"""A space in a node's output, the axes where its channels lie, and their (channels, copies) index along these."""
+
+
 @dataclass(frozen=True)
 class FrozenSpace:
     """Channels that may not be permuted, and why."""
@@ -148,13 +153,47 @@ class ChannelSpec:
                 return space
         raise KeyError(f"no channel space {name!r}; there are: {', '.join(s.name for s in self.spaces)}")
 
+    @cached_property
+    def by_depth(self) -> tuple[ChannelSpace, ...]:
+        """The spaces, those of blocks before those that lie in them."""
+        depth: dict[str, int] = {}
+
+        def of(space: ChannelSpace) -> int:
+            if space.name not in depth:
+                depth[space.name] = 0 if space.parent is None else 1 + of(self[space.parent])
+            return depth[space.name]
+
+        return tuple(sorted(self.spaces, key=of))
+
     def children(self, name: str) -> tuple[ChannelSpace, ...]:
         """The spaces whose channels lie in blocks of this one."""
         return tuple(space for space in self.spaces if space.parent == name)
 
-    def locate(self, node: str) -> tuple[tuple[ChannelSpace, tuple[int, ...], Tensor], ...]:
+    def inside(self, name: str) -> Iterator[ChannelSpace]:
+        """The spaces whose channels lie in blocks of a space, however deep."""
+        for child in self.children(name):
+            yield child
+            yield from self.inside(child.name)
+
+    def with_parents(self, names: Collection[str]) -> set[str]:
+        """The named spaces and those of the blocks that they lie in."""
+        wanted = set(names)
+        for space in reversed(self.by_depth):
+            if space.name in wanted and space.parent is not None:
+                wanted.add(space.parent)
+        return wanted
+
+    def locate(self, node: str) -> tuple[Located, ...]:
         """The spaces in a node's output: each with the axes and the (channels, copies) index of a `MergePoint`."""
-        found = []
+        if node not in self._located:
+            self._located[node] = tuple(self._locate(node))
+        return self._located[node]
+
+    @cached_property
+    def _located(self) -> dict[str, tuple[Located, ...]]:
+        return {}
+
+    def _locate(self, node: str) -> Iterator[Located]:
         for factor in self.layout.factors.get(node, ()):
             axes = tuple(a for a, size in enumerate(factor.shape) if size > 1)
             flat = factor.reshape(-1)
@@ -164,8 +203,7 @@ class ChannelSpec:
                 here = (owner == number).nonzero().flatten()
                 index = group(channel[here], here, self.layout.order[flat[here]])
                 if len(index) == space.size:
-                    found.append((space, axes, index))
-        return tuple(found)
+                    yield space, axes, index
 
     def permute(self, model: nn.Module, generator: Generator | None = None) -> nn.Module:
         """A copy of the network with the channels of every space in a random order; it computes the same function.

@@ -24,6 +24,7 @@ from fxzip.data.loops import device_of, evaluating
 from fxzip.errors import ExportError, OptionError
 from fxzip.exported import input_names, onnx_runner, output_names, tensors_in
 from fxzip.folders import replace_files, scratch_folder
+from fxzip.graphs import placeholders
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -189,14 +190,14 @@ def _to_program(served: Served, example: Inputs, path: Path) -> Any:
 def _exported(served: Served, example: Inputs) -> torch.export.ExportedProgram:
     args, kwargs = example
     module = _with_signature(served, len(args))
-    names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
+    names = [str(node.target) for node in placeholders(module)]
     return torch.export.export(module, args, kwargs, dynamic_shapes=_dynamic(example, names), strict=False)
 
 
 def _with_signature(served: Served, positional: int) -> fx.GraphModule:
     """The network with its inputs by name: torch.export makes wrong guards of ``**kwargs``."""
     graph = fx.Graph()
-    names = [str(node.target) for node in served.zipped.trunk.graph.find_nodes(op="placeholder")]
+    names = [str(node.target) for node in placeholders(served.zipped.trunk)]
     inputs = {name: graph.placeholder(name) for name in names}
     args = tuple(inputs[name] for name in names[:positional])
     kwargs: dict[str, Any] = {name: inputs[name] for name in names[positional:]}

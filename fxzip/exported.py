@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxzip.data.batches import Inputs
+from fxzip.graphs import placeholders
 
 if TYPE_CHECKING:
     from fxzip.merged import ZippedModel
@@ -24,7 +25,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 def input_names(zipped: ZippedModel, example: Inputs) -> tuple[str, ...]:
     """A name for each input tensor: that of the forward's argument, with the place inside it."""
     args, kwargs = example
-    own = [str(node.target) for node in zipped.trunk.graph.find_nodes(op="placeholder")]
+    own = [str(node.target) for node in placeholders(zipped.trunk)]
     named = {**dict(zip(own, args, strict=False)), **kwargs}
     return tuple(name for key, value in named.items() for name in _leaf_names(key, value))
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fxzip.errors import FileFormatError, SaveError
 from fxzip.folders import new_folder
+from fxzip.graphs import placeholders
 from fxzip.merged import ZippedModel
 from fxzip.plan import read_graph, read_record, read_state, write_graph, write_record, write_state
 from fxzip.plan.examples import read_example, write_example
@@ -200,7 +201,7 @@ def model_card(zipped: ZippedModel) -> str:
     """A README in Markdown with the tasks, how to load the network, and the report."""
     report = zipped.report
     ratio = f"{report.flops_after / report.flops_before:.1%}" if report.flops_before else "-"
-    inputs = "\n".join(f"- `{node.target}`" for node in zipped.trunk.graph.find_nodes(op="placeholder"))
+    inputs = "\n".join(f"- `{node.target}`" for node in placeholders(zipped.trunk))
     tasks = "\n".join(f"- `{name}`" for name in zipped.names)
     return f"""---
 library_name: fxzip

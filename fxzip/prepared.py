@@ -19,7 +19,7 @@ from fxzip.matching import MergeMap, evidence, match, options
 from fxzip.merged import ZippedModel
 from fxzip.moments import Moments
 from fxzip.passes.align import Alignment
-from fxzip.passes.cut import Cut, Cuts, crossing
+from fxzip.passes.cut import Cut, Cuts, MergePlan, crossing
 from fxzip.passes.cut.budget import cost_of_cuts, cost_of_joins, cut_within, parse_budget
 from fxzip.passes.match import match_spaces
 from fxzip.passes.match_weights import match_by_weights
@@ -29,7 +29,7 @@ from fxzip.passes.recalibrate import recalibrate
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.refit import refit as refit_parts
 from fxzip.passes.reuse import reuse_memory
-from fxzip.passes.split import paired_parameters, split
+from fxzip.passes.split import split
 from fxzip.passes.split.stems import joined_channels
 from fxzip.report import Cost, Report, SpaceRow
 from fxzip.sweep import Sweep, SweepRow, as_scores
@@ -172,13 +172,12 @@ class Prepared:
         if self._loader is None:
             raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")
         maps = self._match(method, chosen, self._spaces_between(begin, place))
-        parts = split(self.alignment, self.spec, maps, place, begin)
+        plan = MergePlan(self.alignment, self.spec, maps, begin, place)
+        parts = split(plan)
         merged = any(begin <= layer < place for layer in self._cuts.layers)
         refitted = 0
         if refit and merged:
-            refitted = refit_parts(
-                parts, self.alignment, self.spec, maps, place, self._loader, options, progress, begin
-            )
+            refitted = refit_parts(parts, plan, self._loader, options, progress)
         heads = dict(zip(self.names, parts.heads, strict=True))
         where = self._shown(cut, place), self._shown(start, begin) if begin else None
         report = self._report(parts.trunk, heads, maps, where, method, chosen, refitted)
@@ -236,7 +235,7 @@ class Prepared:
     def _match(self, method: str, chosen: Mapping[str, float], names: set[str]) -> dict[str, MergeMap]:
         if evidence(method) != "weights":
             return match_spaces(self.spec, self.moments, method, len(self.names), names, **chosen)
-        peers = paired_parameters(self.alignment, len(self.alignment.shared))
+        peers = self.alignment.peers(len(self.alignment.shared))
         whole = [module.state_dict() for module in self.alignment.modules]
         states = [{name: state[own[k]] for name, own in peers.items()} for k, state in enumerate(whole)]
         gamma = chosen.get("gamma", 0.0)

@@ -17,13 +17,14 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxzip.errors import AlignmentError
-from fxzip.passes.trace.clean import attribute
+from fxzip.graphs import attribute, learned, nodes_by_name
 
 # What a module is set to but its output in eval mode does not hang on.
 _NO_MATTER = {"training", "inplace", "momentum", "forward"}
@@ -43,21 +44,43 @@ class Alignment:
     shared: tuple[tuple[str, ...], ...]
     parting: str | None = None
 
+    @cached_property
+    def nodes(self) -> tuple[dict[str, fx.Node], ...]:
+        """Each model's nodes by their names."""
+        return tuple(nodes_by_name(module) for module in self.modules)
+
+    @cached_property
+    def learned(self) -> tuple[frozenset[str], ...]:
+        """The nodes of each model that depend on no input: they cross no cut, trunk and heads have each their own."""
+        return tuple(frozenset(node.name for node in learned(module)) for module in self.modules)
+
     def trunk_names(self, model: int) -> tuple[str, ...]:
         """The names of the shared nodes in one model's graph, in graph order."""
         return tuple(names[model] for names in self.shared)
 
+    def peers(self, end: int) -> dict[str, tuple[str, ...]]:
+        """For each parameter and buffer of the first model's shared nodes before a place its name in every model."""
+        found: dict[str, tuple[str, ...]] = {}
+        for names in self.shared[:end]:
+            group = [nodes[name] for nodes, name in zip(self.nodes, names, strict=True)]
+            targets = [str(node.target) for node in group]
+            if group[0].op == "get_attr":
+                found[targets[0]] = tuple(targets)
+            elif group[0].op == "call_module":
+                for key in self.modules[0].get_submodule(targets[0]).state_dict():
+                    found[f"{targets[0]}.{key}"] = tuple(f"{target}.{key}" for target in targets)
+        return found
+
     def shared_parameters(self) -> tuple[tuple[str, ...], ...]:
         """The qualified names of the parameters and buffers of the shared nodes, one per model, each once."""
-        nodes = [{node.name: node for node in module.graph.nodes} for module in self.modules]
         found: dict[int, tuple[str, ...]] = {}
         for names in self.shared:
             tensors = [
                 dict(_tensors(module, known[name]))
-                for module, known, name in zip(self.modules, nodes, names, strict=True)
+                for module, known, name in zip(self.modules, self.nodes, names, strict=True)
             ]
             for key, tensor in tensors[0].items():
-                targets = (str(known[name].target) for known, name in zip(nodes, names, strict=True))
+                targets = (str(known[name].target) for known, name in zip(self.nodes, names, strict=True))
                 found.setdefault(id(tensor), tuple(f"{t}.{key}" if key else t for t in targets))
         return tuple(found.values())
 

@@ -7,13 +7,13 @@ parameter of its own. A map between channels then acts on the weights that the n
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxzip.passes.trace.clean import drop_unused
+from fxzip.graphs import attribute, compute, drop_dead_code, drop_unused, learned
 from fxzip.rules import kind_of, target_of
 
 
@@ -24,15 +24,14 @@ def canonicalise(module: fx.GraphModule) -> fx.GraphModule:
     nothing else uses; else it is named after its node. ``module.meta["folded"]`` lists the names.
     """
     state = {name for name, value in module.state_dict(keep_vars=True).items() if value.is_floating_point()}
-    learned = _learned(module, state)
-    edge = [n for n in learned if n.op != "get_attr" and _must_fold(module, n, learned)]
+    known = _learned(module, state)
+    edge = [n for n in known if n.op != "get_attr" and _must_fold(module, n, known)]
     if not edge:
         return module
-    values = _evaluate(module, learned)
-    folded = [_replace(module, node, values[node], learned[node]) for node in edge if isinstance(values[node], Tensor)]
+    values = _evaluate(module, known)
+    folded = [_replace(module, node, values[node], known[node]) for node in edge if isinstance(values[node], Tensor)]
     module.meta["folded"] = (*module.meta.get("folded", ()), *folded)
-    module.graph.eliminate_dead_code()
-    module.delete_all_unused_submodules()
+    drop_dead_code(module)
     drop_unused(module, state)
     module.graph.lint()
     module.recompile()
@@ -41,27 +40,16 @@ def canonicalise(module: fx.GraphModule) -> fx.GraphModule:
 
 def _learned(module: fx.GraphModule, state: set[str]) -> dict[fx.Node, frozenset[str]]:
     """The nodes that depend on parameters (or buffers that are saved) and on nothing else, with their names."""
-    constant: set[fx.Node] = set()
-    learned: dict[fx.Node, frozenset[str]] = {}
-    for node in module.graph.nodes:
-        inputs = node.all_input_nodes
-        if node.op == "get_attr":
-            constant.add(node)
-            learned[node] = frozenset({str(node.target)} & state)
-        elif node.op in ("call_function", "call_method") and all(n in constant for n in inputs):
-            if node.is_impure() or str(getattr(node.target, "__name__", node.target)).startswith("rand"):
-                continue
-            constant.add(node)
-            learned[node] = frozenset().union(*(learned[n] for n in inputs))
-    return {node: names for node, names in learned.items() if names or node.op == "get_attr"}
+    found = {node: names & state for node, names in learned(module).items()}
+    return {node: names for node, names in found.items() if names or node.op == "get_attr"}
 
 
-def _must_fold(module: fx.GraphModule, node: fx.Node, learned: dict[fx.Node, frozenset[str]]) -> bool:
+def _must_fold(module: fx.GraphModule, node: fx.Node, known: Collection[fx.Node]) -> bool:
     """Whether the value is used and is more than a parameter moved about: labels follow those by themselves.
 
     Weights that a layer contracts with must be parameters as they are.
     """
-    users = [user for user in node.users if user not in learned]
+    users = [user for user in node.users if user not in known]
     if not users:
         return False
     pending, moved = [node], True
@@ -72,17 +60,18 @@ def _must_fold(module: fx.GraphModule, node: fx.Node, learned: dict[fx.Node, fro
     return not moved or any(kind_of(target_of(module, user)) == "layer" for user in users)
 
 
-def _evaluate(module: fx.GraphModule, learned: dict[fx.Node, frozenset[str]]) -> dict[fx.Node, Any]:
-    interpreter = fx.Interpreter(module)
-    needed = set(learned)
+def _evaluate(module: fx.GraphModule, nodes: Collection[fx.Node]) -> dict[fx.Node, Any]:
+    """The values of nodes that depend on no input, and of what they are made of."""
+    needed = set(nodes)
     for node in reversed(module.graph.nodes):
         if node in needed:
             needed.update(node.all_input_nodes)
+    values: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for node in module.graph.nodes:
             if node in needed:
-                interpreter.env[node] = interpreter.run_node(node)
-    return interpreter.env
+                values[node] = compute(module, node, values.__getitem__)
+    return values
 
 
 def _replace(module: fx.GraphModule, node: fx.Node, value: Tensor, names: frozenset[str]) -> str:
@@ -109,7 +98,7 @@ def _new_name(module: fx.GraphModule, node: fx.Node, names: frozenset[str], valu
     A value of another shape (a table that was looked up) never takes it: its channels lie elsewhere.
     """
     weights = [name for name in names if name.rpartition(".")[2] == "weight"] or list(names)
-    if len(weights) == 1 and operator.attrgetter(weights[0])(module).shape == value.shape:
+    if len(weights) == 1 and attribute(module, weights[0]).shape == value.shape:
         name = weights[0]
         readers = [n for n in module.graph.find_nodes(op="get_attr") if n.target == name]
         others = {user for n in readers for user in n.users}

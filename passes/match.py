@@ -12,7 +12,6 @@ from torch import Tensor
 from fxzip.channels import ChannelSpace, ChannelSpec
 from fxzip.matching import MergeMap, evidence, match
 from fxzip.moments import Moments
-from fxzip.passes.permute import by_depth
 
 
 def match_spaces(
@@ -37,11 +36,11 @@ def match_spaces(
         names: The spaces to match; their parents are matched too.
         options: Of the method.
     """
-    wanted = with_parents(spec, names)
+    wanted = spec.with_parents(names)
     similar = _Computed(moments, lambda seen: seen.correlation.cpu())
     own = similar if evidence(method) == "correlation" else _Computed(moments, lambda seen: seen.covariance.cpu())
     maps: dict[str, MergeMap] = {}
-    for space in by_depth(spec):
+    for space in spec.by_depth:
         if space.name in wanted:
             maps[space.name] = match_space(spec, space, own, similar, maps, method, n_models, options)
     return maps
@@ -63,22 +62,6 @@ class _Computed(Mapping[str, Tensor]):
         return len(self._moments)
 
 
-def with_parents(spec: ChannelSpec, names: Collection[str]) -> set[str]:
-    """The named spaces and those of the blocks that they lie in."""
-    wanted = set(names)
-    for space in reversed(by_depth(spec)):
-        if space.name in wanted and space.parent is not None:
-            wanted.add(space.parent)
-    return wanted
-
-
-def inside(spec: ChannelSpec, name: str) -> Iterator[ChannelSpace]:
-    """The spaces whose channels lie in blocks of a space, however deep."""
-    for child in spec.children(name):
-        yield child
-        yield from inside(spec, child.name)
-
-
 def match_space(
     spec: ChannelSpec, space: ChannelSpace, own: Mapping[str, Tensor], similar: Mapping[str, Tensor],
     maps: Mapping[str, MergeMap], method: str, n_models: int, options: Mapping[str, Any],
@@ -96,7 +79,7 @@ def match_space(
         n_models: Number of models N.
         options: Of the method.
     """
-    within = list(inside(spec, space.name))
+    within = list(spec.inside(space.name))
     similarity = (similar if within else own).get(space.name)
     if within:
         method, options = ("average" if method == "average" else "permute"), {}

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from fxzip.channels import ChannelSpace, ChannelSpec, Site
 from fxzip.matching import MergeMap
-from fxzip.passes.match import inside, match_space, with_parents
-from fxzip.passes.permute import by_depth
-from fxzip.passes.split.fuse import sites_by_parameter, transformed
+from fxzip.passes.match import match_space
+from fxzip.passes.split.fuse import Place, places_by_parameter, transformed
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 States = Sequence[Mapping[str, Tensor]]
@@ -51,7 +50,7 @@ def match_by_weights(
         sweeps: Most rounds over all spaces.
         seed: Of the order of the spaces in each round.
     """
-    families = [[space, *_below(spec, space)] for space in by_depth(spec) if not space.parent]
+    families = [[space, *_below(spec, space)] for space in spec.by_depth if not space.parent]
     count = len(states)
     maps = {
         space.name: MergeMap.from_assignment(torch.arange(space.size).repeat(count), count)
@@ -65,14 +64,14 @@ def match_by_weights(
             maps |= _rematched(spec, families[number], states, maps, correlations or {}, gamma)
         if all(torch.equal(before[name].assignment, maps[name].assignment) for name in maps):
             break
-    wanted = with_parents(spec, names)
+    wanted = spec.with_parents(names)
     return {name: found for name, found in maps.items() if name in wanted}
 
 
 def _below(spec: ChannelSpec, root: ChannelSpace) -> list[ChannelSpace]:
     """The spaces that lie in a space's blocks, from the outside in: their maps depend on one another."""
-    below = {space.name for space in inside(spec, root.name)}
-    return [space for space in by_depth(spec) if space.name in below]
+    below = {space.name for space in spec.inside(root.name)}
+    return [space for space in spec.by_depth if space.name in below]
 
 
 def _rematched(
@@ -103,7 +102,7 @@ def weight_similarity(
         maps: The maps of the other spaces.
         cosine: Divide by the lengths of the channels' weights: a value of -1 to 1, as a correlation is.
     """
-    peers = sites_by_parameter(spec, maps)
+    peers = places_by_parameter(spec, maps)
     size, count = space.size, len(states)
     similarity = torch.zeros(count * size, count * size, dtype=torch.float64)
     power = torch.full((count, size), 1e-30, dtype=torch.float64)
@@ -124,11 +123,11 @@ def weight_similarity(
     return similarity + similarity.T
 
 
-def _carried(tensor: Tensor, sites: Sequence[tuple[Site, MergeMap]], model: int) -> Tensor:
+def _carried(tensor: Tensor, places: Sequence[Place], model: int) -> Tensor:
     """A model's parameter in the first one's order on the axes of other spaces."""
     work = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
     # U takes a permuted model's channels to their places without M's share of 1/N.
-    return transformed(work, [(replace(site, role="contract"), found) for site, found in sites], model)
+    return transformed(work, [replace(place, role="contract") for place in places], model)
 
 
 def _rows(site: Site, tensor: Tensor) -> Tensor:

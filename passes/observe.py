@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, fx, nn
 from fxzip.channels import MergePoint
 from fxzip.data.loops import describe, evaluating, feed
 from fxzip.errors import CalibrationError
+from fxzip.graphs import drop_dead_code, nodes_by_name, placeholders, writes_in_place
 from fxzip.moments import Moments, Observer
 from fxzip.passes.align import Alignment
 from fxzip.passes.reuse import reuse_memory
@@ -85,19 +85,15 @@ def insert_observers(alignment: Alignment, points: Mapping[str, Sequence[MergePo
         root.add_module(f"observer_{number}", Observer(len(alignment.modules), *own, name=name))
         for place, point in enumerate(own):
             calls.setdefault(point.node, []).append((f"observer_{number}", place))
-    graph, effects = _joint_graph(alignment, calls)
-    joint = fx.GraphModule(root, graph, class_name="Observed")
-    joint.graph.eliminate_dead_code(lambda node: node in effects or node.is_impure())
+    joint = fx.GraphModule(root, _joint_graph(alignment, calls), class_name="Observed")
+    drop_dead_code(joint)
     joint.graph.lint()
     reuse_memory(joint)
     return joint
 
 
-def _joint_graph(alignment: Alignment, calls: Mapping[str, list[tuple[str, int]]]) -> tuple[fx.Graph, set[fx.Node]]:
-    """The models' nodes interleaved, to the last in ``calls`` (node of model 0 -> observers and places).
-
-    Also the nodes that must stay although nothing uses them.
-    """
+def _joint_graph(alignment: Alignment, calls: Mapping[str, list[tuple[str, int]]]) -> fx.Graph:
+    """The models' nodes interleaved, to the last in ``calls`` (node of model 0 -> observers and places)."""
     missing = calls.keys() - {names[0] for names in alignment.shared}
     if missing:
         raise ValueError(f"merge points at nodes that the models do not share: {', '.join(sorted(missing))}")
@@ -114,7 +110,7 @@ def _joint_graph(alignment: Alignment, calls: Mapping[str, list[tuple[str, int]]
             graph.call_module(observer, (place, *nodes))
         left -= names[0] in calls
     graph.output(None)
-    return graph, {node for copy in copies for node in copy.effects}
+    return graph
 
 
 class _Copy:
@@ -123,9 +119,8 @@ class _Copy:
     def __init__(self, graph: fx.Graph, module: fx.GraphModule, prefix: str) -> None:
         self.graph, self.module, self.prefix = graph, module, prefix
         self.env: dict[fx.Node, fx.Node] = {}
-        self.effects: set[fx.Node] = set()
-        self.by_name = {node.name: node for node in module.graph.nodes}
-        self.inputs = _placeholders(module)
+        self.by_name = nodes_by_name(module)
+        self.inputs = placeholders(module)
         self.rest: Iterator[fx.Node] = iter(module.graph.nodes)
 
     def upto(self, name: str) -> fx.Node:
@@ -141,8 +136,6 @@ class _Copy:
         copied = self.graph.node_copy(node, lambda used: self.env[used])
         if node.op in ("call_module", "get_attr"):
             copied.target = f"{self.prefix}.{node.target}"
-        if not node.users and writes_in_place(node, self.module):
-            self.effects.add(copied)
         return copied
 
 
@@ -158,28 +151,6 @@ def _share_inputs(graph: fx.Graph, copies: Sequence[_Copy]) -> None:
             copy.env[copy.inputs[position]] = graph.call_function(torch.clone, (node,)) if written else node
 
 
-def writes_in_place(node: fx.Node, module: fx.GraphModule) -> bool:
-    """Whether a node writes to the memory of its first argument."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op == "call_module":
-        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
-    name = getattr(node.target, "__name__", "")
-    return node.target in _IN_PLACE or bool(node.kwargs.get("inplace")) or (name.endswith("_") and name[-2:] != "__")
-
-
-_IN_PLACE = {
-    operator.setitem,
-    operator.iadd,
-    operator.isub,
-    operator.imul,
-    operator.itruediv,
-    operator.iand,
-    operator.ior,
-}
-
-
 class _Checked(nn.Module):
     """The joint graph, refusing inputs that are of another rank than those that the models were traced with.
 
@@ -190,8 +161,8 @@ class _Checked(nn.Module):
     def __init__(self, joint: fx.GraphModule, module: fx.GraphModule) -> None:
         super().__init__()
         self.joint = joint
-        self.names = [str(node.target) for node in _placeholders(module)]
-        self.shapes = {str(node.target): _traced_shape(node) for node in _placeholders(module)}
+        self.names = [str(node.target) for node in placeholders(module)]
+        self.shapes = {str(node.target): _traced_shape(node) for node in placeholders(module)}
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -212,10 +183,6 @@ class _Checked(nn.Module):
             expected = ", ".join(f"{name} {list(shape)}" for name, shape in self.shapes.items() if shape)
             hint = f" (they were traced with {expected})" if expected else ""
             raise CalibrationError(f"{describe(args, kwargs)} does not fit the models{hint}: {error}") from error
-
-
-def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in module.graph.nodes if node.op == "placeholder"]
 
 
 def _traced_shape(node: fx.Node) -> tuple[int | str, ...] | None:

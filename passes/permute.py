@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Generator, Tensor, nn
 
-from fxzip.channels import ChannelSpace, ChannelSpec, Site
+from fxzip.channels import ChannelSpec, Site
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.trace import trace
 
@@ -20,7 +20,7 @@ from fxzip.passes.trace import trace
 def random_permutations(spec: ChannelSpec, generator: Generator | None = None) -> dict[str, Tensor]:
     """For each space a random order of its channels that keeps blocks whole; (size,) source channels by name."""
     found: dict[str, Tensor] = {}
-    for space in by_depth(spec):
+    for space in spec.by_depth:
         if space.parent is None or space.block is None:
             found[space.name] = torch.randperm(space.size, generator=generator)
             continue
@@ -28,18 +28,6 @@ def random_permutations(spec: ChannelSpec, generator: Generator | None = None) -
         inner = torch.stack([torch.randperm(width, generator=generator) for _ in found[space.parent]])
         found[space.name] = (found[space.parent][:, None] * width + inner).reshape(-1)
     return found
-
-
-def by_depth(spec: ChannelSpec) -> list[ChannelSpace]:
-    """The spaces, those of blocks before those that lie in them."""
-    depth: dict[str, int] = {}
-
-    def of(space: ChannelSpace) -> int:
-        if space.name not in depth:
-            depth[space.name] = 0 if space.parent is None else 1 + of(spec[space.parent])
-        return depth[space.name]
-
-    return sorted(spec.spaces, key=of)
 
 
 def permuted(spec: ChannelSpec, model: nn.Module, generator: Generator | None = None) -> nn.Module:

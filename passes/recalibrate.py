@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxzip.data.loops import device_of, evaluating, feed
 from fxzip.errors import CalibrationError
-from fxzip.passes.trace.clean import is_within
+from fxzip.graphs import attribute, is_within
 
 _NATIVE = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
 _EVAL = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
@@ -172,14 +172,4 @@ def _find_functions(prefix: str, module: fx.GraphModule) -> Iterable[_Layer]:
         if isinstance(mean, fx.Node) and isinstance(var, fx.Node) and mean.op == var.op == "get_attr":
             owner = str(mean.target).rpartition(".")[0] or node.name
             name = f"{prefix}.{owner}" if prefix else owner
-            yield _Layer(name, _attribute(module, mean), _attribute(module, var), None)
-
-
-def _attribute(module: nn.Module, node: fx.Node) -> Tensor:
-    """The tensor of a get_attr node: the very object that the graph's code passes on."""
-    value: Any = module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{node.target} is no tensor")
-    return value
+            yield _Layer(name, attribute(module, str(mean.target)), attribute(module, str(var.target)), None)

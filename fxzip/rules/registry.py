@@ -164,11 +164,14 @@ def key_of(target: object) -> object:
 
 
 def _bare(name: str) -> str:
-    name = name.strip("_")
+    """A name without underscores; the reflected and in-place forms of an operator (``__radd__``, ``iadd``) are it."""
+    bare = name.strip("_")
+    if not name.startswith("__") and hasattr(torch, bare):  # torch.rand is no reflected ``and``
+        return bare
     for prefix in ("r", "i"):
-        if name.startswith(prefix) and hasattr(operator, f"__{name[1:]}__") and not hasattr(Tensor, name):
-            return name[1:]
-    return name
+        if bare.startswith(prefix) and hasattr(operator, f"__{bare[1:]}__") and not hasattr(Tensor, bare):
+            return bare[1:]
+    return bare
 
 
 def register_rule(*targets: object, kind: Kind | None = None) -> Callable[[R], R]:

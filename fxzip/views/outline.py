@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxzip.flops import flop_counter
+from fxzip.graphs import bind_inputs, placeholders
 from fxzip.passes.cut import is_layer
-from fxzip.passes.trace.record import bound_arguments
 from fxzip.report import LayerRow
 from fxzip.rules import target_of
 from fxzip.rules.registry import key_of
@@ -41,14 +41,14 @@ def outline(
         spaces: The merged channel spaces of a node's output in the trunk, by the node's name.
     """
     rows: list[LayerRow] = []
-    inputs = tuple(bound_arguments(trunk, args, kwargs).values())
+    inputs = tuple(bind_inputs(trunk, args, kwargs).values())
     recorder = _Recorder(trunk, "", rows, spaces)
     crossing = recorder.run_all(inputs, {})
     (outputs,) = trunk.graph.output_node().args
     assert isinstance(outputs, tuple)
     origins = [recorder.rows_of[node] for node in outputs if isinstance(node, fx.Node)]
     for task, head in heads.items():
-        given = dict(zip(head.graph.find_nodes(op="placeholder"), origins, strict=True))
+        given = dict(zip(placeholders(head), origins, strict=True))
         _Recorder(head, task, rows, lambda _: ()).run_all(crossing, given)
     return tuple(rows)
 

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from fxzip.channels import ChannelSpec, Layout
 from fxzip.data.batches import with_batch_size
 from fxzip.errors import FrozenSpaceWarning
+from fxzip.graphs import attribute, run_call
 from fxzip.labelling.labels import LabelGraph, Labelled, simplified
 from fxzip.labelling.partition import partition
 from fxzip.passes.analyse.shapes import propagate_shapes
@@ -119,9 +120,7 @@ class Flow:
             mapped(self.values[source], partial(ctx.freeze, why=f"{node.name} (a number that is read)"))
 
     def _attribute(self, name: str) -> Any:
-        value: Any = self.module
-        for part in name.split("."):
-            value = getattr(value, part)
+        value = attribute(self.module, name)
         if isinstance(value, Tensor) and name in self._state and value.is_floating_point():
             return Labelled(tuple(value.shape), parameter=name)
         return value.detach() if isinstance(value, Tensor) else value
@@ -239,10 +238,7 @@ def _constant(node: fx.Node, args: Any, kwargs: Any, out: Any) -> Any:
     args, kwargs = mapped((args, kwargs), lambda v: on_meta.get(v, v) if isinstance(v, torch.device) else v)
     try:
         with torch.no_grad():
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            assert callable(node.target)
-            return node.target(*args, **kwargs)
+            return run_call(node.target, args, kwargs)
     except Exception:
         return _positional(out)
 

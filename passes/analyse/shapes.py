@@ -14,6 +14,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from fxzip.graphs import bind_inputs, placeholders
+
 _RECORDED = ("symbolic", "export")
 
 
@@ -25,33 +27,17 @@ def propagate_shapes(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict
         args: Positional inputs of batch size 1.
         kwargs: Keyword inputs of batch size 1.
     """
-    given = in_order(module, args, kwargs)
+    given = tuple(bind_inputs(module, args, kwargs).values())
     return _Shapes(module, given, _fits(module, given)).values()
-
-
-def in_order(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The inputs in the order of the graph's placeholders; trailing ones without a value keep their default."""
-    placeholders = module.graph.find_nodes(op="placeholder")
-    names = [node.target for node in placeholders]
-    given = list(args)
-    for node in placeholders[len(args) :]:
-        if node.target in kwargs:
-            given.append(kwargs[str(node.target)])
-        elif node.args:
-            given.append(node.args[0])
-    unknown = set(kwargs) - set(names)
-    if unknown:
-        raise TypeError(f"the model takes no input {', '.join(sorted(unknown))}; it takes {', '.join(map(str, names))}")
-    return tuple(given)
 
 
 def _fits(module: fx.GraphModule, given: tuple[Any, ...]) -> bool:
     """Whether what the tracer saw is there, and was seen on inputs of these sizes."""
-    placeholders = module.graph.find_nodes(op="placeholder")
-    if module.meta.get("traced_by") not in _RECORDED or len(given) != len(placeholders):
+    nodes = placeholders(module)
+    if module.meta.get("traced_by") not in _RECORDED or len(given) != len(nodes):
         return False
     reader = _Reader()
-    seen = [reader.read(node.meta.get("val")) for node in placeholders]
+    seen = [reader.read(node.meta.get("val")) for node in nodes]
     return _sizes(seen) == _sizes(given)
 
 

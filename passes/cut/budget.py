@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from fxzip.data.batches import with_batch_size
 from fxzip.errors import CutError
 from fxzip.flops import flop_counter
+from fxzip.graphs import bind_inputs
 from fxzip.passes.align import Alignment
 
 _BUDGET = re.compile(r"\s*flops\s*<=?\s*([0-9.]+(?:e[+-]?\d+)?)\s*x\s*", re.IGNORECASE)
@@ -50,10 +51,9 @@ class _Counting(fx.Interpreter):
 def _counted(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> _Counting:
     """What each node costs and gives for one example."""
     args, kwargs = with_batch_size(*example, 1)
-    names = [node.target for node in module.graph.find_nodes(op="placeholder")]
     counting = _Counting(module)
     with torch.no_grad():
-        counting.run(*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
+        counting.run(*bind_inputs(module, args, kwargs).values())
     return counting
 
 

@@ -16,7 +16,6 @@ from torch import fx
 from fxzip.channels import ChannelSpec
 from fxzip.errors import CutError
 from fxzip.passes.align import Alignment
-from fxzip.passes.observe import writes_in_place
 from fxzip.rules import find_rule, kind_of, target_of
 
 Cut = str | float | None
@@ -96,7 +95,7 @@ def find_cuts(alignment: Alignment, spec: ChannelSpec) -> Cuts:
     """
     shared = [names[0] for names in alignment.shared]
     number = {name: i for i, name in enumerate(shared)}
-    nodes = {node.name: node for node in alignment.modules[0].graph.nodes}
+    nodes = alignment.nodes[0]
     inputs = sum(nodes[name].op == "placeholder" for name in shared)
     invalid = set(range(inputs))
     for i, last in _last_uses(alignment).items():
@@ -122,7 +121,7 @@ def crossing(alignment: Alignment, cut: int) -> tuple[int, ...]:
     found: set[int] = set()
     for model, module in enumerate(alignment.modules):
         number = {names[model]: i for i, names in enumerate(alignment.shared[:cut])}
-        own = learned(module)
+        own = alignment.learned[model]
         for node in module.graph.nodes:
             if node.name in number and node.name not in own and any(u.name not in number for u in node.users):
                 found.add(number[node.name])
@@ -135,23 +134,12 @@ def _last_uses(alignment: Alignment) -> dict[int, int]:
     last: dict[int, int] = {}
     for model, module in enumerate(alignment.modules):
         number = {names[model]: i for i, names in enumerate(alignment.shared)}
-        own = learned(module)
+        own = alignment.learned[model]
         for node in module.graph.nodes:
             if node.name in number and node.name not in own:
                 i = number[node.name]
                 last[i] = max(last.get(i, i), *(number.get(user.name, end) for user in node.users), i)
     return last
-
-
-def learned(module: fx.GraphModule) -> frozenset[str]:
-    """The nodes that depend on parameters alone: they cross no cut, trunk and heads have each their own."""
-    found: set[str] = set()
-    for node in module.graph.nodes:
-        inputs = node.all_input_nodes
-        computed = node.op in ("call_function", "call_method") and inputs and all(n.name in found for n in inputs)
-        if node.op == "get_attr" or (computed and not writes_in_place(node, module)):
-            found.add(node.name)
-    return frozenset(found)
 
 
 def _can_cross(spec: ChannelSpec, node: str) -> bool:

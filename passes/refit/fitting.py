@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor, fx
 
 from fxzip.errors import CalibrationError
+from fxzip.graphs import is_relu
 from fxzip.passes.refit.lockstep import Batch, LockStep, Stream
 from fxzip.passes.refit.pairs import Pair
 from fxzip.passes.refit.regression import Regression, Residuals
@@ -279,7 +279,7 @@ class Fitter:
 
     def _one_sided(self, unit: Unit) -> bool:
         users = unit.root.users
-        return bool(users) and all(_is_relu(self._merged.module, user) for user in users)
+        return bool(users) and all(is_relu(self._merged.module, user) for user in users)
 
     def _draw(self, unit: Unit, value: Tensor) -> Tensor | None:
         """Samples of a batch for a Gram matrix, drawn at random; None for all, where they are not too many."""
@@ -294,7 +294,7 @@ def _width(unit: Unit) -> int:
 
 
 def _pulled_back(has: Tensor, value: Tensor, by: Tensor) -> Tensor | None:
-    """Jᵀ ``by``, with J of ``has`` by ``value``; None where it does not hang on it smoothly."""
+    """Jᵀ ``by``, with J of ``has`` by ``value``; None where it does not depend on it smoothly."""
     if not has.requires_grad:
         return None
     return torch.autograd.grad(has, value, by, retain_graph=True, allow_unused=True)[0]
@@ -306,12 +306,6 @@ def _curved(step: tuple[Tensor, Tensor], curvature: Tensor) -> tuple[Tensor, Ten
     damped = curvature + (DAMPING * mean + 1e-30) * torch.eye(curvature.shape[1]).to(curvature)
     both = torch.linalg.solve(damped, torch.cat([step[0], step[1][:, :, None]], 2))
     return both[:, :, :-1], both[:, :, -1]
-
-
-def _is_relu(module: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return isinstance(module.get_submodule(str(node.target)), nn.ReLU)
-    return node.target in (F.relu, torch.relu, "relu")
 
 
 def _add(residuals: Residuals, unit: Unit, batch: Batch, left: Tensor) -> None:

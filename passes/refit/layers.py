@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fxzip.contraction import Contraction, Window
+from fxzip.graphs import attribute, new_parameter
 from fxzip.passes.refit.lines import line_of, rank_of
-from fxzip.passes.refit.slots import Uses, arguments, fill, new_parameter, slot, takes
-from fxzip.passes.trace.clean import attribute
+from fxzip.passes.refit.slots import Uses, arguments, fill, slot, takes
 from fxzip.rules.registry import key_of
 
 

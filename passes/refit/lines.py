@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxzip.graphs import is_static, static_value
 from fxzip.passes.recalibrate import BATCH_NORMS, TRIPLES
-from fxzip.passes.refit.slots import arguments, is_static, slot, static_value
+from fxzip.passes.refit.slots import arguments, slot
 from fxzip.rules.registry import key_of
 
 _OPERATIONS: dict[object, Callable[[Any, Any], Any]] = {"mul": operator.mul, "add": operator.add, "sub": operator.sub}

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxzip.graphs import attribute, compute, nodes_by_name
+
 
 @dataclass(eq=False)
 class Stream:
@@ -21,8 +23,8 @@ class Stream:
 
     module: fx.GraphModule
     names: Mapping[str, str]
-    nodes: dict[str, fx.Node] = field(default_factory=dict)
-    interpreter: fx.Interpreter | None = None
+    back: dict[str, str] = field(init=False)
+    nodes: dict[str, fx.Node] = field(init=False)
 
     def __post_init__(self) -> None:
         self.back = {own: name for name, own in self.names.items()}
@@ -30,20 +32,15 @@ class Stream:
 
     def reload(self) -> None:
         """See the graph as it is now."""
-        self.nodes = {node.name: node for node in self.module.graph.nodes}
-        self.interpreter = fx.Interpreter(self.module, garbage_collect_values=False)
+        self.nodes = nodes_by_name(self.module)
 
     def compute(self, name: str, env: Mapping[str, Any]) -> Any:
         """The value of a node, its inputs being in ``env`` under the merged graph's names."""
-        node = self.nodes[self.names.get(name, name)]
-        interpreter = self.interpreter
-        assert interpreter is not None
 
         def value(n: fx.Node) -> Any:
-            return interpreter.get_attr(n.target, (), {}) if n.op == "get_attr" else env[self.back.get(n.name, n.name)]
+            return attribute(self.module, str(n.target)) if n.op == "get_attr" else env[self.back.get(n.name, n.name)]
 
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-        return getattr(interpreter, node.op)(node.target, args, kwargs)
+        return compute(self.module, self.nodes[self.names.get(name, name)], value)
 
     def reads(self, name: str) -> list[str]:
         """The merged graph's names of what a node is computed from; none if this network lacks the node."""
@@ -57,7 +54,7 @@ class Stream:
 
 @dataclass(eq=False)
 class Batch:
-    """One batch's values in every stream, by the merged graph's node names; None until it is taken in."""
+    """One batch's values in every stream, by the merged graph's node names; empty until it is taken in."""
 
     feed: list[dict[str, Any]]
     env: list[dict[str, Any]] = field(default_factory=list)

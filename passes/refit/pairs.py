@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxzip.passes.observe import writes_in_place
+from fxzip.graphs import writes_in_place
 from fxzip.passes.refit.units import Unit
 
 

@@ -16,19 +16,17 @@ values. No labels are used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
 
-from fxzip.channels import ChannelSpec
 from fxzip.data.loops import batches, counted, device_of
 from fxzip.errors import CalibrationError, OptionError
-from fxzip.matching import MergeMap
-from fxzip.passes.align import Alignment
-from fxzip.passes.cut import crossing
+from fxzip.graphs import bind_inputs, drop_dead_code, drop_unused
+from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.refit.fitting import Fit, Fitter, Target
 from fxzip.passes.refit.lockstep import LockStep, Step, Stream
 from fxzip.passes.refit.norms import Norm, find_norm
@@ -38,7 +36,6 @@ from fxzip.passes.refit.targets import Targets
 from fxzip.passes.refit.units import Unit, find_units
 from fxzip.passes.split import Split
 from fxzip.passes.split.stems import STEM
-from fxzip.passes.trace.clean import drop_unused
 
 
 @dataclass(frozen=True)
@@ -76,9 +73,8 @@ class RefitOptions:
 
 
 def refit(
-    parts: Split, alignment: Alignment, spec: ChannelSpec, maps: Mapping[str, MergeMap], cut: int,
-    loader: Iterable[Any], options: RefitOptions | None = None, progress: bool = True, start: int = 0,
-) -> int:  # fmt: skip
+    parts: Split, plan: MergePlan, loader: Iterable[Any], options: RefitOptions | None = None, progress: bool = True
+) -> int:
     """Refit trunk and heads in place; returns how many layers were solved.
 
     The loader is read once. Memory is that of the inputs, of the tensors that are alive at one node in all networks
@@ -86,44 +82,43 @@ def refit(
 
     Args:
         parts: What `fxzip.passes.split` built, by the paper's rule.
-        alignment: The parents.
-        spec: The channel spaces.
-        maps: The merge maps.
-        cut: The place of the cut.
+        plan: What they were built from.
         loader: The calibration images.
         options: See `RefitOptions`.
         progress: Show a bar.
-        start: How many of the shared nodes are the models' own stems.
     """
     options = options or RefitOptions()
     inputs = _read(loader, parts, options)
-    cross = crossing(alignment, cut)
-    streams = [
-        Stream(module, {names[0]: names[model] for names in alignment.shared[:cut]})
-        for model, module in enumerate(alignment.modules)
-    ]
-    streams.append(Stream(parts.trunk, {}))
-    feeds = [[_feed(parts.trunk, args, kwargs)] * len(streams) for args, kwargs in inputs]
-    names = [alignment.shared[i][0] for i in cross]
-    early = {mine for mine, *_ in alignment.shared[:start]}
-    before = [node for node in alignment.modules[0].graph.nodes if node.name in early]
-    trunk = _Refitter(streams, feeds, Targets(spec, maps), options, set(names), before)
+    trunk = _trunk_refitter(parts, plan, inputs, options)
     trunk.run(progress, "refitting the trunk")
     solved = trunk.solved
+    names = [plan.name(i) for i in plan.crossing]
     for model, head in enumerate(parts.heads):
-        own = [alignment.shared[i][model] for i in cross]
+        own = [plan.name(i, model) for i in plan.crossing]
         feeds = [
             [{mine: env[name] for name, mine in zip(names, own, strict=True)} for env in (b.env[model], b.env[-1])]
             for b in trunk.lock.seen
         ]
-        pair = [Stream(alignment.modules[model], {}), Stream(head, {})]
+        pair = [Stream(plan.alignment.modules[model], {}), Stream(head, {})]
         # A head has the parent's width, so its first round leaves little.
-        run = _Refitter(
-            pair, feeds, lambda _, values: values[0], replace(options, rounds=min(options.rounds, 1)), set()
-        )
+        once = replace(options, rounds=min(options.rounds, 1))
+        run = _Refitter(pair, feeds, lambda _, values: values[0], once, set())
         run.run(progress, f"refitting head {model}")
         solved += run.solved
     return solved
+
+
+def _trunk_refitter(parts: Split, plan: MergePlan, inputs: Sequence[Any], options: RefitOptions) -> _Refitter:
+    """The parents and the trunk in lock step."""
+    streams = [
+        Stream(module, {plan.name(i): name for name, i in plan.places(model).items()})
+        for model, module in enumerate(plan.alignment.modules)
+    ]
+    streams.append(Stream(parts.trunk, {}))
+    bound = [bind_inputs(parts.trunk, args, kwargs) for args, kwargs in inputs]
+    feeds = [[{node.name: value for node, value in values.items()}] * len(streams) for values in bound]
+    before = [n for n in plan.alignment.modules[0].graph.nodes if plan.places(0).get(n.name, plan.begin) < plan.begin]
+    return _Refitter(streams, feeds, Targets(plan), options, {plan.name(i) for i in plan.crossing}, before)
 
 
 def _read(loader: Iterable[Any], parts: Split, options: RefitOptions) -> list[Any]:
@@ -141,14 +136,6 @@ def _read(loader: Iterable[Any], parts: Split, options: RefitOptions) -> list[An
     if not found:
         raise CalibrationError("the loader is empty: it gave no batch")
     return found
-
-
-def _feed(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    nodes = module.graph.find_nodes(op="placeholder")
-    values = dict(zip((n.name for n in nodes), args, strict=False))
-    for node in nodes[len(args) :]:
-        values[node.name] = kwargs.get(str(node.target), node.args[0] if node.args else None)
-    return values
 
 
 class _Refitter:
@@ -189,10 +176,8 @@ class _Refitter:
         for unit in self.units:
             for layer in unit.layers:
                 layer.cut_out(self.merged)
-        self.merged.graph.eliminate_dead_code()
-        self.merged.delete_all_unused_submodules()
+        drop_dead_code(self.merged)
         drop_unused(self.merged, set(self.merged.state_dict()))
-        self.merged.recompile()
 
     def _schedule(self) -> Iterator[Step]:
         """The nodes in order, those of a unit's layers held back in the merged network until it is solved."""

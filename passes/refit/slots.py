@@ -8,10 +8,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fxzip.graphs import new_parameter, parameter_uses, static_value
 from fxzip.passes.recalibrate import BATCH_NORMS
-from fxzip.passes.split.untie import parameter_uses
-from fxzip.passes.trace.clean import attribute
-from fxzip.rules import kind_of
 from fxzip.rules.registry import key_of
 
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -46,30 +44,6 @@ def _names(node: fx.Node) -> tuple[str, ...]:
     return _ARGUMENTS.get(key_of(node.target), ()) if node.op in ("call_function", "call_method") else ()
 
 
-def is_static(node: Any) -> bool:
-    """Whether a node is a parameter or buffer, or one that is only moved about."""
-    if not isinstance(node, fx.Node):
-        return False
-    if node.op == "get_attr":
-        return True
-    if node.op not in ("call_function", "call_method") or kind_of(node.target) != "passive":
-        return False
-    return bool(node.all_input_nodes) and all(map(is_static, node.all_input_nodes))
-
-
-def static_value(module: nn.Module, node: Any) -> Tensor | None:
-    """The tensor that a static node stands for; None for anything else."""
-    if not is_static(node):
-        return None
-    if node.op == "get_attr":
-        value = attribute(module, str(node.target))
-    else:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: static_value(module, n))
-        value = getattr(args[0], node.target)(*args[1:], **kwargs) if node.op == "call_method" else None
-        value = node.target(*args, **kwargs) if node.op == "call_function" else value
-    return value.detach() if isinstance(value, Tensor) else None
-
-
 def slot(module: nn.Module, node: fx.Node, name: str) -> Tensor | None:
     """A node's parameter or buffer of that name; None if it has none."""
     if node.op == "call_module":
@@ -100,16 +74,6 @@ def fill(module: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> Non
         node.update_arg(place, source)
     else:
         node.update_kwarg(name, source)
-
-
-def new_parameter(module: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> fx.Node:
-    """A get_attr node before a node, for a parameter that is new."""
-    name = f"{node.name}_{name}"
-    while hasattr(module, name):
-        name += "_"
-    module.register_parameter(name, nn.Parameter(value, requires_grad=False))
-    with module.graph.inserting_before(node):
-        return module.graph.get_attr(name)
 
 
 class Uses:

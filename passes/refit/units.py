@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from fxzip.graphs import is_static
 from fxzip.passes.refit.layers import Layer, find_layer
-from fxzip.passes.refit.slots import Uses, is_static
+from fxzip.passes.refit.slots import Uses
 from fxzip.rules.registry import key_of
 
 

@@ -7,6 +7,7 @@ space (frozen channels, scalars) is averaged.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,25 +18,61 @@ from torch import Tensor
 from fxzip.channels import ChannelSpec, Role, Site
 from fxzip.matching import MergeMap
 
-Mapped = tuple[Site, MergeMap]
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the channels of a merged space lie in a tensor.
+
+    Attributes:
+        map: The space's map.
+        axes: The axes along which its channels lie; one for a parameter.
+        index: Their positions in the row-major product of these axes, int64 (channels, copies).
+        role: ``produce`` (M goes there) or ``contract`` (U).
+        rows: As of a `Site`: the rows of axis 0 of each block, int64 (blocks, rows); None for all.
+    """
+
+    map: MergeMap
+    axes: tuple[int, ...]
+    index: Tensor
+    role: Role = "produce"
+    rows: Tensor | None = None
+
+    @classmethod
+    def of_site(cls, site: Site, merge_map: MergeMap) -> Place:
+        """The place of a space's channels in a parameter."""
+        own = merge_map.positive if site.parameter.endswith("running_var") else merge_map
+        return cls(own, (site.axis,), site.index, site.role, site.rows)
+
+    def mix(self, tensor: Tensor, model: int) -> Tensor:
+        """One model's tensor with M_p or U_p applied here."""
+        index = self.index.to(tensor.device)
+        if self.rows is None:
+            return mixed_along(tensor, self.axes, index, Mixing.of(self.map, model, self.role))
+        matrix = self.map.part(model, self.role)
+        return _mixed_in_rows(tensor, self.axes[0], index, self.rows.to(tensor.device), matrix)
+
+    @property
+    def weighted(self) -> tuple[tuple[int, ...], Tensor]:
+        """The axes, and the positions in their product, that M has weighted."""
+        return (self.axes, self.index) if self.rows is None else ((0,), self.rows)
 
 
-def sites_by_parameter(spec: ChannelSpec, maps: Mapping[str, MergeMap]) -> dict[str, list[Mapped]]:
-    """For each parameter the sites of the spaces that have a map."""
-    found: dict[str, list[Mapped]] = defaultdict(list)
+def places_by_parameter(spec: ChannelSpec, maps: Mapping[str, MergeMap]) -> dict[str, list[Place]]:
+    """For each parameter the places of the spaces that have a map."""
+    found: dict[str, list[Place]] = defaultdict(list)
     for space in spec.spaces:
         if space.name in maps:
             for site in space.sites:
-                found[site.parameter].append((site, maps[space.name]))
+                found[site.parameter].append(Place.of_site(site, maps[space.name]))
     return found
 
 
-def fuse_parameter(tensors: Sequence[Tensor], sites: Sequence[Mapped]) -> Tensor:
+def fuse_parameter(tensors: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
     """One merged parameter.
 
     Args:
         tensors: The parameter of each model; all of one shape. Integers are taken from the first model.
-        sites: Where spaces touch it, with their maps.
+        places: Where spaces touch it.
 
     Returns:
         A tensor of the first one's shape, dtype and device, computed in float32 or better.
@@ -44,58 +81,63 @@ def fuse_parameter(tensors: Sequence[Tensor], sites: Sequence[Mapped]) -> Tensor
     if not first.is_floating_point():
         return first.clone()
     work = torch.promote_types(first.dtype, torch.float32)
+    return merged([tensor.detach().to(first.device, work) for tensor in tensors], places).to(first.dtype)
+
+
+def merged(values: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
+    """The sum over the models of what M and U make of their tensors; what lies in no space is averaged."""
     total: Tensor | None = None
-    for model, tensor in enumerate(tensors):
-        part = transformed(tensor.detach().to(first.device, work), sites, model)
-        total = part.clone() if total is None else total.add_(part)
+    for model, value in enumerate(values):
+        mixed = transformed(value, places, model)
+        total = mixed if total is None else total + mixed
     assert total is not None
-    return total.mul_(_weights(total, sites, len(tensors))).to(first.dtype)
+    weights = _weights(total, [p for p in places if p.role == "produce"], len(values))
+    return total if weights is None else total * weights
 
 
-def _weights(tensor: Tensor, sites: Sequence[Mapped], n_models: int) -> Tensor:
-    """What the sum over models is multiplied by: 1 where M has weighted it, 1/N where no space produces it.
-
-    Where a parameter produces channels along several axes, M on each of them, the weights are counted instead.
-    """
-    produced = [pair for pair in sites if pair[0].role == "produce"]
-    axes = {site.axis for site, _ in produced}
-    if len(axes) > 1:
-        ones = torch.ones_like(tensor)
-        count = sum((transformed(ones, produced, model) for model in range(n_models)), torch.zeros_like(ones))
-        return torch.where(count > 0, 1 / count, 0.0)  # no model has both channels where each is kept from another
-    weights = torch.full((1,) * tensor.dim(), 1 / n_models, dtype=tensor.dtype, device=tensor.device)
-    for site, _ in produced:
-        axis, index = (site.axis, site.index) if site.rows is None else (0, site.rows)
-        size = [tensor.shape[a] if a == axis else weights.shape[a] for a in range(tensor.dim())]
-        weights = weights.expand(size).index_fill(axis, index.reshape(-1).to(tensor.device), 1.0)
-    return weights
-
-
-def transformed(tensor: Tensor, sites: Sequence[Mapped], model: int) -> Tensor:
-    """One model's parameter with M_p and U_p applied at its sites, those inside groups last."""
-    for site, merge_map in sorted(sites, key=lambda pair: pair[0].rows is not None):
-        index = site.index.to(tensor.device)
-        if site.parameter.endswith("running_var"):
-            merge_map = merge_map.positive
-        if site.rows is None:
-            tensor = applied(tensor, site.axis, index, Mixing.of(merge_map, model, site.role))
-        else:
-            matrix = merge_map.part(model, site.role)
-            tensor = _applied_in_rows(tensor, site.axis, index, site.rows.to(tensor.device), matrix)
+def transformed(tensor: Tensor, places: Sequence[Place], model: int) -> Tensor:
+    """One model's tensor with M_p and U_p applied at all places, those inside groups last."""
+    for place in sorted(places, key=lambda place: place.rows is not None):
+        tensor = place.mix(tensor, model)
     return tensor
 
 
-def applied(tensor: Tensor, axis: int, index: Tensor, mixing: Mixing) -> Tensor:
-    """Mix the channels that lie along an axis at ``index`` (channels, copies)."""
-    channels, copies = index.shape
-    flat = index.reshape(-1)
-    whole = len(flat) == tensor.shape[axis] and torch.equal(flat, torch.arange(len(flat), device=flat.device))
-    part = (tensor if whole else tensor.index_select(axis, flat)).movedim(axis, 0)
-    mixed = mixing(part.reshape(channels, -1)).reshape(channels * copies, *part.shape[1:]).movedim(0, axis)
-    return mixed if whole else tensor.index_copy(axis, flat, mixed)
+def _weights(total: Tensor, produced: Sequence[Place], n_models: int) -> Tensor | None:
+    """What the sum over models is multiplied by: 1 where M has weighted it, 1/N where no space produces it.
+
+    Where channels are produced along several axes, M on each of them, the weights are counted instead. None for 1
+    everywhere.
+    """
+    axes = {place.axes for place in produced}
+    if len(axes) > 1:
+        touched = {axis for place in produced for axis in (*place.axes, *place.weighted[0])}
+        ones = total.new_ones([size if axis in touched else 1 for axis, size in enumerate(total.shape)])
+        count = sum((transformed(ones, produced, model) for model in range(n_models)), torch.zeros_like(ones))
+        return torch.where(count > 0, 1 / count, 0.0)  # no model has both channels where each is kept from another
+    weights = total.new_full((1,) * total.dim(), 1 / n_models)
+    for place in produced:
+        along, index = place.weighted
+        sizes = [total.shape[axis] for axis in along]
+        here = torch.zeros(math.prod(sizes), dtype=torch.bool, device=total.device)
+        here[index.reshape(-1).to(total.device)] = True
+        laid = here.reshape(sizes + [1] * (total.dim() - len(along))).movedim(tuple(range(len(along))), along)
+        weights = torch.where(laid, 1.0, weights)
+    return None if bool((weights == 1).all()) else weights
 
 
-def _applied_in_rows(tensor: Tensor, axis: int, index: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
+def mixed_along(tensor: Tensor, axes: tuple[int, ...], index: Tensor, mixing: Mixing) -> Tensor:
+    """Mix the channels that lie along axes at ``index`` (channels, copies) of their row-major product."""
+    front = tuple(range(len(axes)))
+    moved = tensor.movedim(axes, front)
+    flat, here = moved.flatten(0, len(axes) - 1), index.reshape(-1)
+    whole = len(here) == len(flat) and torch.equal(here, torch.arange(len(here), device=here.device))
+    rows = (flat if whole else flat[here]).unflatten(0, tuple(index.shape))
+    mixed = mixing(rows if mixing.target is not None else rows.flatten(1)).reshape(len(here), *flat.shape[1:])
+    flat = mixed if whole else flat.index_copy(0, here, mixed)
+    return flat.unflatten(0, moved.shape[: len(axes)]).movedim(front, axes)
+
+
+def _mixed_in_rows(tensor: Tensor, axis: int, index: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
     """Apply a matrix that maps blocks to blocks, each inside its own rows of axis 0.
 
     The rows are those of the merged blocks already, so what is left of the matrix is how it acts inside: the
@@ -106,7 +148,7 @@ def _applied_in_rows(tensor: Tensor, axis: int, index: Tensor, rows: Tensor, mat
     result = tensor.clone()
     for block in range(blocks):
         here = index[block * width : (block + 1) * width]
-        result[rows[block]] = applied(tensor[rows[block]], axis, here, Mixing(width, matrix=inner[block]))
+        result[rows[block]] = mixed_along(tensor[rows[block]], (axis,), here, Mixing(width, matrix=inner[block]))
     return result
 
 

@@ -9,7 +9,7 @@ along one axis.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,14 +21,14 @@ from torch import Tensor, fx
 from fxzip.channels import ChannelSpec
 from fxzip.data.loops import device_of
 from fxzip.errors import CutError
-from fxzip.matching import MergeMap
+from fxzip.graphs import free_name, writes_in_place
 from fxzip.passes.align import Alignment
 from fxzip.passes.cut import crossing
-from fxzip.passes.observe import writes_in_place
+from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.split.fuse import along_axes
 
 STEM = "stem"
-"""Key of the meta of nodes that are not merged: the model whose stem they are in, or `JOINED`; begins their names."""
+"""Key of the meta of nodes that are not merged: the model whose stem they are in, or `JOINED`; their names begin so."""
 JOINED = -1
 """Where stems are joined."""
 
@@ -38,25 +38,22 @@ class Stems:
     """The stems of all models in a graph that is being built.
 
     Attributes:
-        alignment: The models.
-        spec: The channel spaces.
-        maps: The maps of the spaces that cross.
-        start: How many of the shared nodes they have.
+        plan: What is merged; the stems are the nodes before its beginning.
         joins: The matrices that join them, by the names of the trunk's buffers.
     """
 
-    alignment: Alignment
-    spec: ChannelSpec
-    maps: Mapping[str, MergeMap]
-    start: int
+    plan: MergePlan
     joins: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def prefixes(self) -> tuple[str, ...]:
         """The modules of the trunk that hold what is each stem's; none without stems."""
-        taken = dir(self.alignment.modules[0])
-        count = len(self.alignment.modules) if self.start else 0
-        return tuple(_free(f"{STEM}{model}", taken) for model in range(count))
+        taken = dir(self._modules[0])
+        return tuple(free_name(f"{STEM}{model}", taken) for model in self.plan.models if self.plan.begin)
+
+    @property
+    def _modules(self) -> tuple[fx.GraphModule, ...]:
+        return self.plan.alignment.modules
 
     def insert(self, graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> None:
         """Append the stems, and what joins them.
@@ -65,20 +62,19 @@ class Stems:
             graph: The trunk's.
             copies: The trunk's nodes by the first model's; the placeholders are there, what crosses is added.
         """
-        first = {node.name: node for node in self.alignment.modules[0].graph.nodes}
-        inputs = [copies.get(first[names[0]]) for names in self.alignment.shared[: self.start]]
-        stems = [self._stem(graph, model, inputs) for model in range(len(self.alignment.modules))]
-        for place in crossing(self.alignment, self.start):
-            node = first[self.alignment.shared[place][0]]
+        inputs = [copies.get(self.plan.node(i)) for i in range(self.plan.begin)]
+        stems = [self._stem(graph, model, inputs) for model in self.plan.models]
+        for i in self.plan.entering:
+            node = self.plan.node(i)
             if node not in copies:
-                copies[node] = self._join(graph, node, [stem[place] for stem in stems])
+                copies[node] = self._join(graph, node, [stem[i] for stem in stems])
 
     def root(self) -> fx.GraphModule:
         """A module where the nodes that were inserted, and those of the first model, find what they name."""
-        if not self.start:
-            return self.alignment.modules[0]
-        root = copy.copy(self.alignment.modules[0])
-        for prefix, module in zip(self.prefixes, self.alignment.modules, strict=True):
+        if not self.plan.begin:
+            return self._modules[0]
+        root = copy.copy(self._modules[0])
+        for prefix, module in zip(self.prefixes, self._modules, strict=True):
             root.add_module(prefix, module)
         for name, matrix in self.joins.items():
             root.register_buffer(name, matrix)
@@ -86,9 +82,8 @@ class Stems:
 
     def _stem(self, graph: fx.Graph, model: int, inputs: Sequence[fx.Node | None]) -> dict[int, fx.Node]:
         """One model's nodes, by their places."""
-        module = self.alignment.modules[model]
-        places = {names[model]: place for place, names in enumerate(self.alignment.shared[: self.start])}
-        mine = [node for node in module.graph.nodes if node.name in places]
+        module, places = self._modules[model], self.plan.places(model)
+        mine = [n for n in module.graph.nodes if places.get(n.name, self.plan.begin) < self.plan.begin]
         in_place = any(writes_in_place(node, module) for node in mine)
         found: dict[fx.Node, fx.Node] = {}
         for node in mine:
@@ -114,7 +109,7 @@ class Stems:
 
     def _free_node(self, wanted: str) -> str:
         """A name that no node of the models has: a node of the trunk that has one is known as theirs."""
-        return _free(wanted, {n.name for module in self.alignment.modules for n in module.graph.nodes})
+        return free_name(wanted, {name for nodes in self.plan.alignment.nodes for name in nodes})
 
     def _join(self, graph: fx.Graph, node: fx.Node, values: Sequence[fx.Node]) -> fx.Node:
         """M [z_1; ...; z_N] under the name of the first model's node; the mean where there are no channels."""
@@ -122,7 +117,7 @@ class Stems:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return values[0]  # a size, or what is computed from sizes
         count = len(values)
-        parts = [along_axes(self.spec, self.maps, node.name, k, "produce", 1 / count) for k in range(count)]
+        parts = [along_axes(self.plan.spec, self.plan.maps, node.name, k, "produce", 1 / count) for k in range(count)]
         if not parts[0]:
             total = values[0]
             for other in values[1:]:
@@ -130,8 +125,8 @@ class Stems:
             return self._joined(graph, node, torch.mul, total, 1 / count, last=True)
         (axis,) = parts[0]
         matrix = torch.cat([part[axis] for part in parts], 1)
-        name = _free(f"join_{node.name}", dir(self.alignment.modules[0]))
-        self.joins[name] = matrix.to(device_of(self.alignment.modules[0]), value.dtype)
+        name = free_name(f"join_{node.name}", dir(self._modules[0]))
+        self.joins[name] = matrix.to(device_of(self._modules[0]), value.dtype)
         behind = axis == value.dim() - 1
         moved = [z if behind else self._joined(graph, node, torch.movedim, z, axis, -1) for z in values]
         stacked = self._joined(graph, node, torch.cat, moved, -1)
@@ -165,9 +160,3 @@ def joined_channels(alignment: Alignment, spec: ChannelSpec, start: int) -> dict
         for axis in axes:
             found[place] = max(factor.shape[axis] for factor in spec.layout.factors[node])
     return found
-
-
-def _free(name: str, taken: Collection[str]) -> str:
-    while name in taken:
-        name += "_"
-    return name

@@ -8,14 +8,12 @@ nothing to do here.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
 from fxzip.channels import ChannelSpec, Role
-from fxzip.passes.trace.clean import attribute
 
 
 @dataclass(frozen=True)
@@ -70,16 +68,3 @@ def _replace(trunk: fx.GraphModule, node: fx.Node, tensor: Tensor) -> list[str]:
                 node.replace_input_with(source, trunk.graph.get_attr(name))
             names.append(name)
     return names
-
-
-def parameter_uses(module: nn.Module, nodes: Iterable[fx.Node]) -> Counter[int]:
-    """How many of the nodes use each parameter, by its identity: modules are called again, parameters tied."""
-    used: Counter[int] = Counter()
-    for node in nodes:
-        if node.op == "call_module":
-            used.update(id(p) for p in module.get_submodule(str(node.target)).parameters())
-        elif node.op == "get_attr":
-            value = attribute(module, str(node.target))
-            if isinstance(value, Tensor):
-                used[id(value)] += len(node.users)
-    return used

@@ -109,14 +109,6 @@ def is_symbolic(size: Any) -> bool:
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
-def mutates(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a call writes to one of its arguments."""
-    name = getattr(func, "__name__", "")
-    if isinstance(func, torch._ops.OpOverload):
-        return bool(func._schema.is_mutable)
-    return (name.endswith("_") and not name.endswith("__")) or bool(kwargs.get("inplace")) or "out" in kwargs
-
-
 def is_constant(value: object) -> bool:
     """Whether a value is a tensor whose values are known while tracing."""
     return isinstance(value, Tensor) and not isinstance(value, (FakeTensor, nn.Parameter))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+
+from fxzip.graphs import attribute, drop_dead_code
 
 _DROPOUTS = (
     nn.Dropout,
@@ -41,9 +41,7 @@ def clean(graph_module: fx.GraphModule) -> fx.GraphModule:
         if _does_nothing(graph_module, node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
-    for node in reversed(list(graph.nodes)):
-        if not node.users and not _has_effect(graph_module, node):
-            graph.erase_node(node)
+    drop_dead_code(graph_module)
     attributes = {
         str(node.target): attribute(graph_module, str(node.target))
         for node in graph.nodes
@@ -70,30 +68,6 @@ def rebuild(model: nn.Module, graph: fx.Graph, attributes: dict[str, Any]) -> fx
     return graph_module.eval()
 
 
-def attribute(module: nn.Module, target: str) -> Any:
-    """What a qualified name stands for in ``module``."""
-    return operator.attrgetter(target)(module)
-
-
-def is_within(name: str, modules: Iterable[str]) -> bool:
-    """Whether a qualified name is one of these modules, or of something in one."""
-    return any(f"{name}.".startswith(f"{module}.") for module in modules)
-
-
-def drop_unused(module: fx.GraphModule, names: Iterable[str]) -> None:
-    """Forget those of the named parameters that no node uses, so that they are neither counted nor saved."""
-    used = {str(n.target) for n in module.graph.find_nodes(op="get_attr")}
-    called = {str(n.target) for n in module.graph.find_nodes(op="call_module")}
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        if name in used or owner in called:
-            continue
-        try:
-            delattr(module.get_submodule(owner), leaf)
-        except AttributeError:
-            continue
-
-
 def _does_nothing(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
@@ -110,19 +84,3 @@ def _does_nothing(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 def _rate(node: fx.Node) -> Any:
     return node.args[1] if len(node.args) > 1 else node.kwargs.get("p")
-
-
-def _has_effect(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node does more than give a result: it is part of the signature, or it works in place."""
-    if node.op in {"placeholder", "output"}:
-        return True
-    if node.op == "call_module":
-        return getattr(graph_module.get_submodule(str(node.target)), "inplace", False) is True
-    if node.op == "get_attr":
-        return False
-    if node.target is operator.setitem or node.kwargs.get("inplace") is True or "out" in node.kwargs:
-        return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in {"iadd", "isub", "imul", "itruediv"}

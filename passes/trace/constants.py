@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from fxzip.graphs import compute
+
 _MISSING = object()
+_NO_MODULE = nn.Module()
 
 
 def constant_value(graph: fx.Graph, attributes: dict[str, Any], wanted: fx.Node) -> Tensor | None:
-    """The real value of a node that hangs on no input, no parameter and no chance; None where it does.
+    """The real value of a node that depends on no input, no parameter and no chance; None where it does.
 
     Args:
         graph: The graph so far.
@@ -41,12 +44,8 @@ def _value(node: fx.Node, attributes: dict[str, Any], values: dict[fx.Node, Any]
         return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else _MISSING
     if node.op not in ("call_function", "call_method") or any(n not in values for n in node.all_input_nodes):
         return _device(node)
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     try:
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        return compute(_NO_MODULE, node, values.__getitem__)
     except Exception:
         return _MISSING
 

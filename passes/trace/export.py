@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 
 from fxzip.data.batches import Inputs, batch_size, with_batch_size
 from fxzip.errors import TraceError
-from fxzip.passes.trace.clean import attribute, rebuild
+from fxzip.graphs import attribute, placeholders
+from fxzip.passes.trace.clean import rebuild
 from fxzip.passes.trace.record import bound_arguments
 
 
@@ -39,10 +40,10 @@ def export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
 def _plain_signature(graph_module: fx.GraphModule, named: dict[str, Any]) -> fx.GraphModule:
     """Placeholders named as the model's inputs, and the model's own output structure, without pytree code."""
     graph = graph_module.graph
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(placeholders) != len(named):
+    inputs = placeholders(graph_module)
+    if len(inputs) != len(named):
         raise TraceError("an input that is a list or dict of tensors is not supported by torch.export's way")
-    for node, name in zip(placeholders, named, strict=True):
+    for node, name in zip(inputs, named, strict=True):
         node.target = name
     codegen: Any = graph._codegen
     output = graph.output_node()

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxzip.errors import TraceError
+from fxzip.graphs import call_writes
 from fxzip.passes.trace.calls import (
     LOOKED_INTO,
     READS_ARRAYS,
@@ -28,7 +29,6 @@ from fxzip.passes.trace.calls import (
     call_of,
     is_constant,
     is_symbolic,
-    mutates,
     with_free_axis,
 )
 from fxzip.passes.trace.constants import constant_value
@@ -169,7 +169,7 @@ class GraphRecorder(TorchFunctionMode):
         return self._record(func, args, kwargs, result)
 
     def _record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        in_place = mutates(func, kwargs)
+        in_place = call_writes(func, args, kwargs)
         if in_place:
             func, kwargs = self._out_of_place(func, args, kwargs, result)
         args = with_free_axis(getattr(func, "__name__", ""), args, result)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.matching import MergeMap
+from fxzip.passes.cut import MergePlan
 from fxzip.passes.match import match_spaces
 from fxzip.passes.split import split
 from fxzip.passes.split.fuse import fuse_parameter
@@ -193,7 +194,7 @@ def test_the_papers_rule_is_exact(name: str, count: int) -> None:
     spaces = {space.name for space in prepared.spec.spaces}
     for method, options in METHODS.items():
         maps = match_spaces(prepared.spec, prepared.moments, method, count, spaces, **options)
-        trunk = split(prepared.alignment, prepared.spec, maps, prepared.place(None)).trunk
+        trunk = split(MergePlan(prepared.alignment, prepared.spec, maps, 0, prepared.place(None))).trunk
         state = trunk.state_dict()
         checked = set()
         for key, (out, into) in case.layers.items():

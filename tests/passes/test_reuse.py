@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fxzip
-from fxzip.passes.observe import writes_in_place
+from fxzip.graphs import writes_in_place
 from fxzip.passes.reuse import reuse_memory
 from fxzip.passes.trace import trace
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.passes.cut import crossing
+from fxzip.passes.cut import MergePlan, crossing
 from fxzip.passes.match import match_spaces
-from fxzip.passes.split import paired_parameters, split
+from fxzip.passes.split import split
 from tests.nets import Net, Residual, chain, conv, pair, self_zip_errors
 from tests.oracles import TOLERANCE, call, difference, images, randomise
 
@@ -151,7 +149,7 @@ def test_u_folded_is_the_gather(prepared: fxzip.Prepared, monkeypatch: pytest.Mo
         for cut in cuts:
             with monkeypatch.context() as patch:
                 folded = made.convert(cut=cut, **options)
-                patch.setattr(sys.modules["fxzip.passes.split.split"], "foldable", lambda *_: None)
+                patch.setattr("fxzip.passes.split.heads.foldable", lambda *_: None)
                 gathered = made.convert(cut=cut, **options)
             assert difference(call(gathered, X), call(folded, X)) < TOLERANCE
             assert (len(gathers(gathered)) / 2, len(gathers(folded)) / 2) == expected[cut]
@@ -161,7 +159,7 @@ def test_u_folded_is_the_gather(prepared: fxzip.Prepared, monkeypatch: pytest.Mo
 def test_a_folded_weight_is_w_times_u(prepared: fxzip.Prepared) -> None:
     names = {space.name for space in prepared.spec.spaces}
     maps = match_spaces(prepared.spec, prepared.moments, "zip", 2, names, alpha=1.0, beta=1.0)
-    parts = split(prepared.alignment, prepared.spec, maps, prepared.place("fc"))
+    parts = split(MergePlan(prepared.alignment, prepared.spec, maps, 0, prepared.place("fc")))
     for model, head in enumerate(parts.heads):
         weight = prepared.alignment.modules[model].get_parameter("fc.weight").detach()
         unmerge = maps["layer2.conv2"].part(model, "contract").T
@@ -220,7 +218,7 @@ def test_parameters_are_paired_by_their_nodes(prepared: fxzip.Prepared) -> None:
 
     other = randomise(Renamed(), X)
     pairs = fxzip.prepare(randomise(Residual(), X, 1), other, example_inputs=X)
-    found = paired_parameters(pairs.alignment, pairs.place("layer2"))
+    found = pairs.alignment.peers(pairs.place("layer2"))
     assert found["layer1.conv1.weight"] == ("layer1.conv1.weight", "backbone.layer1.conv1.weight")
     assert not any(name.startswith(("layer2", "fc")) for name in found)
     pairs.observe([X], progress=False)

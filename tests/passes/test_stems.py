@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fxzip
 from fxzip.errors import CutError
 from fxzip.matching import options
-from fxzip.passes.cut import crossing
+from fxzip.passes.cut import MergePlan, crossing
 from fxzip.passes.refit.targets import Targets
 from fxzip.passes.split.stems import STEM
 from tests.nets import Net, Residual, conv, pair, permuted_copy, untouched
@@ -78,7 +78,8 @@ def test_the_stems_are_the_models_own_and_are_joined_by_the_maps(method: str, re
     parents = [recorded(module, X) for module in prepared.alignment.modules]
     (number,) = crossing(prepared.alignment, place)
     node = prepared.alignment.shared[number]
-    wanted = Targets(prepared.spec, maps)(node[0], [found[name] for found, name in zip(parents, node, strict=True)])
+    plan = MergePlan(prepared.alignment, prepared.spec, maps, place, prepared.place(None))
+    wanted = Targets(plan)(node[0], [found[name] for found, name in zip(parents, node, strict=True)])
     assert difference(wanted, joined[node[0]]) < 1e-9
 
 

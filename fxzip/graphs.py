@@ -1,0 +1,240 @@
+"""The ground: facts about the nodes of an fx graph, each decided here and nowhere else."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxzip.rules.registry import key_of, kind_of, target_of
+
+_IN_PLACE_OPERATORS = frozenset(
+    {
+        *(operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
+        *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul),
+    }
+)
+_IN_PLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS)
+
+
+# ---- what a node does
+
+
+def call_writes(target: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
+    """Whether a call of a function, or of a method by its name, writes to the memory of one of its arguments."""
+    kwargs = kwargs or {}
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    if target in _IN_PLACE_OPERATORS or kwargs.get("out") is not None:
+        return True
+    name = target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+    if name in _IN_PLACE_METHODS or (name.endswith("_") and not name.endswith("__")):
+        return True
+    place = _place_of_inplace(target)
+    given = args[place] if place is not None and place < len(args) else kwargs.get("inplace")
+    return given is True
+
+
+@cache
+def _place_of_inplace(target: Any) -> int | None:
+    """Where a function takes its argument ``inplace``; None where it has none."""
+    if not inspect.isfunction(target):
+        return None
+    names = list(inspect.signature(target).parameters)
+    return names.index("inplace") if "inplace" in names else None
+
+
+def writes_in_place(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node of ``module``'s graph writes to the memory of one of its arguments."""
+    if node.op == "call_module":
+        return getattr(module.get_submodule(str(node.target)), "inplace", False) is True
+    return node.op in ("call_function", "call_method") and call_writes(node.target, node.args, node.kwargs)
+
+
+@cache
+def is_random(target: Any) -> bool:
+    """Whether a function, or the method of that name, draws random numbers (as PyTorch's own operators say)."""
+    if isinstance(target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in target.tags
+    key = key_of(target)
+    packet = getattr(torch.ops.aten, key, None) if isinstance(key, str) else None
+    return isinstance(packet, torch._ops.OpOverloadPacket) and any(
+        torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags for overload in packet.overloads()
+    )
+
+
+def is_relu(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node is a ReLU: a module, a function, a method or an ATen operator, in place or not."""
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), nn.ReLU)
+    return node.op in ("call_function", "call_method") and key_of(node.target) == "relu"
+
+
+def has_effect(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node does more than give a result: it is part of the signature, writes in place, or observes."""
+    if node.op in ("placeholder", "output") or writes_in_place(node, module):
+        return True
+    return node.op == "call_module" and getattr(module.get_submodule(str(node.target)), "_is_impure", False) is True
+
+
+# ---- what a node depends on
+
+
+def is_static(node: Any) -> bool:
+    """Whether a node is a parameter or buffer, or one that is only moved about."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "get_attr":
+        return True
+    if node.op not in ("call_function", "call_method") or kind_of(node.target) != "passive":
+        return False
+    return bool(node.all_input_nodes) and all(map(is_static, node.all_input_nodes))
+
+
+def static_value(module: nn.Module, node: Any) -> Tensor | None:
+    """The tensor that a static node stands for; None for anything else."""
+    if not is_static(node):
+        return None
+    value = compute(module, node, lambda source: static_value(module, source))
+    return value.detach() if isinstance(value, Tensor) else None
+
+
+def learned(module: fx.GraphModule) -> dict[fx.Node, frozenset[str]]:
+    """The nodes that depend on no input and on no chance, each with the names of the attributes that it is made of."""
+    found: dict[fx.Node, frozenset[str]] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            found[node] = frozenset({str(node.target)})
+        elif node.op in ("call_function", "call_method") and all(n in found for n in node.all_input_nodes):
+            if writes_in_place(node, module) or is_random(node.target):
+                continue
+            found[node] = frozenset().union(*(found[n] for n in node.all_input_nodes))
+    return found
+
+
+def parameter_uses(module: nn.Module, nodes: Iterable[fx.Node]) -> Counter[int]:
+    """How many of the nodes use each parameter, by its identity: modules are called again, parameters tied."""
+    used: Counter[int] = Counter()
+    for node in nodes:
+        if node.op == "call_module":
+            used.update(id(p) for p in module.get_submodule(str(node.target)).parameters())
+        elif node.op == "get_attr":
+            value = attribute(module, str(node.target))
+            if isinstance(value, Tensor):
+                used[id(value)] += len(node.users)
+    return used
+
+
+# ---- values
+
+
+def attribute(module: nn.Module, target: str) -> Any:
+    """What a qualified name stands for in ``module``."""
+    return operator.attrgetter(target)(module)
+
+
+def compute(module: nn.Module, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    """What a node gives, the values of its inputs being what ``value_of`` says; not for placeholders and outputs."""
+    if node.op == "get_attr":
+        return attribute(module, str(node.target))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    return run_call(target_of(module, node), args, kwargs)
+
+
+def run_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a module, a function, or a method by its name."""
+    if isinstance(target, str):
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    return target(*args, **kwargs)
+
+
+def placeholders(module: fx.GraphModule) -> list[fx.Node]:
+    """The nodes of the inputs, in order."""
+    return module.graph.find_nodes(op="placeholder")
+
+
+def bind_inputs(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
+    """The inputs of a call by the graph's placeholders, in their order.
+
+    Raises:
+        TypeError: There are too many inputs, one that the graph does not take, or one that it needs is missing.
+    """
+    nodes = placeholders(module)
+    names = [str(node.target).lstrip("*") for node in nodes]
+    takes = f"the model takes {', '.join(names) or 'no input'}"
+    if len(args) > len(nodes):
+        raise TypeError(f"{len(args)} inputs were given: {takes}")
+    found = dict(zip(nodes, args, strict=False))
+    unknown = set(kwargs) - set(names[len(args) :])
+    if unknown:
+        raise TypeError(f"the model takes no input {', '.join(sorted(unknown))}; it takes {', '.join(names)}")
+    for node, name in zip(nodes[len(args) :], names[len(args) :], strict=True):
+        if name in kwargs:
+            found[node] = kwargs[name]
+        elif node.args:
+            found[node] = node.args[0]
+        else:
+            raise TypeError(f"the input {name} is missing: {takes}")
+    return found
+
+
+# ---- names
+
+
+def nodes_by_name(module: fx.GraphModule) -> dict[str, fx.Node]:
+    """The nodes of a graph by their names."""
+    return {node.name: node for node in module.graph.nodes}
+
+
+def free_name(wanted: str, taken: Collection[str]) -> str:
+    """The name, with underscores behind it where it is taken."""
+    while wanted in taken:
+        wanted += "_"
+    return wanted
+
+
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a qualified name is one of these modules, or of something in one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+
+
+# ---- small rewrites
+
+
+def new_parameter(module: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> fx.Node:
+    """A get_attr node before ``node``, for a new parameter that takes no gradients, named after both."""
+    target = free_name(f"{node.name}_{name}", dir(module))
+    module.register_parameter(target, nn.Parameter(value, requires_grad=False))
+    with module.graph.inserting_before(node):
+        return module.graph.get_attr(target)
+
+
+def drop_dead_code(module: fx.GraphModule) -> None:
+    """Erase the nodes that nobody uses and that have no effect, and the modules that no node calls then."""
+    for node in reversed(list(module.graph.nodes)):
+        if not node.users and not has_effect(node, module):
+            module.graph.erase_node(node)
+    module.delete_all_unused_submodules()
+    module.recompile()
+
+
+def drop_unused(module: fx.GraphModule, names: Iterable[str]) -> None:
+    """Forget those of the named parameters that no node uses, so that they are neither counted nor saved."""
+    used = {str(n.target) for n in module.graph.find_nodes(op="get_attr")}
+    called = {str(n.target) for n in module.graph.find_nodes(op="call_module")}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        if name not in used and owner not in called:
+            parent = module
+            try:
+                parent = module.get_submodule(owner)  # type: ignore[assignment]
+            except AttributeError:
+                continue
+            if hasattr(parent, leaf):
+                delattr(parent, leaf)

@@ -1,0 +1,186 @@
+"""Heads: each model's own rest behind the cut, from what the trunk gives.
+
+A model's channels are found again in what crosses the cut by U. U is folded into the next linear layers where nothing
+stands between, and is else a gather of channels (or a product, where U mixes channels) that is inserted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxzip.channels import ChannelSpec
+from fxzip.data.loops import device_of
+from fxzip.graphs import parameter_uses, writes_in_place
+from fxzip.matching import MergeMap
+from fxzip.passes.cut.plan import MergePlan
+from fxzip.passes.split.fuse import Mixing, along_axes, mixed_along
+from fxzip.passes.split.parts import part
+from fxzip.rules import kind_of, target_of
+
+
+def head(plan: MergePlan, model: int) -> fx.GraphModule:
+    """The head of one model: it takes what crosses the cut, merged, and gives what the model gives."""
+    module = plan.alignment.modules[model]
+    before, own = plan.places(model), plan.learned(model)
+    after = [node for node in module.graph.nodes if node.name not in before or node.name in own]
+    in_place = any(writes_in_place(node, module) for node in after)
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    folds: list[Fold] = []
+    gathers: dict[str, Tensor] = {}
+    sources = [(plan.name(i), plan.node(i, model), i) for i in plan.crossing]
+    for _, source, _ in sources:
+        copies[source] = graph.placeholder(source.name)
+    for name, source, i in sources:
+        if in_place and name in plan.spec.layout.factors:  # the other heads need it as it is
+            given, called = copies[source], f"{source.name}_own"
+            copies[source] = graph.create_node("call_function", torch.clone, (given,), name=called)
+        unmerge = Unmerge.of(plan.spec, plan.maps, name, model)
+        found = foldable(plan, i, model) if unmerge.moves else []
+        if found is None:
+            copies[source] = unmerge.insert(graph, copies[source], gathers)
+        else:
+            folds += found
+    for node in after:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    result = part(module, graph, "Head", _placed(gathers, module))
+    for fold in folds:
+        fold.apply(result)
+    return result
+
+
+def _placed(gathers: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Indices and matrices where the model's tensors are, and matrices in their dtype."""
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    device = device_of(module)
+    return {n: how.to(device, dtype if how.is_floating_point() else how.dtype) for n, how in gathers.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Unmerge:
+    """How one model's channels are found in a merged tensor, for each axis that has channels.
+
+    Attributes:
+        node: The tensor's node in the first model.
+        steps: (axis, how) pairs; ``how`` is the merged position of each of the model's positions, int64 of shape
+            (positions,), or where one position is found from several, U itself, (positions, positions).
+    """
+
+    node: str
+    steps: tuple[tuple[int, Tensor], ...]
+
+    @classmethod
+    def of(cls, spec: ChannelSpec, maps: Mapping[str, MergeMap], node: str, model: int) -> Unmerge:
+        """From the maps of the spaces that the tensor holds."""
+        steps = along_axes(spec, maps, node, model, "contract").items()
+        return cls(node, tuple((axis, _as_gather(matrix)) for axis, matrix in steps))
+
+    @property
+    def moves(self) -> bool:
+        """Whether any channel is elsewhere than it was."""
+        return any(how.dim() == 2 or not torch.equal(how, torch.arange(len(how))) for _, how in self.steps)
+
+    def insert(self, graph: fx.Graph, node: fx.Node, buffers: dict[str, Tensor]) -> fx.Node:
+        """Append the steps to a graph; indices and matrices are added to ``buffers`` under new names."""
+        for axis, how in self.steps:
+            name = f"unmerge_{self.node}" if len(self.steps) == 1 else f"unmerge_{self.node}_{axis}"
+            buffers[name] = how
+
+            # Names of its own: nodes of a head that have the model's names are known as the model's.
+            def call(function: Any, *args: Any, called: str = name) -> fx.Node:
+                return graph.create_node("call_function", function, args, name=called)
+
+            buffer = graph.get_attr(name)
+            if how.dim() == 1:
+                node = call(torch.index_select, node, axis, buffer, called=f"{name}_gather")
+            else:
+                last = call(torch.movedim, node, axis, -1, called=f"{name}_last")
+                mixed = call(F.linear, last, buffer, called=f"{name}_linear")
+                node = call(torch.movedim, mixed, -1, axis, called=f"{name}_mix")
+        return node
+
+
+def _as_gather(matrix: Tensor) -> Tensor:
+    """The position of the only 1 in each row, or the matrix where rows are anything else."""
+    place = matrix.argmax(1)
+    return place if torch.equal(matrix, F.one_hot(place, matrix.shape[1]).to(matrix)) else matrix
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """U folded into the columns of a linear layer or convolution: W U."""
+
+    parameter: str
+    index: Tensor
+    mixing: Mixing
+
+    def apply(self, head: fx.GraphModule) -> None:
+        """Change the head's weight."""
+        weight = head.get_parameter(self.parameter)
+        with torch.no_grad():
+            work = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            weight.copy_(mixed_along(work, (1,), self.index.to(weight.device), self.mixing))
+
+
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def foldable(plan: MergePlan, i: int, model: int) -> list[Fold] | None:
+    """The folds that undo the merge of the i-th shared node, which crosses; None where something else uses it.
+
+    Between the cut and the linear layers only operations that act on each channel alone may stand, and none
+    where U mixes channels: what it undoes must be undone before anything that is not linear.
+    """
+    module, spec = plan.alignment.modules[model], plan.spec
+    first = {names[model]: names[0] for names in plan.alignment.shared}
+    before, ours = plan.places(model), plan.learned(model)
+    pending, folds = [plan.node(i, model)], list[Fold]()
+    uses = parameter_uses(module, (n for n in module.graph.nodes if n.name not in before or n.name in ours))
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user.name in before:
+                continue
+            target = target_of(module, user)
+            if isinstance(target, _LINEAR) and getattr(target, "groups", 1) == 1 and uses[id(target.weight)] == 1:
+                axis = len(spec.layout.factors[first[node.name]][0].shape) - 1 if isinstance(target, nn.Linear) else 1
+                found = _folds(plan, first[node.name], f"{user.target}.weight", axis, model)
+                if found is None:
+                    return None
+                folds += found
+            elif (
+                user.name in first
+                and not _mixes(plan, first[node.name])
+                and user.op != "output"
+                and kind_of(target) in ("passive", "pointwise")
+                and (len(user.all_input_nodes) == 1 and _same_spaces(spec, first[node.name], first[user.name]))
+            ):
+                pending.append(user)
+            else:
+                return None
+    return folds
+
+
+def _mixes(plan: MergePlan, node: str) -> bool:
+    """Whether some channel of a node is found from several merged ones."""
+    return any(s.name in plan.maps and plan.maps[s.name].sparse is None for s, _, _ in plan.spec.locate(node))
+
+
+def _same_spaces(spec: ChannelSpec, left: str, right: str) -> bool:
+    return {s.name for s, _, _ in spec.locate(left)} == {s.name for s, _, _ in spec.locate(right)}
+
+
+def _folds(plan: MergePlan, node: str, parameter: str, axis: int, model: int) -> list[Fold] | None:
+    found = []
+    for space, axes, index in plan.spec.locate(node):
+        if space.size > 1 and axes != (axis,):
+            return None
+        if space.name in plan.maps and space.size > 1:
+            found.append(Fold(parameter, index, Mixing.of(plan.maps[space.name], model, "contract")))
+    return found
