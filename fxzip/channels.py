@@ -189,6 +189,15 @@ class ChannelSpec:
             self._located[node] = tuple(self._locate(node))
         return self._located[node]
 
+    def is_whole(self, node: str) -> bool:
+        """Whether each space that has channels in a node's output has all of them there, each equally often."""
+        whole = {space.name for space, _, _ in self.locate(node)}
+        for factor in self.layout.factors.get(node, ()):
+            owner = self.layout.space[factor.reshape(-1)]
+            if any(self.spaces[number].name not in whole for number in owner[owner >= 0].unique().tolist()):
+                return False
+        return True
+
     @cached_property
     def _located(self) -> dict[str, tuple[Located, ...]]:
         return {}
@@ -201,9 +210,9 @@ class ChannelSpec:
             for number in owner[owner >= 0].unique().tolist():
                 space = self.spaces[number]
                 here = (owner == number).nonzero().flatten()
-                index = group(channel[here], here, self.layout.order[flat[here]])
-                if len(index) == space.size:
-                    yield space, axes, index
+                times = channel[here].bincount(minlength=space.size)
+                if bool((times == times[0]).all()) and len(times) == space.size:
+                    yield space, axes, group(channel[here], here, self.layout.order[flat[here]])
 
     def permute(self, model: nn.Module, generator: Generator | None = None) -> nn.Module:
         """A copy of the network with the channels of every space in a random order; it computes the same function.

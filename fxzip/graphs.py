@@ -21,6 +21,7 @@ _IN_PLACE_OPERATORS = frozenset(
     }
 )
 _IN_PLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS)
+_CALLS = frozenset({"call_function", "call_method", "call_module"})
 
 
 # ---- what a node does
@@ -111,8 +112,8 @@ def learned(module: fx.GraphModule) -> dict[fx.Node, frozenset[str]]:
     for node in module.graph.nodes:
         if node.op == "get_attr":
             found[node] = frozenset({str(node.target)})
-        elif node.op in ("call_function", "call_method") and all(n in found for n in node.all_input_nodes):
-            if writes_in_place(node, module) or is_random(node.target):
+        elif node.op in _CALLS and all(n in found for n in node.all_input_nodes):
+            if writes_in_place(node, module) or (node.op != "call_module" and is_random(node.target)):
                 continue
             found[node] = frozenset().union(*(found[n] for n in node.all_input_nodes))
     return found

@@ -76,8 +76,7 @@ class Prepared:
         if begin and not layers:
             raise CutError(f"start={start!r}: no layer is left to merge before the cut at {self._name_of(place)}")
         if cut is None and not layers:
-            why = self.alignment.parting or "their classifiers come first"
-            raise CutError(f"no layer comes before the place where the heads begin: {why}")
+            raise CutError(f"no layer comes before the place where the heads begin: {self._cuts.reason}")
         if layers and not self._spaces_between(begin, place):
             frozen = "; ".join(f"{f.name}: {f.reason}" for f in self.spec.frozen[:3])
             raise CutError(f"cut={cut!r}: the layers before it share no channel space that can be merged; {frozen}")

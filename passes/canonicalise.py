@@ -1,8 +1,9 @@
 """Canonicalise: give every weight that is computed from parameters alone the value that it has.
 
 Weight-standardised convolutions, spectral norm, scaled weights, biases made of parts, tables of position biases
-that are looked up: whatever depends on parameters and on no input is computed once, in eval mode, and becomes a
-parameter of its own. A map between channels then acts on the weights that the network really uses.
+that are looked up, learned queries that a layer projects: whatever depends on parameters and on no input is computed
+once, in eval mode, and becomes a parameter of its own. A map between channels then acts on the weights that the network
+really uses.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _must_fold(module: fx.GraphModule, node: fx.Node, known: Collection[fx.Node]
     pending, moved = [node], True
     while pending and moved:
         source = pending.pop()
-        moved = source.op == "get_attr" or kind_of(source.target) == "passive"
+        moved = source.op == "get_attr" or kind_of(target_of(module, source)) == "passive"
         pending += source.all_input_nodes
     return not moved or any(kind_of(target_of(module, user)) == "layer" for user in users)
 

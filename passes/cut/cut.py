@@ -28,14 +28,17 @@ class Cuts:
     Attributes:
         named: The place of each module and node that heads can begin at, in graph order.
         valid: The valid places, ascending; a place is the number of shared nodes before it.
-        default: The last valid place before the classifiers and before the models part.
+        default: The last valid place before the classifiers, before layers that cannot be merged, and before the
+            models part.
         layers: The places just before each layer with weights, in the first model's whole graph.
+        reason: Why the default is not later.
     """
 
     named: dict[str, int]
     valid: tuple[int, ...]
     default: int
     layers: tuple[int, ...]
+    reason: str
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -81,9 +84,11 @@ class Cuts:
             return place
         near = sorted(self.names, key=lambda name: abs(self.named[name] - place))[:4]
         verb = "end" if what == "cut" else what
-        where = "channels that are kept in place or bundled cross there"
+        where = (
+            "channels cross there that are kept in place or bundled, or that are a part of those that belong together"
+        )
         if place > self.default:
-            where = "the models' own classifiers begin before it"
+            where = self.reason
         raise CutError(f"{what}={cut!r}: the trunk cannot {verb} there, {where}; near: {', '.join(near)}")
 
 
@@ -104,16 +109,35 @@ def find_cuts(alignment: Alignment, spec: ChannelSpec) -> Cuts:
     valid = tuple(place for place in range(len(shared) + 1) if place not in invalid)
     if not valid:
         raise CutError(f"the models cannot be cut anywhere: {alignment.parting or 'no tensor can cross'}")
-    ends = [len(shared)]
-    for model, module in enumerate(alignment.modules):
-        of = {names[model]: i for i, names in enumerate(alignment.shared)}
-        ends += [of[node.name] for node in classifiers(module) if node.name in of]
-    end = min(ends)
+    end, reason = min(_ends(alignment, spec))
     layers = tuple(
         number.get(node.name, len(shared)) for node in nodes.values() if is_layer(alignment.modules[0], node)
     )
     default = max((place for place in valid if place <= end), default=valid[0])
-    return Cuts(dict(_named(alignment.modules[0], number)), valid, default, layers)
+    return Cuts(dict(_named(alignment.modules[0], number)), valid, default, layers, reason)
+
+
+def _ends(alignment: Alignment, spec: ChannelSpec) -> Iterator[tuple[int, str]]:
+    """The places that no default cut lies behind, each with the reason."""
+    yield len(alignment.shared), alignment.parting or "the models end there"
+    for model, module in enumerate(alignment.modules):
+        of = {names[model]: i for i, names in enumerate(alignment.shared)}
+        for node in classifiers(module):
+            if node.name in of:
+                yield of[node.name], f"the classifiers begin at {node.target}"
+    for i, names in enumerate(alignment.shared):
+        node = alignment.nodes[0][names[0]]
+        if _cannot_be_merged(alignment.modules[0], node, spec):
+            kind = type(target_of(alignment.modules[0], node)).__name__
+            yield i, f"fxzip has no rule for the {kind} {node.target}, whose units it cannot merge (see register_rule)"
+
+
+def _cannot_be_merged(module: fx.GraphModule, node: fx.Node, spec: ChannelSpec) -> bool:
+    """Whether a node calls a module with a parameter of which neither a rule nor trying it says where channels lie."""
+    if node.op != "call_module" or find_rule(target_of(module, node)) is not None:
+        return False
+    own = {f"{node.target}.{name}" for name, p in target_of(module, node).named_parameters() if p.numel() > 1}
+    return not own <= {site.parameter for space in spec.spaces for site in space.sites}
 
 
 def crossing(alignment: Alignment, cut: int) -> tuple[int, ...]:
@@ -143,7 +167,7 @@ def _last_uses(alignment: Alignment) -> dict[int, int]:
 
 
 def _can_cross(spec: ChannelSpec, node: str) -> bool:
-    if node in spec.layout.bundles:
+    if node in spec.layout.bundles or not spec.is_whole(node):
         return False
     for factor in spec.layout.factors.get(node, ()):
         if sum(size > 1 for size in factor.shape) > 1 or bool(spec.layout.frozen[factor].any()):
