@@ -25,6 +25,10 @@ class OptionError(FxzipError, ValueError):
     """An option is unknown or out of range."""
 
 
+class VerificationError(FxzipError, RuntimeError):
+    """A merge that must be exact is not: fxzip misunderstood the network, and gives no wrong answer."""
+
+
 class SaveError(FxzipError, RuntimeError):
     """The merged network, or the place where it should go, does not let it be saved."""
 

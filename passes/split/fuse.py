@@ -133,8 +133,8 @@ def mixed_along(tensor: Tensor, axes: tuple[int, ...], index: Tensor, mixing: Mi
     whole = len(here) == len(flat) and torch.equal(here, torch.arange(len(here), device=here.device))
     rows = (flat if whole else flat[here]).unflatten(0, tuple(index.shape))
     mixed = mixing(rows if mixing.target is not None else rows.flatten(1)).reshape(len(here), *flat.shape[1:])
-    flat = mixed if whole else flat.index_copy(0, here, mixed)
-    return flat.unflatten(0, moved.shape[: len(axes)]).movedim(front, axes)
+    laid: Tensor = (mixed if whole else flat.index_copy(0, here, mixed)).unflatten(0, moved.shape[: len(axes)])
+    return laid.movedim(front, axes)
 
 
 def _mixed_in_rows(tensor: Tensor, axis: int, index: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:

@@ -1,0 +1,262 @@
+"""Verify: every merge is checked before it is fitted (translation validation).
+
+What a compiler gives is right by its rules, and rules have faults. So each result is validated by itself (Pnueli,
+Siegel and Singerman, "Translation validation", TACAS 1998), by facts that hold exactly whatever the weights are:
+
+1. *Permutation*: a network with the channels of all spaces in a random order computes the same function.
+2. *Self-merge*: the network merged with such a copy of itself by the true maps, between the very places that are asked
+   for, is itself again, at both heads.
+3. *Ensemble*: with an empty trunk, the heads are the models.
+
+The first network is checked on two samples, in float64 where memory holds it so; its parameters and statistics are
+changed by some per cent first, so that biases of zero or scales that are not trained yet hide nothing. What fails is
+narrowed down to the spaces that are to blame by halving.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxzip.channels import ChannelSpec
+from fxzip.data.batches import Inputs, with_batch_size
+from fxzip.errors import FrozenSpaceWarning, VerificationError
+from fxzip.graphs import bind_inputs
+from fxzip.passes.align import Alignment
+from fxzip.passes.cut import MergePlan
+from fxzip.passes.permute import permute, random_permutations
+from fxzip.passes.split import split
+from fxzip.passes.verify.freeze import without_spaces
+from fxzip.passes.verify.maps import true_maps
+from fxzip.passes.verify.precision import Precision, precision_for
+
+SAMPLES = 2
+"""Samples that are checked on."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked, and how far it was off, as shares of the outputs' largest value.
+
+    Attributes:
+        dtype: What was computed in.
+        permutation: Of the network with permuted channels.
+        merge: Of the network merged with its permuted copy as asked for; None where nothing is merged.
+        ensemble: Of the heads behind an empty trunk.
+        frozen: The channel spaces that were found to be to blame for a difference, and are kept in place.
+    """
+
+    dtype: str
+    permutation: float
+    merge: float | None = None
+    ensemble: float | None = None
+    frozen: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"permuted {self.permutation:.1e}"]
+        parts += [f"merged with itself {self.merge:.1e}"] if self.merge is not None else []
+        parts += [f"side by side {self.ensemble:.1e}"] if self.ensemble is not None else []
+        return f"{', '.join(parts)} off, in {self.dtype}"
+
+
+@dataclass(frozen=True, eq=False)
+class Verifier:
+    """Checks of one network's channel spaces.
+
+    Attributes:
+        module: The traced network.
+        example: Inputs of it (args, kwargs).
+        seed: Of the permutations.
+    """
+
+    module: fx.GraphModule
+    example: Inputs
+    seed: int = 0
+
+    @cached_property
+    def precision(self) -> Precision:
+        """What the checks are computed in."""
+        return precision_for(self.module)
+
+    @cached_property
+    def _copy(self) -> fx.GraphModule:
+        """The network with other parameters, all of which matter."""
+        changed = self.precision.changed(self.module, self._generator())
+        if _is_finite(_run(changed, self._inputs)):
+            return changed
+        return self.precision.copied(self.module)
+
+    @cached_property
+    def _inputs(self) -> tuple[Any, ...]:
+        args, kwargs = with_batch_size(*self.example, SAMPLES)
+        return tuple(self.precision.cast(value) for value in bind_inputs(self.module, args, kwargs).values())
+
+    @cached_property
+    def _wanted(self) -> Any:
+        return _run(self._copy, self._inputs)
+
+    def _generator(self) -> Generator:
+        return Generator().manual_seed(self.seed)
+
+    def _orders(self, spec: ChannelSpec, moved: Collection[str] | None) -> dict[str, Tensor]:
+        """A random order of the channels of each space, as they are where a space is not among ``moved``."""
+        orders = random_permutations(spec, self._generator())
+        keep = () if moved is None else [name for name in orders if name not in moved]
+        return orders | {name: torch.arange(len(orders[name])) for name in keep}
+
+    def permutation_error(self, spec: ChannelSpec, moved: Collection[str] | None = None) -> float:
+        """How far the network with permuted channels is off; ``moved`` are the spaces to permute, None for all."""
+        other = permute(spec, self._copy, self._orders(spec, moved))
+        return error_of(self._wanted, _run(other, self._inputs))
+
+    def merge_error(self, plan: MergePlan, moved: Collection[str] | None = None) -> float:
+        """How far the network merged with its permuted copy is off, as ``plan`` merges, by the true maps."""
+        orders = self._orders(plan.spec, moved)
+        other = permute(plan.spec, self._copy, orders)
+        assert isinstance(other, fx.GraphModule)
+        shared = tuple((names[0], names[0]) for names in plan.alignment.shared)
+        alignment = Alignment((self._copy, other), shared, plan.alignment.parting)
+        own = replace(plan, alignment=alignment, maps=true_maps(plan, orders, self._generator()))
+        return self._error_of_heads(own)
+
+    def _error_of_heads(self, plan: MergePlan) -> float:
+        parts = split(plan)
+        crossing = _run(parts.trunk, self._inputs)
+        return max(error_of(self._wanted, _run(head, crossing)) for head in parts.heads)
+
+    def checked_spec(self, spec: ChannelSpec) -> tuple[ChannelSpec, Verified]:
+        """The spec, without spaces whose permutation changes the function; what was found.
+
+        Raises:
+            VerificationError: It changes still.
+
+        Warns:
+            FrozenSpaceWarning: Spaces are to blame; the warning names them and the nodes where they lie.
+        """
+        error = self.permutation_error(spec)
+        if self.allows(error):
+            return spec, Verified(str(self.precision), error)
+        fixed = self._without(spec, lambda moved: self.permutation_error(spec, moved), "permuting its channels", error)
+        left = self.permutation_error(fixed)
+        if not self.allows(left):
+            raise VerificationError(
+                f"the network with its channels in another order is off by {left:.1e} of its outputs, more than "
+                f"{self.precision.tolerance:.0e}: its graph was not understood. This is a fault of fxzip; verify=False "
+                "goes on all the same"
+            )
+        return fixed, Verified(str(self.precision), left, frozen=_gone(spec, fixed))
+
+    def without_faults(self, plan: MergePlan, error: float) -> ChannelSpec:
+        """The plan's spec without the spaces that are to blame for a self-merge that is off by ``error``.
+
+        Warns:
+            FrozenSpaceWarning: It names them and the nodes where they lie.
+        """
+        return self._without(plan.spec, lambda moved: self.merge_error(plan, moved), "merging it with itself", error)
+
+    def _without(
+        self, spec: ChannelSpec, of: Callable[[Collection[str]], float], doing: str, error: float
+    ) -> ChannelSpec:
+        blamed = self.to_blame(spec, of)
+        reason = f"{doing} changed the outputs by {error:.1e}"
+        for name in blamed:
+            nodes = [node for node in spec.layout.factors if any(s.name == name for s, _, _ in spec.locate(node))]
+            where = f" (nodes {', '.join(nodes[:3])}{' ...' if len(nodes) > 3 else ''})" if nodes else ""
+            warnings.warn(
+                f"channels of {name}{where} are kept in place: {reason}. This is a fault of fxzip's analysis",
+                FrozenSpaceWarning, stacklevel=5,
+            )  # fmt: skip
+        return without_spaces(spec, self.module, blamed, reason)
+
+    def allows(self, error: float) -> bool:
+        """Whether a difference is no more than what rounding makes of it."""
+        return error <= self.precision.tolerance
+
+    def to_blame(self, spec: ChannelSpec, error: Callable[[Collection[str]], float]) -> tuple[str, ...]:
+        """Families of spaces without which ``error`` of the rest is allowed, each named by its root.
+
+        Families (blocks, and what lies in them) move together. The first families that fail together are found by
+        halving; the last of them is to blame, and the rest is tried again.
+        """
+        families = [[s.name, *(below.name for below in spec.inside(s.name))] for s in spec.spaces if s.parent is None]
+        blamed: list[str] = []
+
+        def fails(count: int) -> bool:
+            return not self.allows(error({name for family in families[:count] for name in family}))
+
+        while families and fails(len(families)):
+            low, high = 0, len(families)
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if fails(middle) else (middle, high)
+            blamed.append(families.pop(high - 1)[0])
+        return tuple(blamed)
+
+
+def ensemble_error(alignment: Alignment, spec: ChannelSpec, example: Inputs, place: int) -> float:
+    """How far the heads behind an empty trunk are off the models, in the models' own dtype.
+
+    Args:
+        alignment: The models.
+        spec: The channel spaces.
+        example: Inputs (args, kwargs).
+        place: The first valid cut, before which there is nothing but the inputs.
+    """
+    args, kwargs = with_batch_size(*example, SAMPLES)
+    parts = split(MergePlan(alignment, spec, {}, 0, place))
+    worst = 0.0
+    for module, head in zip(alignment.modules, parts.heads, strict=True):
+        inputs = tuple(bind_inputs(module, args, kwargs).values())
+        worst = max(worst, error_of(_run(module, inputs), _run(head, _run(parts.trunk, inputs))))
+    return worst
+
+
+def _gone(before: ChannelSpec, after: ChannelSpec) -> tuple[str, ...]:
+    kept = {space.name for space in after.spaces}
+    return tuple(space.name for space in before.spaces if space.name not in kept)
+
+
+def _run(module: nn.Module, inputs: Sequence[Any]) -> Any:
+    """What a network gives, without gradients; it gets tensors of its own."""
+    given = pytree.tree_map_only(Tensor, Tensor.clone, tuple(inputs))
+    with torch.no_grad():
+        return module(*given)
+
+
+def _is_finite(value: Any) -> bool:
+    return all(bool(t.isfinite().all()) for t in _tensors(value))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def error_of(wanted: Any, found: Any) -> float:
+    """The largest difference of nested outputs, as a share of each tensor's largest value.
+
+    Infinite where they differ in shape, or are finite at other places.
+    """
+    expected, given = _tensors(wanted), _tensors(found)
+    if len(expected) != len(given) or any(a.shape != b.shape for a, b in zip(expected, given, strict=True)):
+        return float("inf")
+    return max((_error(a, b) for a, b in zip(expected, given, strict=True)), default=0.0)
+
+
+def _error(wanted: Tensor, found: Tensor) -> float:
+    if not wanted.numel():
+        return 0.0
+    if not (wanted.is_floating_point() or wanted.is_complex()):
+        return 0.0 if torch.equal(wanted, found) else float("inf")
+    finite = wanted.isfinite()
+    if not torch.equal(finite, found.isfinite()):
+        return float("inf")
+    kind = torch.complex128 if wanted.is_complex() else torch.float64
+    expected, given = (torch.where(finite, t, 0).to(kind) for t in (wanted, found))
+    return float((expected - given).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
