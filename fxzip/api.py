@@ -8,28 +8,28 @@ from typing import Any
 from torch import nn
 
 from fxzip.channels import ChannelSpec
+from fxzip.checks import check_loader, check_merge, check_models, models_and_loader, task_names
 from fxzip.data.batches import model_inputs, to_device
 from fxzip.data.loaders import as_one_loader
 from fxzip.data.loops import device_of
-from fxzip.errors import AlignmentError, CalibrationError, OptionError
+from fxzip.errors import AlignmentError, CalibrationError
 from fxzip.merged import ZippedModel
 from fxzip.passes.align import align
 from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.cut import Cut, find_cuts
-from fxzip.passes.points import Which
+from fxzip.passes.points import Points
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
-from fxzip.prepared import Prepared, check_method, check_models, task_names
+from fxzip.prepared import Prepared
 
 Loader = Iterable[Any]
 
 
 def zip(
     *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, method: str = "zip",
-    alpha: float | None = None, beta: float | None = None, names: Iterable[str] | None = None, points: Which = "last",
-    refit: bool = True, ridge: float = RefitOptions.ridge, rounds: int = RefitOptions.rounds,
-    images: int = RefitOptions.images, progress: bool = True, **others: Any,
+    names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
+    progress: bool = True, **options: float,
 ) -> ZippedModel:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
@@ -48,34 +48,28 @@ def zip(
             as each network has it, side by side. None: at the input.
         method: ``zip``, ``select``, ``permute``, ``average``, ``optimal``, ``weights``, ``dual`` or ``cca`` (see
             `fxzip.matching`).
-        alpha: For ``zip``: how readily merged channels merge again (arXiv 2305.03053, section 4.3), 0 to 1.
-        beta: For ``zip``: budget of merges within one model, 0 to 1.
-        names: Names of the tasks; ``task0``, ``task1`` ... without.
+        names: Names of the tasks; default: ``task0``, ``task1`` ...
         points: One merge point for each space (``last``), or ``all`` of them pooled.
         refit: Solve each merged layer in closed form, so that it gives what the parents give on the loader's images
-            (`fxzip.passes.refit`); False: the paper's rule, and BatchNorm statistics are reset.
-        ridge: For ``refit``: how much the weights are held to the paper's rule, as a share of the inputs' power.
-        rounds: For ``refit``: how often the layers of a branch are solved in turn for what it gives (in the heads
-            once, at the most); 0 solves each layer once, which is faster.
-        images: For ``refit``: most images that it takes from the loader; the more, the closer and the slower.
+            (`fxzip.passes.refit`). `fxzip.RefitOptions` is True with other settings; False: the paper's rule, and
+            BatchNorm statistics are reset.
         progress: Show bars.
-        others: Further options of the method, ``gamma`` of ``dual`` and of ``cca``.
+        **options: Of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
+            `fxzip.matching.settings` says what they do, and their ranges and defaults.
 
     Raises:
         TraceError, AlignmentError, CutError, CalibrationError, OptionError: see `fxzip.errors`.
     """
-    given, loader = _models_and_loader(models, loader)
+    given, loader = models_and_loader(models, loader)
     check_models(given)
-    check_method(method, {"alpha": alpha, "beta": beta, **others}, len(given))
+    wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
+    check_merge(zip, len(given), points=points, **wanted, **options)
     tasks = task_names(names, len(given))
     loader = as_one_loader(loader, tasks)
     prepared = prepare(*given, example_inputs=_first_batch(loader), names=tasks)
     prepared.place(cut, start)
     prepared.observe(loader, points=points, progress=progress)
-    return prepared.convert(
-        cut=cut, start=start, method=method, alpha=alpha, beta=beta, refit=refit, ridge=ridge, rounds=rounds,
-        images=images, progress=progress, **others,
-    )  # fmt: skip
+    return prepared.convert(**wanted, **options)
 
 
 def prepare(*models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None) -> Prepared:
@@ -128,28 +122,10 @@ def _example(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return model_inputs(given)
 
 
-def _models_and_loader(given: tuple[Any, ...], loader: Loader | None) -> tuple[tuple[nn.Module, ...], Loader]:
-    if loader is None:
-        if not given or isinstance(given[-1], nn.Module):
-            raise OptionError("no loader: call fxzip.zip(model_a, model_b, loader)")
-        *given_models, loader = given
-        given = tuple(given_models)
-    assert loader is not None
-    return given, loader
-
-
 def _first_batch(loader: Loader) -> tuple[Any, ...] | dict[str, Any]:
     """The first batch, as example inputs."""
-    try:
-        iterator = iter(loader)
-    except TypeError:
-        kind = type(loader).__name__
-        raise CalibrationError(f"the loader is a {kind}, which gives no batches; use a DataLoader or a list") from None
-    if iterator is loader:
-        raise CalibrationError(
-            "the loader can be read only once, and it is read several times: use a DataLoader or a list"
-        )
-    for batch in iterator:
+    check_loader(loader)
+    for batch in loader:
         args, kwargs = model_inputs(batch)
         return kwargs or args
     raise CalibrationError("the loader is empty: it gave no batch")

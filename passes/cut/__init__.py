@@ -1,5 +1,6 @@
 """Cut: where the trunk may end and the heads begin, what each place costs, and the plan of a merge."""
 
 from fxzip.passes.cut.cut import Cut, Cuts, classifiers, crossing, find_cuts, is_layer, learned
+from fxzip.passes.cut.places import Places, Span, check_span
 
-__all__ = ["Cut", "Cuts", "classifiers", "crossing", "find_cuts", "is_layer", "learned"]
+__all__ = ["Cut", "Cuts", "Places", "Span", "check_span", "classifiers", "crossing", "find_cuts", "is_layer", "learned"]
