@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fxzip.channels import ChannelSpec
-from fxzip.checks import check_loader, check_merge, check_models, models_and_loader, task_names
+from fxzip.checks import check_merge, check_models, models_and_loader, readable, task_names
 from fxzip.data.batches import model_inputs, to_device
 from fxzip.data.loaders import as_one_loader
 from fxzip.data.loops import device_of
@@ -124,8 +124,7 @@ def _example(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _first_batch(loader: Loader) -> tuple[Any, ...] | dict[str, Any]:
     """The first batch, as example inputs."""
-    check_loader(loader)
-    for batch in loader:
+    for batch in readable(loader):
         args, kwargs = model_inputs(batch)
         return kwargs or args
     raise CalibrationError("the loader is empty: it gave no batch")

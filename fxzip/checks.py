@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Choice:
         return f"{self.method}({shown})" if shown else self.method
 
 
-def check_merge(call: Callable[..., Any], n_models: int, **given: Any) -> Choice:
+def check_merge(call: Callable[..., Any], n_models: int, /, **given: Any) -> Choice:
     """Raise what is wrong with the arguments of a merge, and sort them.
 
     Args:
@@ -150,8 +150,12 @@ def models_and_loader(given: tuple[Any, ...], loader: Any) -> tuple[tuple[Any, .
     return given[:-1], given[-1]
 
 
-def check_loader(loader: Any) -> None:
-    """Raise CalibrationError unless a loader can be read more than once."""
+def readable(loader: Any) -> Iterator[Any]:
+    """What a loader gives.
+
+    Raises:
+        CalibrationError: It gives no batches, or can be read only once.
+    """
     try:
         iterator = iter(loader)
     except TypeError:
@@ -161,3 +165,5 @@ def check_loader(loader: Any) -> None:
         raise CalibrationError(
             "the loader can be read only once, and it is read several times: use a DataLoader or a list"
         )
+    found: Iterator[Any] = iterator
+    return found

@@ -132,9 +132,7 @@ class Prepared:
             reuse_memory(part)
         return zipped
 
-    def maps(
-        self, *, cut: Cut = None, start: Cut = None, method: str = "zip", **options: float
-    ) -> dict[str, MergeMap]:
+    def maps(self, *, cut: Cut = None, start: Cut = None, method: str = "zip", **options: float) -> dict[str, MergeMap]:
         """The merge maps that `convert` merges by, by channel space.
 
         Args:

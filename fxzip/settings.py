@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from fxzip.errors import OptionError
@@ -61,15 +61,15 @@ class Setting:
         Raises:
             OptionError: It is no number (True is none), not finite, not whole where it must be, or out of range.
         """
-        number = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-        if number and self.low <= value <= self.high:  # type: ignore[operator]
-            if self.kind is float or isinstance(value, Integral) or value == int(value):  # type: ignore[call-overload]
-                return self.kind(value)  # type: ignore[arg-type]
-        raise OptionError(f"{name}={value!r}: it must be {self.wanted}")
+        number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+        fits = math.isfinite(number) and self.low <= number <= self.high
+        if not fits or (self.kind is int and not number.is_integer()):
+            raise OptionError(f"{name}={value!r}: it must be {self.wanted}")
+        return self.kind(number)
 
     def __str__(self) -> str:
         """Its help, range and default, in one line."""
-        return f"{self.help} ({', '.join(filter(None, (self.range, f'default: {self.default}')))})"
+        return "; ".join(filter(None, (self.help, self.range, f"default: {self.default}")))
 
 
 def _field(default: float, help: str, low: float) -> Any:
@@ -98,8 +98,8 @@ class RefitOptions:
     """
 
     ridge: float = _field(1e-3, "how much weights are held to the paper's rule, as a share of the inputs' power", low=0)
-    rounds: int = _field(5, "how often the layers of a branch are solved in turn; 0 is faster", low=0)
-    images: int = _field(10_000, "most images that it takes from the loader; more are closer and slower", low=1)
+    rounds: int = _field(5, "how often the layers of a branch are solved in turn (0: each only once)", low=0)
+    images: int = _field(10_000, "most images that it takes; the more, the closer to the parents and the slower", low=1)
     samples: int = _field(2**17, "positions that each layer is fitted on, at the least", low=1)
     memory: int = _field(3 * 2**30, "bytes of inputs and of activations to keep, at the most", low=0)
     least_images: int = _field(64, "images that each layer is fitted on, whatever memory they take", low=1)
@@ -120,7 +120,12 @@ MATCHING: Mapping[str, Mapping[str, Setting]] = {
         "alpha": Setting(1.0, "how readily merged channels merge again (arXiv 2305.03053, section 4.3)", 0, 1),
         "beta": Setting(1.0, "budget of merges within one model, as a share", 0, 1),
     },
+    "select": {},
+    "permute": {},
+    "average": {},
+    "optimal": {},
+    "weights": {},
     "dual": {"gamma": Setting(0.5, "share of the activations in the blend of weights and activations", 0, 1)},
     "cca": {"gamma": Setting(1e-3, "regularisation, as a share of the channels' mean variance", 0, 1)},
 }
-"""The options of fxzip's own matchers, by matcher and by name; the other ones take none."""
+"""The options of fxzip's own matchers (`fxzip.matching`), by matcher and by name."""
