@@ -29,7 +29,7 @@ Loader = Iterable[Any]
 def zip(
     *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, method: str = "zip",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
-    progress: bool = True, **options: float,
+    progress: bool = True, **options: Any,
 ) -> ZippedModel:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
@@ -55,7 +55,7 @@ def zip(
             BatchNorm statistics are reset.
         progress: Show bars.
         **options: Of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
-            `fxzip.matching.settings` says what they do, and their ranges and defaults.
+            `fxzip.matching.settings_of` says what they do, and their ranges and defaults.
 
     Raises:
         TraceError, AlignmentError, CutError, CalibrationError, OptionError: see `fxzip.errors`.

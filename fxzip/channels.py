@@ -8,12 +8,15 @@ space move whole blocks and act inside them. The blocks are themselves the chann
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
+
+if TYPE_CHECKING:
+    from networkx import DiGraph
 
 Role = Literal["produce", "contract"]
 
@@ -166,6 +169,19 @@ class ChannelSpec:
                 if len(index) == space.size:
                     found.append((space, axes, index))
         return tuple(found)
+
+    def graph(self, points: Mapping[str, Sequence[MergePoint]] | None = None) -> DiGraph:
+        """Spaces and layers as a graph of networkx, to be drawn and asked; see `fxzip.spec_graph`.
+
+            graph = prepared.spec.graph(prepared.points)
+            networkx.shortest_path(graph, ("layer", "conv1"), ("layer", "layer2.0.conv2"))
+
+        Args:
+            points: Merge points by space, as `Prepared.points` has them; None: without any.
+        """
+        from fxzip.spec_graph import spec_graph
+
+        return spec_graph(self, points or {})
 
     def permute(self, model: nn.Module, generator: Generator | None = None) -> nn.Module:
         """A copy of the network with the channels of every space in a random order; it computes the same function.

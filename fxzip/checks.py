@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fxzip.errors import AlignmentError, CalibrationError, OptionError
-from fxzip.matching import chosen_options, match, settings
+from fxzip.matching import chosen_options, match, settings_of
 from fxzip.passes.cut import check_span
 from fxzip.passes.points import check_points
 from fxzip.settings import RefitOptions, refit_settings
@@ -65,7 +65,7 @@ def check_merge(call: Callable[..., Any], n_models: int, /, **given: Any) -> Cho
 
 def _check_known(name: str, value: object, call: str, arguments: Sequence[str], method: str) -> None:
     """Raise unless an argument is an option of the method."""
-    known = settings(method)
+    known = settings_of(method)
     if name in known:
         return
     if name in refit_settings():

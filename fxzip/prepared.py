@@ -89,7 +89,7 @@ class Prepared:
 
     def convert(
         self, *, cut: Cut = None, start: Cut = None, method: str = "zip", refit: bool | RefitOptions = True,
-        reset_batch_norm: bool = True, progress: bool = True, **options: float,
+        reset_batch_norm: bool = True, progress: bool = True, **options: Any,
     ) -> ZippedModel:  # fmt: skip
         """Merge the networks, from what was observed.
 
@@ -132,7 +132,7 @@ class Prepared:
             reuse_memory(part)
         return zipped
 
-    def maps(self, *, cut: Cut = None, start: Cut = None, method: str = "zip", **options: float) -> dict[str, MergeMap]:
+    def maps(self, *, cut: Cut = None, start: Cut = None, method: str = "zip", **options: Any) -> dict[str, MergeMap]:
         """The merge maps that `convert` merges by, by channel space.
 
         Args:

@@ -40,7 +40,9 @@ class Setting:
     def wanted(self) -> str:
         """What it may be, in words."""
         noun = "a whole number" if self.kind is int else "a number"
-        return f"{noun}, {self.range}" if self.range else f"{noun}, not infinite"
+        if math.isfinite(self.low) and math.isfinite(self.high):
+            return f"{noun} from {self.range}"
+        return f"{noun}, {self.range or 'not infinite'}"
 
     @property
     def range(self) -> str:
@@ -65,7 +67,8 @@ class Setting:
         fits = math.isfinite(number) and self.low <= number <= self.high
         if not fits or (self.kind is int and not number.is_integer()):
             raise OptionError(f"{name}={value!r}: it must be {self.wanted}")
-        return self.kind(number)
+        exact: Any = value
+        return self.kind(exact)
 
     def __str__(self) -> str:
         """Its help, range and default, in one line."""

@@ -11,7 +11,7 @@ To add a matcher, decorate a function ``(similarity, n_models, **options) -> ass
 the merged channel (0 to n - 1) that it goes to, or a whole `MergeMap`. ``@matcher("name", of="covariance")`` is given
 covariances. The options that it takes are declared there, too, and checked before anything is merged:
 
-    @matcher("mine", strength=Setting(0.5, "how far channels may move", low=0, high=1))
+    @matcher("mine", options={"strength": Setting(0.5, "how far channels may move", low=0, high=1)})
     def mine(similarity, n_models, strength): ...
 
 Dead channels (similarity 0 to every other channel, as zero variance gives) match last in every matcher.
@@ -23,7 +23,7 @@ from fxzip.matching import greedy as _greedy
 from fxzip.matching import selection as _selection
 from fxzip.matching.greedy import zip_merges
 from fxzip.matching.merge_map import MergeMap
-from fxzip.matching.registry import chosen_options, evidence, match, matcher, methods, settings
+from fxzip.matching.registry import chosen_options, evidence, match, matcher, methods, settings_of
 from fxzip.settings import Setting
 
 del _assign, _cca, _greedy, _selection  # imported to register their matchers
@@ -36,6 +36,6 @@ __all__ = [
     "match",
     "matcher",
     "methods",
-    "settings",
+    "settings_of",
     "zip_merges",
 ]

@@ -47,7 +47,7 @@ def _weights(similarity: Floats, n_models: int) -> Ints:
     return _permute(similarity, n_models)
 
 
-@matcher("dual", of="weights", **MATCHING["dual"])
+@matcher("dual", of="weights", options=MATCHING["dual"])
 def _dual(similarity: Floats, n_models: int, gamma: float) -> Ints:
     """`permute`, of a blend of weights and activations, ``gamma`` being the share of the activations.
 

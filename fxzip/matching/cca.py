@@ -12,7 +12,7 @@ from fxzip.matching.similarity import Floats
 from fxzip.settings import MATCHING
 
 
-@matcher("cca", of="covariance", **MATCHING["cca"])
+@matcher("cca", of="covariance", options=MATCHING["cca"])
 def _cca(covariance: Floats, n_models: int, gamma: float) -> MergeMap:
     """Every model is carried into the first one's basis by its canonical directions, then averaged.
 

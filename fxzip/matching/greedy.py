@@ -19,7 +19,7 @@ from fxzip.matching.similarity import Floats, Ints, dead_channels
 from fxzip.settings import MATCHING
 
 
-@matcher("zip", **MATCHING["zip"])
+@matcher("zip", options=MATCHING["zip"])
 def _zip(similarity: Floats, n_models: int, alpha: float, beta: float) -> Ints:
     """ZipIt!'s greedy matching; by default merged channels merge again freely, within models too.
 

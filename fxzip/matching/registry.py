@@ -22,13 +22,15 @@ _EVIDENCE: dict[str, Evidence] = {}
 _SETTINGS: dict[str, dict[str, Setting]] = {}
 
 
-def matcher(name: str, of: Evidence = "correlation", **options: Setting) -> Callable[[Registered], Registered]:
+def matcher(
+    name: str, of: Evidence = "correlation", options: Mapping[str, Setting] | None = None
+) -> Callable[[Registered], Registered]:
     """Registers a matcher under a name.
 
     Args:
         name: What users call it by.
         of: What it wants to be given.
-        **options: The options that it takes: it is called with all of them, by name.
+        options: The options that it takes, by name: it is called with all of them.
 
     Raises:
         ValueError: The name is taken.
@@ -37,10 +39,15 @@ def matcher(name: str, of: Evidence = "correlation", **options: Setting) -> Call
     def register(function: Registered) -> Registered:
         if name in _MATCHERS:
             raise ValueError(f"matcher {name!r} is registered already: {_MATCHERS[name].__qualname__}")
-        _MATCHERS[name], _EVIDENCE[name], _SETTINGS[name] = function, of, options
+        _MATCHERS[name], _EVIDENCE[name], _SETTINGS[name] = function, of, dict(options or {})
         return function
 
     return register
+
+
+def unregister(name: str) -> None:
+    """Forget a matcher; KeyError where there is none of that name."""
+    del _MATCHERS[name], _EVIDENCE[name], _SETTINGS[name]
 
 
 def evidence(method: str) -> Evidence:
@@ -58,7 +65,7 @@ def methods() -> tuple[str, ...]:
     return tuple(_MATCHERS)
 
 
-def settings(method: str) -> dict[str, Setting]:
+def settings_of(method: str) -> dict[str, Setting]:
     """The options that a matcher takes, by name.
 
     Raises:
@@ -74,7 +81,7 @@ def chosen_options(method: str, given: Mapping[str, object]) -> dict[str, float]
     Raises:
         OptionError: The method is unknown or does not take an option, or an option is out of range.
     """
-    known = settings(method)
+    known = settings_of(method)
     for name in given:
         if name not in known:
             takes = ", ".join(known) or "none"
@@ -92,7 +99,7 @@ def match(method: str, similarity: Tensor | npt.ArrayLike, n_models: int = 2, **
         similarity: Correlations, or what else `evidence` says, shape (Σn, Σn) with Σn = N · n; rows
             ``[k * n : (k + 1) * n]`` are model k.
         n_models: N.
-        **chosen: The method's options; `settings` lists them.
+        **chosen: The method's options; `settings_of` lists them.
 
     Raises:
         OptionError: The method is unknown or does not take an option, an option is out of range, the
