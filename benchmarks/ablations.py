@@ -151,7 +151,8 @@ def measure(
 
 def merged(prepared: fxzip.Prepared, wanted: Merge, test: Split) -> Row:
     """The figures of one merge; its seconds are without observing."""
-    given = {name: getattr(wanted, name) for name in ("method", "alpha", "beta", "refit", "ridge", "rounds")}
+    given = {name: getattr(wanted, name) for name in ("method", "alpha", "beta")}
+    given["refit"] = RefitOptions(ridge=wanted.ridge, rounds=wanted.rounds) if wanted.refit else False
     zipped, _, seconds = timed_merge(prepared, **{name: value for name, value in given.items() if value is not None})
     correlation, _ = matched(zipped.report, [space.name for space in zipped.report.spaces])
     return {"seconds": seconds, "correlation": correlation, **accuracies(zipped, test, halves(PAIR))}

@@ -84,7 +84,7 @@ def measure_here(case: str, rounds: int) -> dict[str, Any]:
     load, watch = os.getloadavg()[0], Stopwatch()
     prepared = fxzip.prepare(*models, example_inputs=images[0][:2]).observe(images, progress=False)
     observed, before = watch(), peak_bytes()
-    zipped = prepared.convert(rounds=rounds, progress=False)
+    zipped = prepared.convert(refit=RefitOptions(rounds=rounds), progress=False)
     total = watch()
     row = {
         "models": f"{case} twice",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fxzip.prepared import Prepared
     from fxzip.report import Report
     from fxzip.rules import register_rule
+    from fxzip.settings import RefitOptions
     from fxzip.sweep import Sweep
 
 try:
@@ -65,6 +66,7 @@ _HOMES = {
     "Prepared": "fxzip.prepared",
     "Report": "fxzip.report",
     "register_rule": "fxzip.rules",
+    "RefitOptions": "fxzip.settings",
     "Sweep": "fxzip.sweep",
 }
 _MODULES = ("channels", "errors", "matching", "rules", "zoo")
@@ -85,6 +87,7 @@ __all__ = [
     "Moments",
     "OptionError",
     "Prepared",
+    "RefitOptions",
     "Report",
     "SaveError",
     "Sweep",

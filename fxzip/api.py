@@ -5,31 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from fxzip.channels import ChannelSpec
-from fxzip.data.batches import model_inputs, to_device
+from fxzip.checks import check_merge, check_models, models_and_loader, readable, task_names
+from fxzip.data.batches import Inputs, model_inputs, to_device
 from fxzip.data.loaders import as_one_loader
 from fxzip.data.loops import device_of
-from fxzip.errors import AlignmentError, CalibrationError, OptionError
+from fxzip.errors import AlignmentError, CalibrationError
 from fxzip.merged import ZippedModel
 from fxzip.passes.align import align
 from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.canonicalise import canonicalise
-from fxzip.passes.cut import Cut, find_cuts
-from fxzip.passes.points import Which
+from fxzip.passes.cut import Cut
+from fxzip.passes.points import Points
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
-from fxzip.prepared import Prepared, check_method, check_models, task_names
+from fxzip.passes.verify import Verifier
+from fxzip.prepared import Prepared
+from fxzip.report import Verified
 
 Loader = Iterable[Any]
 
 
 def zip(
     *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, method: str = "zip",
-    alpha: float | None = None, beta: float | None = None, names: Iterable[str] | None = None, points: Which = "last",
-    refit: bool = True, ridge: float = RefitOptions.ridge, rounds: int = RefitOptions.rounds,
-    images: int = RefitOptions.images, progress: bool = True, **others: Any,
+    names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
+    verify: bool = True, progress: bool = True, **options: Any,
 ) -> ZippedModel:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
@@ -48,37 +50,36 @@ def zip(
             as each network has it, side by side. None: at the input.
         method: ``zip``, ``select``, ``permute``, ``average``, ``optimal``, ``weights``, ``dual`` or ``cca`` (see
             `fxzip.matching`).
-        alpha: For ``zip``: how readily merged channels merge again (arXiv 2305.03053, section 4.3), 0 to 1.
-        beta: For ``zip``: budget of merges within one model, 0 to 1.
-        names: Names of the tasks; ``task0``, ``task1`` ... without.
+        names: Names of the tasks; default: ``task0``, ``task1`` ...
         points: One merge point for each space (``last``), or ``all`` of them pooled.
         refit: Solve each merged layer in closed form, so that it gives what the parents give on the loader's images
-            (`fxzip.passes.refit`); False: the paper's rule, and BatchNorm statistics are reset.
-        ridge: For ``refit``: how much the weights are held to the paper's rule, as a share of the inputs' power.
-        rounds: For ``refit``: how often the layers of a branch are solved in turn for what it gives (in the heads
-            once, at the most); 0 solves each layer once, which is faster.
-        images: For ``refit``: most images that it takes from the loader; the more, the closer and the slower.
+            (`fxzip.passes.refit`). `fxzip.RefitOptions` is True with other settings; False: the paper's rule, and
+            BatchNorm statistics are reset.
+        verify: Check the merge before it is fitted: the first network, merged with a permuted copy of itself, must be
+            itself again (`fxzip.passes.verify`). What is not is kept in place, with a warning.
         progress: Show bars.
-        others: Further options of the method, ``gamma`` of ``dual`` and of ``cca``.
+        **options: Of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
+            `fxzip.matching.settings_of` says what they do, and their ranges and defaults.
 
     Raises:
-        TraceError, AlignmentError, CutError, CalibrationError, OptionError: see `fxzip.errors`.
+        TraceError, AlignmentError, CutError, CalibrationError, OptionError, VerificationError: see `fxzip.errors`.
     """
-    given, loader = _models_and_loader(models, loader)
+    given, loader = models_and_loader(models, loader)
     check_models(given)
-    check_method(method, {"alpha": alpha, "beta": beta, **others}, len(given))
+    wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
+    wanted["verify"] = verify
+    check_merge(zip, len(given), points=points, **wanted, **options)
     tasks = task_names(names, len(given))
     loader = as_one_loader(loader, tasks)
-    prepared = prepare(*given, example_inputs=_first_batch(loader), names=tasks)
+    prepared = prepare(*given, example_inputs=_first_batch(loader), names=tasks, verify=verify)
     prepared.place(cut, start)
     prepared.observe(loader, points=points, progress=progress)
-    return prepared.convert(
-        cut=cut, start=start, method=method, alpha=alpha, beta=beta, refit=refit, ridge=ridge, rounds=rounds,
-        images=images, progress=progress, **others,
-    )  # fmt: skip
+    return prepared.convert(**wanted, **options)
 
 
-def prepare(*models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None) -> Prepared:
+def prepare(
+    *models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None, verify: bool = True
+) -> Prepared:
     """Trace and analyse networks, so that they can be observed once and merged many times.
 
         prepared = fxzip.prepare(model_a, model_b, example_inputs=images)
@@ -89,9 +90,11 @@ def prepare(*models: nn.Module, example_inputs: Any, names: Iterable[str] | None
         models: Two networks or more; modules or GraphModules.
         example_inputs: What one of them takes: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         names: Names of the tasks.
+        verify: Check the channel spaces on the example (`fxzip.passes.verify`); what is wrong is kept in place.
 
     Raises:
         TraceError: A model cannot be traced.
+        VerificationError: The channel spaces are wrong, and it cannot be said which.
         AlignmentError: The models share nothing, or are on different devices.
         OptionError: Fewer than two models, something that is no module, or unusable names.
     """
@@ -102,23 +105,33 @@ def prepare(*models: nn.Module, example_inputs: Any, names: Iterable[str] | None
     if not alignment.shared_parameters():
         raise AlignmentError(f"the models share no layer: {alignment.parting}")
     example = to_device(args, kwargs, device_of(alignment.modules[0]))
-    spec = analyse_graph(alignment.modules[0], *example)
-    return Prepared(tasks, alignment, spec, find_cuts(alignment, spec))
+    spec, verified = _analysed(alignment.modules[0], example, verify)
+    return Prepared(tasks, alignment, spec, verified)
 
 
-def analyse(model: nn.Module, example_inputs: Any) -> ChannelSpec:
+def analyse(model: nn.Module, example_inputs: Any, *, verify: bool = True) -> ChannelSpec:
     """The channel spaces of one network; ``analyse(model, x).permute(model)`` computes what ``model`` does.
 
     Args:
         model: A module or GraphModule; it is left as it is.
         example_inputs: As for `prepare`.
+        verify: As for `prepare`.
 
     Raises:
         TraceError: The model cannot be traced.
+        VerificationError: As for `prepare`.
     """
     args, kwargs = _example(example_inputs)
     traced = canonicalise(trace(model, args, kwargs))
-    return analyse_graph(traced, *to_device(args, kwargs, device_of(traced)))
+    return _analysed(traced, to_device(args, kwargs, device_of(traced)), verify)[0]
+
+
+def _analysed(module: fx.GraphModule, example: Inputs, verify: bool) -> tuple[ChannelSpec, Verified | None]:
+    """The channel spaces, and what was checked of them: nothing where parameters have no values."""
+    spec = analyse_graph(module, *example)
+    if not verify or any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        return spec, None
+    return Verifier(module, example).checked_spec(spec)
 
 
 def _example(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -128,28 +141,9 @@ def _example(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return model_inputs(given)
 
 
-def _models_and_loader(given: tuple[Any, ...], loader: Loader | None) -> tuple[tuple[nn.Module, ...], Loader]:
-    if loader is None:
-        if not given or isinstance(given[-1], nn.Module):
-            raise OptionError("no loader: call fxzip.zip(model_a, model_b, loader)")
-        *given_models, loader = given
-        given = tuple(given_models)
-    assert loader is not None
-    return given, loader
-
-
 def _first_batch(loader: Loader) -> tuple[Any, ...] | dict[str, Any]:
     """The first batch, as example inputs."""
-    try:
-        iterator = iter(loader)
-    except TypeError:
-        kind = type(loader).__name__
-        raise CalibrationError(f"the loader is a {kind}, which gives no batches; use a DataLoader or a list") from None
-    if iterator is loader:
-        raise CalibrationError(
-            "the loader can be read only once, and it is read several times: use a DataLoader or a list"
-        )
-    for batch in iterator:
+    for batch in readable(loader):
         args, kwargs = model_inputs(batch)
         return kwargs or args
     raise CalibrationError("the loader is empty: it gave no batch")

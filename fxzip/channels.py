@@ -8,13 +8,16 @@ space move whole blocks and act inside them. The blocks are themselves the chann
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
+
+if TYPE_CHECKING:
+    from networkx import DiGraph
 
 Role = Literal["produce", "contract"]
 
@@ -213,6 +216,19 @@ class ChannelSpec:
                 times = channel[here].bincount(minlength=space.size)
                 if bool((times == times[0]).all()) and len(times) == space.size:
                     yield space, axes, group(channel[here], here, self.layout.order[flat[here]])
+
+    def graph(self, points: Mapping[str, Sequence[MergePoint]] | None = None) -> DiGraph:
+        """Spaces and layers as a graph of networkx, to be drawn and asked; see `fxzip.spec_graph`.
+
+            graph = prepared.spec.graph(prepared.points)
+            networkx.shortest_path(graph, ("layer", "conv1"), ("layer", "layer2.0.conv2"))
+
+        Args:
+            points: Merge points by space, as `Prepared.points` has them; None: without any.
+        """
+        from fxzip.spec_graph import spec_graph
+
+        return spec_graph(self, points or {})
 
     def permute(self, model: nn.Module, generator: Generator | None = None) -> nn.Module:
         """A copy of the network with the channels of every space in a random order; it computes the same function.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ NAME = "recipe.yaml"
 PATHS = frozenset({"checkpoints", "data", "json_path", "out"})
 """The options that are paths, or may be."""
 
+_EXPONENT = re.compile(r"[-+]?\d+e[-+]?\d+", re.IGNORECASE)
 _REMOTE = "hf-hub:"
 _LOCAL = "local-dir:"
 
@@ -59,13 +61,18 @@ def read_recipe(path: Path, known: Collection[str] | None = None) -> dict[str, A
     }
 
 
+def as_number(value: Any) -> Any:
+    """A number like ``1e-3``, which YAML takes for a text, as a number; anything else as it is."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
 def write_recipe(path: Path, options: Mapping[str, Any], *, beside: Path | None = None) -> None:
     """Write a recipe.
 
     Args:
         path: The file.
         options: The options; None for what was not given.
-        beside: The folder that paths are written relative to, where the file will lie later; its own without.
+        beside: The folder that paths are written relative to, where the file will lie later; default: its own.
     """
     folder = (path.parent if beside is None else beside).resolve()
     values = {

@@ -71,6 +71,31 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class Verified:
+    """What was checked, and how far it was off, as shares of the outputs' largest value.
+
+    Attributes:
+        dtype: What was computed in.
+        permutation: Of the network with permuted channels.
+        merge: Of the network merged with its permuted copy as asked for; None where nothing is merged.
+        ensemble: Of the heads behind an empty trunk.
+        frozen: The channel spaces that were found to be to blame for a difference, and are kept in place.
+    """
+
+    dtype: str
+    permutation: float
+    merge: float | None = None
+    ensemble: float | None = None
+    frozen: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"permuted {self.permutation:.1e}"]
+        parts += [f"merged with itself {self.merge:.1e}"] if self.merge is not None else []
+        parts += [f"side by side {self.ensemble:.1e}"] if self.ensemble is not None else []
+        return f"{', '.join(parts)} off, in {self.dtype}"
+
+
+@dataclass(frozen=True)
 class Report:
     """What was merged, and what it costs; printed as a table.
 
@@ -90,6 +115,7 @@ class Report:
         refitted: Layers whose weights were solved for.
         layers: What the network computes, in the order of execution, the trunk first.
         start: Where merging starts, as the user named it; None for the input.
+        verified: What was checked before the fit, and how far it was off; None where it was not.
     """
 
     names: tuple[str, ...]
@@ -107,6 +133,7 @@ class Report:
     refitted: int = 0
     layers: tuple[LayerRow, ...] = ()
     start: str | None = None
+    verified: Verified | None = None
 
     def with_recalibrated(self, count: int) -> Report:
         """The same report, with the number of BatchNorm layers that were reset."""
@@ -164,6 +191,7 @@ class Report:
             costs.add_row(label, f"{before / scale:.3f} {unit}", f"{after / scale:.3f} {unit}", ratio)
         lines = [f"kept in place: {name}" for name in self.frozen]
         lines += [f"the models part: {self.parting}"] if self.parting else []
+        lines += [f"verified: {self.verified}"] if self.verified else []
         lines += [f"layers refitted: {self.refitted}"] if self.refitted else []
         lines += [f"BatchNorm layers reset: {self.recalibrated}"] if self.recalibrated else []
         return render(spaces, costs) + "\n".join(lines) + "\n"

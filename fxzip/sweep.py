@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from fxzip.checks import check_merge
+from fxzip.data.loops import counted
 from fxzip.errors import OptionError
+from fxzip.passes.cut import Cut
+
+if TYPE_CHECKING:
+    from fxzip.merged import ZippedModel
+    from fxzip.prepared import Prepared
+    from fxzip.report import Report
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,40 @@ class Sweep:
         return render(shown)
 
 
-def as_scores(value: float | Mapping[str, float]) -> dict[str, float]:
-    """What ``evaluate`` gave, by name."""
-    return {k: float(v) for k, v in value.items()} if isinstance(value, Mapping) else {"score": float(value)}
+def run_sweep(
+    prepared: Prepared, cuts: Sequence[Cut], methods: Iterable[str | Mapping[str, Any]],
+    evaluate: Callable[[ZippedModel], float | Mapping[str, float]], progress: bool,
+) -> Sweep:  # fmt: skip
+    """Merge at every cut and in every way; all of them are checked before the first one.
+
+    Args:
+        prepared: The networks.
+        cuts: As for `fxzip.zip`.
+        methods: As for `Prepared.sweep`.
+        evaluate: As for `Prepared.sweep`.
+        progress: Show a bar.
+    """
+    ways = [{"method": way} if isinstance(way, str) else dict(way) for way in methods]
+    names = [str(way.pop("name", way.get("method", "zip"))) for way in ways]
+    for way in ways:
+        if "cut" in way:
+            raise OptionError(f"cut={way['cut']!r}: give sweep its cuts apart from the methods, as cuts=[...]")
+        check_merge(type(prepared).convert, len(prepared.names), **way)
+    for cut in cuts:
+        prepared.place(cut)
+    rows = []
+    with counted(len(cuts) * len(ways), progress, "merging") as done:
+        for name, way in zip(names, ways, strict=True):
+            for cut in cuts:
+                zipped = prepared.convert(**{"progress": False, **way}, cut=cut)
+                rows.append(_as_row(name, zipped.report, evaluate(zipped)))
+                done()
+    return Sweep(tuple(rows))
+
+
+def _as_row(name: str, report: Report, value: float | Mapping[str, float]) -> SweepRow:
+    """The row of one merge, from what ``evaluate`` gave."""
+    scores = {k: float(v) for k, v in value.items()} if isinstance(value, Mapping) else {"score": float(value)}
+    one = len(report.before)
+    flops = one * report.flops_after / max(report.flops_before, 1)
+    return SweepRow(name, report.cut, flops, one * report.params_after / max(report.params_before, 1), scores)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, fx
 
@@ -11,11 +11,11 @@ from fxzip.channels import ChannelSpace, ChannelSpec, MergePoint
 from fxzip.errors import OptionError
 from fxzip.rules import kind_of, target_of
 
-Which = Literal["last", "all"]
+Points = Literal["last", "all"]
 
 
 def merge_points(
-    module: fx.GraphModule, spec: ChannelSpec, nodes: Sequence[str], points: Which = "last"
+    module: fx.GraphModule, spec: ChannelSpec, nodes: Sequence[str], points: Points = "last"
 ) -> dict[str, tuple[MergePoint, ...]]:
     """Where to observe each space: the inputs of the operations that its channels end in.
 
@@ -33,8 +33,7 @@ def merge_points(
     Raises:
         OptionError: ``points`` is neither.
     """
-    if points not in ("last", "all"):
-        raise OptionError(f"points={points!r} is unknown; use 'last' or 'all'")
+    check_points(points)
     allowed = set(nodes)
     found: dict[str, list[MergePoint]] = {}
     for node in module.graph.nodes:
@@ -49,6 +48,12 @@ def merge_points(
     keep = slice(-1, None) if points == "last" else slice(None)
     decided = {above for name in found for above in _blocks_of(spec, name)}
     return {name: tuple(mine[keep]) for name, mine in found.items() if name not in decided}
+
+
+def check_points(points: object) -> None:
+    """Raise OptionError unless it says which merge points to take."""
+    if points not in get_args(Points):
+        raise OptionError(f"points={points!r} is unknown; use 'last' or 'all'")
 
 
 def _blocks_of(spec: ChannelSpec, name: str) -> Iterator[str]:

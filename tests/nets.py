@@ -92,7 +92,7 @@ def permuted_copy(model: nn.Module, x: Any) -> nn.Module:
 
 def places(prepared: fxzip.Prepared) -> dict[str, int]:
     """The place of every valid cut, by module and by node."""
-    cuts = prepared._cuts
+    cuts = prepared.places.cuts
     return {name: at for name, at in cuts.named.items() if at in cuts.valid and at <= cuts.default}
 
 

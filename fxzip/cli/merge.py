@@ -12,6 +12,7 @@ from fxzip.cli import options as shared
 from fxzip.cli import parameters as p
 from fxzip.cli.errors import warn
 from fxzip.errors import OptionError
+from fxzip.settings import MATCHING, RefitOptions
 
 
 def zip_models(
@@ -63,18 +64,15 @@ class _Merge:
     """One run of the command, from its options."""
 
     def __init__(self, given: dict[str, Any]) -> None:
-        from fxzip.passes.refit import RefitOptions
-
         self.given = given
         self.quiet = bool(given["quiet"])
         self.checkpoints = [str(path) for path in given["checkpoints"]]
         self.method = given["method"]
-        named = {"alpha": given["alpha"], "beta": given["beta"], **shared.pairs(given["options"], "--option")}
+        named = {**{key: given[key] for key in MATCHING["zip"]}, **shared.pairs(given["options"], "--option")}
         self.options = {key: value for key, value in named.items() if value is not None}
         self.model_args = shared.pairs(given["model_args"], "--model-arg")
         self.cut, self.start = (shared.share_or_name(given[key]) for key in ("cut", "start"))
-        defaults = {key: getattr(RefitOptions, key) for key in ("ridge", "rounds", "images")}
-        self.refit = {key: value if given[key] is None else given[key] for key, value in defaults.items()}
+        self.refit = RefitOptions(**{key: given[key] for key in shared.OF_REFIT if given[key] is not None})
 
     def run(self) -> None:
         """Check, load, merge, save."""
@@ -102,8 +100,7 @@ class _Merge:
             cut=self.cut,
             start=self.start,
             method=self.method,
-            refit=given["refit"],
-            **self.refit,
+            refit=self.refit if given["refit"] else False,
             progress=not self.quiet,
             **self.options,
         )
@@ -115,15 +112,15 @@ class _Merge:
 
     def _check(self) -> tuple[str, ...] | None:
         """Raise what can be known before the work; returns the tasks' names."""
-        from fxzip.passes.refit import RefitOptions
-        from fxzip.prepared import check_method, task_names
+        from fxzip.checks import check_method, task_names
+        from fxzip.passes.cut import check_span
 
         given, count = self.given, len(self.checkpoints)
         shared.check_output(given["out"], overwrite=given["overwrite"])
         if count < 2:
             raise OptionError(f"{count} checkpoint given: merging takes two or more")
         self.options = check_method(self.method, self.options, count)
-        RefitOptions(**self.refit)
+        check_span(self.cut, self.start)
         self.device = shared.device_named(given["device"])
         if given["names"]:
             return task_names(given["names"], count)
@@ -151,11 +148,11 @@ class _Merge:
         from fxzip.folders import new_folder
         from fxzip.recipe import NAME, write_recipe
 
-        own = ("alpha", "beta")
+        own = MATCHING["zip"]
         kept = {key: value for key, value in self.given.items() if key not in _NOT_KEPT}
         kept |= {key: config[key] for key in shared.PREPARATION}
         kept |= {"names": list(zipped.names), "model_args": self.model_args or None}
-        kept |= self.refit
+        kept |= {key: getattr(self.refit, key) for key in shared.OF_REFIT}
         kept |= {"method": self.method, **{key: self.options.get(key) for key in own}}
         kept |= {"options": {key: value for key, value in self.options.items() if key not in own} or None}
         with new_folder(self.given["out"]) as fresh:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ import yaml
 
 from fxzip.errors import OptionError, SaveError
 from fxzip.folders import scratch_folder, write_file
-from fxzip.recipe import read_recipe
+from fxzip.recipe import as_number, read_recipe
+from fxzip.settings import MATCHING, refit_settings
 
+OF_REFIT = ("ridge", "rounds", "images")
+"""The settings of refit that are options of a command."""
+DECLARED = {name: refit_settings()[name] for name in OF_REFIT} | dict(MATCHING["zip"])
+"""The options of commands that are settings of refit or of the method zip."""
 PREPARATION = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 """The options that say how images are prepared; the names are timm's."""
 
@@ -47,7 +53,7 @@ def pairs(given: list[str] | None, option: str) -> dict[str, Any]:
         if not equals or not name.isidentifier():
             raise OptionError(f"{option} {text}: write NAME=VALUE")
         try:
-            found[name] = yaml.safe_load(value)
+            found[name] = as_number(yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise OptionError(f"{option} {text}: {value!r} cannot be read: {error}") from error
     return found
@@ -65,13 +71,23 @@ def read_options(ctx: typer.Context, path: Path | None) -> Path | None:
     commands: Mapping[str, Any] = ctx.find_root().command.commands  # type: ignore[attr-defined]
     names = {p.name for command in commands.values() for p in command.params}
     values = read_recipe(path, names - {"recipe", "debug", "help"})
-    own = {p.name: p for p in ctx.command.params}
-    ctx.default_map = {name: _as_given(value) for name, value in values.items() if name in own}
+    own = {param.name: param for param in ctx.command.params}
+    ctx.default_map = {name: _as_given(own[name], value) for name, value in values.items() if name in own}
     return path
 
 
-def _as_given(value: Any) -> Any:
-    """A value of a recipe in the form that an option takes: a mapping is a list of ``NAME=VALUE``."""
+def _as_given(param: Any, value: Any) -> Any:
+    """A value of a recipe in the form that an option takes: a mapping is a list of ``NAME=VALUE``.
+
+    Raises:
+        OptionError: It is of another kind than the option. (The command line would make 1 of true and of 1.5.)
+    """
+    if param.name in DECLARED:
+        return DECLARED[param.name].check(param.name, as_number(value))
+    kinds = {"boolean": (bool, "true or false"), "integer": (int, "a whole number"), "float": (Real, "a number")}
+    kind, words = kinds.get(param.type.name.removesuffix(" range"), (object, ""))
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, Real)):
+        raise OptionError(f"{param.name}={value!r}: it must be {words}")
     if isinstance(value, dict):
         return [f"{name}={yaml.safe_dump(part, default_flow_style=True).strip()}" for name, part in value.items()]
     return value

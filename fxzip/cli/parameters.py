@@ -9,10 +9,19 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fxzip.cli import options as read
+from fxzip.settings import MATCHING
 
 _merging = partial(typer.Option, rich_help_panel="Merging")
 _models = partial(typer.Option, rich_help_panel="Models")
 _images = partial(typer.Option, rich_help_panel="Images")
+
+_OWN = "; default: the architecture's own."
+_FURTHER = ". ".join(
+    f"{name} of {method}: {setting}"
+    for method, settings in MATCHING.items()
+    for name, setting in settings.items()
+    if name not in read.DECLARED
+)
 
 # ---- what is given
 
@@ -49,13 +58,13 @@ Model = Annotated[
 ]
 Names = Annotated[
     list[str] | None,
-    _models("--name", metavar="TASK", help="A task's name, once for each checkpoint; the files' names without."),
+    _models("--name", metavar="TASK", help="A task's name, once for each checkpoint; default: the files' names."),
 ]
 ModelArgs = Annotated[
     list[str] | None,
     _models("--model-arg", metavar="NAME=VALUE", help="An argument of the architecture, like img_size=32."),
 ]
-Classes = Annotated[int | None, _models(min=1, help="Number of classes; the checkpoint's own without.")]
+Classes = Annotated[int | None, _models(min=1, help="Number of classes; default: the checkpoint's own.")]
 Ema = Annotated[bool, _models(help="Prefer averaged weights, where a checkpoint has both.")]
 Device = Annotated[str, _models(metavar="DEVICE", help="Where the networks run: cpu, cuda, mps...")]
 
@@ -65,51 +74,68 @@ Cut = Annotated[
     str | None,
     _merging(
         metavar="NAME",
-        help="Where the heads begin: a module, a share of the layers like 0.5, or a budget like 'flops<=1.3x'; as "
-        "late as can be without.",
+        help="Where the heads begin: a module, a share of the layers like 0.5, or a budget like 'flops<=1.3x'; "
+        "default: as late as possible.",
     ),
 ]
 Start = Annotated[
     str | None,
     _merging(
         metavar="NAME",
-        help="Where merging starts: a module, or a share of the layers; what comes before is run for each network.",
+        help="Where merging starts: a module, or a share of the layers; each network keeps its own layers before "
+        "it; default: at the input.",
     ),
 ]
 Method = Annotated[
     str,
-    _merging(
-        metavar="NAME", help="How channels are matched: zip, select, permute, average, optimal, weights, dual or cca."
-    ),
+    _merging(metavar="NAME", help=f"How channels are matched: {', '.join(MATCHING)}."),
 ]
-Alpha = Annotated[float | None, _merging(help="For zip: how readily merged channels merge again, 0 to 1.")]
-Beta = Annotated[float | None, _merging(help="For zip: budget of merges within one model, 0 to 1.")]
+Alpha = Annotated[float | None, _merging(help=f"For zip: {read.DECLARED['alpha']}.")]
+Beta = Annotated[float | None, _merging(help=f"For zip: {read.DECLARED['beta']}.")]
 Options = Annotated[
     list[str] | None,
-    _merging("--option", metavar="NAME=VALUE", help="A further option of the method, like gamma=0.5."),
+    _merging("--option", metavar="NAME=VALUE", help=f"A further option of the method. {_FURTHER}."),
 ]
-Points = Annotated[Literal["last", "all"], _merging(help="Merge points of a channel space.")]
-Refit = Annotated[bool, _merging(help="Solve merged layers by least squares; the paper's rule without.")]
-Ridge = Annotated[float | None, _merging(help="For refit: pull towards the paper's rule, 0 or more.")]
-Rounds = Annotated[int | None, _merging(help="For refit: how often layers are solved in turn; 0 is faster.")]
-Images = Annotated[int | None, _merging(help="For refit: most images that it takes, of those that are used.")]
+Points = Annotated[
+    Literal["last", "all"],
+    _merging(help="Observe channels where they are used last, or in all places."),
+]
+Refit = Annotated[bool, _merging(help="Solve merged layers by least squares; --no-refit: the paper's rule.")]
+Ridge = Annotated[float | None, _merging(help=f"For refit: {read.DECLARED['ridge']}.")]
+Rounds = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['rounds']}.")]
+Images = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['images']}.")]
 
 # ---- images
 
-Limit = Annotated[int | None, _images(min=1, help="Most images to use, evenly from all tasks.")]
-Seed = Annotated[int, _images(min=0, help="Of the order and the choice of images.")]
+Limit = Annotated[int | None, _images(min=1, help="Most images to use, the same number of each task; default: all.")]
+Seed = Annotated[int, _images(min=0, help="Seed of the order and the choice of images.")]
 BatchSize = Annotated[int, _images(min=1, help="Images in a batch.")]
 Workers = Annotated[int, _images(min=0, help="Processes that read images.")]
-Strict = Annotated[bool, _images("--strict", help="A broken image is an error; without, it is skipped.")]
+Strict = Annotated[bool, _images("--strict", help="A broken image is an error; default: it is skipped.")]
 InputSize = Annotated[
     Any,
-    _images(parser=read.input_size, metavar="C,H,W", help="Size of the images; the architecture's own without."),
+    _images(parser=read.input_size, metavar="C,H,W", help=f"Size of the images{_OWN}"),
 ]
-Mean = Annotated[Any, _images(parser=read.numbers, metavar="R,G,B", help="Mean that is subtracted from the pixels.")]
-Std = Annotated[Any, _images(parser=read.numbers, metavar="R,G,B", help="What the pixels are divided by.")]
-Interpolation = Annotated[str | None, _images(metavar="NAME", help="bilinear, bicubic, nearest...")]
-CropPct = Annotated[float | None, _images(metavar="SHARE", help="Share of the resized image that is kept.")]
-CropMode = Annotated[str | None, _images(metavar="NAME", help="center, squash or border.")]
+Mean = Annotated[
+    Any,
+    _images(
+        parser=read.numbers,
+        metavar="R,G,B",
+        help="Mean that is subtracted from the pixels; default: the architecture's own.",
+    ),
+]
+Std = Annotated[
+    Any,
+    _images(
+        parser=read.numbers, metavar="R,G,B", help="What the pixels are divided by; default: the architecture's own."
+    ),
+]
+Interpolation = Annotated[str | None, _images(metavar="NAME", help=f"bilinear, bicubic, nearest...{_OWN}")]
+CropPct = Annotated[
+    float | None,
+    _images(metavar="SHARE", help=f"Share of the resized image that is kept{_OWN}"),
+]
+CropMode = Annotated[str | None, _images(metavar="NAME", help=f"center, squash or border{_OWN}")]
 
 # ---- every command
 
@@ -119,10 +145,10 @@ Recipe = Annotated[
         metavar="FILE",
         callback=read.read_options,
         is_eager=True,
-        help="A YAML file with options; those of the command line come first.",
+        help="A YAML file with options; those given on the command line override it.",
     ),
 ]
-JsonPath = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the table there, too.")]
+JsonPath = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Also write the results there, as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Debug = Annotated[
     bool, typer.Option("--debug", callback=read.set_debug, is_eager=True, help="Show the traceback of an error.")

@@ -8,8 +8,11 @@ lies above the diagonal is read.
 
 To add a matcher, decorate a function ``(similarity, n_models, **options) -> assignment`` with
 ``@matcher("name")``: it is given a finite, symmetric float64 array and returns, for each of the Σn channels,
-the merged channel (0 to n - 1) that it goes to, or a whole `MergeMap`. Its further parameters are the options it
-takes. ``@matcher("name", of="covariance")`` is given covariances.
+the merged channel (0 to n - 1) that it goes to, or a whole `MergeMap`. ``@matcher("name", of="covariance")`` is given
+covariances. The options that it takes are declared there, too, and checked before anything is merged:
+
+    @matcher("mine", options={"strength": Setting(0.5, "how far channels may move", low=0, high=1)})
+    def mine(similarity, n_models, strength): ...
 
 Dead channels (similarity 0 to every other channel, as zero variance gives) match last in every matcher.
 """
@@ -20,8 +23,19 @@ from fxzip.matching import greedy as _greedy
 from fxzip.matching import selection as _selection
 from fxzip.matching.greedy import zip_merges
 from fxzip.matching.merge_map import MergeMap
-from fxzip.matching.registry import evidence, match, matcher, methods, options
+from fxzip.matching.registry import chosen_options, evidence, match, matcher, methods, settings_of
+from fxzip.settings import Setting
 
 del _assign, _cca, _greedy, _selection  # imported to register their matchers
 
-__all__ = ["MergeMap", "evidence", "match", "matcher", "methods", "options", "zip_merges"]
+__all__ = [
+    "MergeMap",
+    "Setting",
+    "chosen_options",
+    "evidence",
+    "match",
+    "matcher",
+    "methods",
+    "settings_of",
+    "zip_merges",
+]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from fxzip.errors import OptionError
 from fxzip.matching.greedy import grouped
 from fxzip.matching.registry import matcher
 from fxzip.matching.similarity import Floats, Ints, with_dead_last
+from fxzip.settings import MATCHING
 
 
 @matcher("average")
@@ -44,8 +47,8 @@ def _weights(similarity: Floats, n_models: int) -> Ints:
     return _permute(similarity, n_models)
 
 
-@matcher("dual", of="weights")
-def _dual(similarity: Floats, n_models: int, gamma: float = 0.5) -> Ints:
+@matcher("dual", of="weights", options=MATCHING["dual"])
+def _dual(similarity: Floats, n_models: int, gamma: float) -> Ints:
     """`permute`, of a blend of weights and activations, ``gamma`` being the share of the activations.
 
     Dual-space matching (MuDSC; Xu et al., arXiv 2403.01753). The blend is made where the similarity is.
@@ -57,27 +60,36 @@ def _dual(similarity: Floats, n_models: int, gamma: float = 0.5) -> Ints:
 def _optimal(similarity: Floats, n_models: int) -> Ints:
     """The n disjoint pairs of the greatest summed similarity, within and across two models.
 
-    Maximum-weight perfect matching (Edmonds' blossom algorithm, O(n³): seconds at n = 256, minutes from
-    n = 1024 on). For more than two models the groups
-    would have more than two members, which is NP-hard, so two models it is. Merged channels are ordered by
-    their lowest member.
+    Maximum-weight perfect matching (Edmonds' blossom algorithm, O(n³): with rustworkx seconds at n = 256 and minutes
+    from n = 1024 on; without it networkx does the same, a hundred times slower). For more than two models the groups
+    would have more than two members, which is NP-hard, so two models it is. Merged channels are ordered by their
+    lowest member.
     """
     if n_models > 2:
         raise OptionError(f"method 'optimal' matches two models, got {n_models}; use 'zip' or 'permute'")
     if n_models == 1:
         return np.arange(similarity.shape[0])
-    try:
-        import rustworkx
-    except ImportError as error:
-        raise OptionError("method 'optimal' needs rustworkx: pip install fxzip[optimal]") from error
-
     ranked = with_dead_last(similarity)
     # rustworkx wants whole numbers; 2⁴⁰ steps are finer than any correlation that is measured.
     steps = np.rint(ranked * (2.0**40 / max(np.abs(ranked).max(), 1e-300)))
-    graph = rustworkx.PyGraph(multigraph=False)
-    graph.add_nodes_from(range(similarity.shape[0]))
     rows, columns = np.triu_indices(similarity.shape[0], k=1)
     weights = steps[rows, columns].astype(np.int64)
-    graph.add_edges_from(list(zip(rows.tolist(), columns.tolist(), weights.tolist(), strict=True)))
-    pairs = rustworkx.max_weight_matching(graph, max_cardinality=True, weight_fn=int)
-    return grouped(pairs, similarity.shape[0])
+    edges = list(zip(rows.tolist(), columns.tolist(), weights.tolist(), strict=True))
+    return grouped(_best_pairs(edges), similarity.shape[0])
+
+
+def _best_pairs(edges: list[tuple[int, int, int]]) -> Iterable[tuple[int, int]]:
+    """The disjoint pairs of the greatest summed weight, of as many nodes as can be paired."""
+    try:
+        import rustworkx
+    except ImportError:
+        import networkx
+
+        plain = networkx.Graph()
+        plain.add_weighted_edges_from(edges)
+        pairs: Iterable[tuple[int, int]] = networkx.max_weight_matching(plain, maxcardinality=True)
+        return pairs
+    graph = rustworkx.PyGraph(multigraph=False)
+    graph.extend_from_weighted_edge_list(edges)
+    found: Iterable[tuple[int, int]] = rustworkx.max_weight_matching(graph, max_cardinality=True, weight_fn=int)
+    return found

@@ -9,10 +9,11 @@ from fxzip.errors import OptionError
 from fxzip.matching.merge_map import MergeMap
 from fxzip.matching.registry import matcher
 from fxzip.matching.similarity import Floats
+from fxzip.settings import MATCHING
 
 
-@matcher("cca", of="covariance")
-def _cca(covariance: Floats, n_models: int, gamma: float = 1e-3) -> MergeMap:
+@matcher("cca", of="covariance", options=MATCHING["cca"])
+def _cca(covariance: Floats, n_models: int, gamma: float) -> MergeMap:
     """Every model is carried into the first one's basis by its canonical directions, then averaged.
 
     With canonical directions W_1 and W_k of the first model and of model k, W_1ᵀ x_1 and W_kᵀ x_k correlate as

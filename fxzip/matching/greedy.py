@@ -16,10 +16,11 @@ import numpy as np
 
 from fxzip.matching.registry import matcher
 from fxzip.matching.similarity import Floats, Ints, dead_channels
+from fxzip.settings import MATCHING
 
 
-@matcher("zip")
-def _zip(similarity: Floats, n_models: int, alpha: float = 1.0, beta: float = 1.0) -> Ints:
+@matcher("zip", options=MATCHING["zip"])
+def _zip(similarity: Floats, n_models: int, alpha: float, beta: float) -> Ints:
     """ZipIt!'s greedy matching; by default merged channels merge again freely, within models too.
 
     Merged channels are ordered by their lowest member.

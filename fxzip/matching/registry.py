@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-from collections.abc import Callable
-from numbers import Real
+from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy.typing as npt
@@ -14,24 +12,42 @@ from torch import Tensor
 from fxzip.errors import OptionError
 from fxzip.matching.merge_map import MergeMap
 from fxzip.matching.similarity import Ints, as_similarity
+from fxzip.settings import Setting
 
 Matcher: TypeAlias = Callable[..., Ints | MergeMap]
 Registered = TypeVar("Registered", bound=Matcher)
 Evidence = Literal["correlation", "covariance", "weights"]
 _MATCHERS: dict[str, Matcher] = {}
 _EVIDENCE: dict[str, Evidence] = {}
+_SETTINGS: dict[str, dict[str, Setting]] = {}
 
 
-def matcher(name: str, of: Evidence = "correlation") -> Callable[[Registered], Registered]:
-    """Registers a matcher under a name, and what it wants to be given; a taken name raises ValueError."""
+def matcher(
+    name: str, of: Evidence = "correlation", options: Mapping[str, Setting] | None = None
+) -> Callable[[Registered], Registered]:
+    """Registers a matcher under a name.
+
+    Args:
+        name: What users call it by.
+        of: What it wants to be given.
+        options: The options that it takes, by name: it is called with all of them.
+
+    Raises:
+        ValueError: The name is taken.
+    """
 
     def register(function: Registered) -> Registered:
         if name in _MATCHERS:
             raise ValueError(f"matcher {name!r} is registered already: {_MATCHERS[name].__qualname__}")
-        _MATCHERS[name], _EVIDENCE[name] = function, of
+        _MATCHERS[name], _EVIDENCE[name], _SETTINGS[name] = function, of, dict(options or {})
         return function
 
     return register
+
+
+def unregister(name: str) -> None:
+    """Forget a matcher; KeyError where there is none of that name."""
+    del _MATCHERS[name], _EVIDENCE[name], _SETTINGS[name]
 
 
 def evidence(method: str) -> Evidence:
@@ -49,14 +65,30 @@ def methods() -> tuple[str, ...]:
     return tuple(_MATCHERS)
 
 
-def options(method: str) -> dict[str, float]:
-    """The options that a matcher takes, with their defaults.
+def settings_of(method: str) -> dict[str, Setting]:
+    """The options that a matcher takes, by name.
 
     Raises:
         OptionError: No matcher has that name.
     """
-    parameters = list(inspect.signature(_find(method)).parameters.values())[2:]
-    return {parameter.name: parameter.default for parameter in parameters}
+    _find(method)
+    return dict(_SETTINGS[method])
+
+
+def chosen_options(method: str, given: Mapping[str, object]) -> dict[str, float]:
+    """All options of a matcher: those that are given, checked, and the defaults of the others.
+
+    Raises:
+        OptionError: The method is unknown or does not take an option, or an option is out of range.
+    """
+    known = settings_of(method)
+    for name in given:
+        if name not in known:
+            takes = ", ".join(known) or "none"
+            raise OptionError(f"method {method!r} has no option {name!r}: it takes {takes}")
+    return {
+        name: setting.check(name, given[name]) if name in given else setting.default for name, setting in known.items()
+    }
 
 
 def match(method: str, similarity: Tensor | npt.ArrayLike, n_models: int = 2, **chosen: float) -> MergeMap:
@@ -67,26 +99,19 @@ def match(method: str, similarity: Tensor | npt.ArrayLike, n_models: int = 2, **
         similarity: Correlations, or what else `evidence` says, shape (Σn, Σn) with Σn = N · n; rows
             ``[k * n : (k + 1) * n]`` are model k.
         n_models: N.
-        **chosen: The method's options; ``zip`` takes ``alpha`` and ``beta``, both in [0, 1].
+        **chosen: The method's options; `settings_of` lists them.
 
     Raises:
         OptionError: The method is unknown or does not take an option, an option is out of range, the
             similarity is not square, does not divide by N or is not finite, or N is less than one.
     """
-    function, known = _find(method), options(method)
-    for name, value in chosen.items():
-        if name not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise OptionError(f"method {method!r} has no option {name!r}: {takes}")
-        if not isinstance(value, Real) or not 0 <= value <= 1:
-            raise OptionError(f"{name} must be a number in [0, 1], got {value!r}")
-    values = as_similarity(similarity, n_models)
-    found = function(values, n_models, **chosen)
+    function, options = _find(method), chosen_options(method, chosen)
+    found = function(as_similarity(similarity, n_models), n_models, **options)
     return found if isinstance(found, MergeMap) else MergeMap.from_assignment(found, n_models)
 
 
 def _find(method: str) -> Matcher:
-    if method in _MATCHERS:
+    if isinstance(method, str) and method in _MATCHERS:
         return _MATCHERS[method]
     near = difflib.get_close_matches(str(method), _MATCHERS) or sorted(_MATCHERS)
     raise OptionError(f"unknown matching method {method!r}; did you mean {', '.join(map(repr, near))}?")

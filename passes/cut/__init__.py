@@ -1,6 +1,18 @@
 """Cut: where the trunk may end and the heads begin, what each place costs, and the plan of a merge."""
 
 from fxzip.passes.cut.cut import Cut, Cuts, classifiers, crossing, find_cuts, is_layer
+from fxzip.passes.cut.places import Places, Span, check_span
 from fxzip.passes.cut.plan import MergePlan
 
-__all__ = ["Cut", "Cuts", "MergePlan", "classifiers", "crossing", "find_cuts", "is_layer"]
+__all__ = [
+    "Cut",
+    "Cuts",
+    "MergePlan",
+    "Places",
+    "Span",
+    "check_span",
+    "classifiers",
+    "crossing",
+    "find_cuts",
+    "is_layer",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fxzip.flops import flop_counter
 from fxzip.graphs import bind_inputs
 from fxzip.passes.align import Alignment
 
-_BUDGET = re.compile(r"\s*flops\s*<=?\s*([0-9.]+(?:e[+-]?\d+)?)\s*x\s*", re.IGNORECASE)
+_BUDGET = re.compile(r"\s*flops\s*<=?\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*x\s*", re.IGNORECASE)
 
 
 def parse_budget(cut: object) -> float | None:
@@ -32,67 +33,81 @@ def parse_budget(cut: object) -> float | None:
     return float(found[1])
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What the nodes of a graph do for one example, by name.
+
+    Attributes:
+        flops: Floating-point operations.
+        sizes: Elements of the node's value; 0 where it is no tensor.
+    """
+
+    flops: dict[str, int]
+    sizes: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """The floating-point operations of all nodes."""
+        return sum(self.flops.values())
+
+
 class _Counting(fx.Interpreter):
-    """Runs a graph and keeps the FLOPs of each node, and how many elements its value has."""
+    """Runs a graph and counts."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.flops: dict[str, int] = {}
-        self.sizes: dict[str, int] = {}
+        self.counts = Counts({}, {})
 
     def run_node(self, n: fx.Node) -> Any:
         with flop_counter() as counter:
             result = super().run_node(n)
-        self.flops[n.name] = int(counter.get_total_flops())
-        self.sizes[n.name] = result.numel() if isinstance(result, Tensor) else 0
+        self.counts.flops[n.name] = int(counter.get_total_flops())
+        self.counts.sizes[n.name] = result.numel() if isinstance(result, Tensor) else 0
         return result
 
 
-def _counted(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> _Counting:
-    """What each node costs and gives for one example."""
+def count(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> Counts:
+    """Run a graph on one example of a batch, and count."""
     args, kwargs = with_batch_size(*example, 1)
     counting = _Counting(module)
     with torch.no_grad():
         counting.run(*bind_inputs(module, args, kwargs).values())
-    return counting
+    return counting.counts
 
 
-def flops_by_node(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, int]:
-    """The floating-point operations of each node for one example."""
-    return _counted(module, example).flops
-
-
-def cost_of_cuts(
-    alignment: Alignment, places: Sequence[int], example: tuple[tuple[Any, ...], dict[str, Any]]
-) -> dict[int, float]:
+def cost_of_cuts(alignment: Alignment, places: Sequence[int], counts: Sequence[Counts]) -> dict[int, float]:
     """What the trunk and all heads cost at each place, in multiples of the mean network's FLOPs.
 
     What a head spends on finding its channels again is not counted; it is nothing where U folds into the next
     layer or is a gather.
+
+    Args:
+        alignment: The traced models.
+        places: Places for a cut.
+        counts: Of each model.
     """
-    flops = [flops_by_node(module, example) for module in alignment.modules]
-    mean = sum(sum(found.values()) for found in flops) / len(flops)
     saved = [0]
     for names in alignment.shared:
-        saved.append(saved[-1] + sum(found[name] for found, name in zip(flops[1:], names[1:], strict=True)))
-    total = sum(sum(found.values()) for found in flops)
-    return {place: (total - saved[place]) / max(mean, 1) for place in places}
+        saved.append(saved[-1] + sum(own.flops[name] for own, name in zip(counts[1:], names[1:], strict=True)))
+    total = sum(own.total for own in counts)
+    return {place: (total - saved[place]) / _mean(counts) for place in places}
 
 
-def cost_of_joins(
-    alignment: Alignment, channels: Mapping[int, int], example: tuple[tuple[Any, ...], dict[str, Any]]
-) -> float:
+def cost_of_joins(alignment: Alignment, channels: Mapping[int, int], counts: Sequence[Counts]) -> float:
     """What it costs to join stems, in multiples of the mean network's FLOPs.
 
     Args:
         alignment: The traced models.
         channels: How many channels there are in each of the shared nodes that are joined, by its place.
-        example: The inputs.
+        counts: Of each model.
     """
-    found = [_counted(module, example) for module in alignment.modules]
-    mean = sum(sum(each.flops.values()) for each in found) / len(found)
-    joined = sum(2 * len(found) * size * found[0].sizes[alignment.shared[i][0]] for i, size in channels.items())
-    return joined / max(mean, 1)
+    sizes = counts[0].sizes
+    joined = sum(2 * len(counts) * size * sizes[alignment.shared[place][0]] for place, size in channels.items())
+    return joined / _mean(counts)
+
+
+def _mean(counts: Sequence[Counts]) -> float:
+    return max(sum(own.total for own in counts) / len(counts), 1)
 
 
 def cut_within(costs: Mapping[int, float], budget: float) -> int:

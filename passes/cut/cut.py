@@ -61,16 +61,11 @@ class Cuts:
         Raises:
             CutError: The name is unknown, or nothing can be cut there; the nearest valid ones are named.
         """
+        check_cut(cut, what)
         if cut is None:
             return self.default
         if isinstance(cut, str):
             return self._by_name(cut, what)
-        if isinstance(cut, bool) or not isinstance(cut, Real):
-            raise CutError(
-                f"{what}={cut!r}: give the name of a module or node, a share of the layers (0 to 1), or None"
-            )
-        if not 0 <= cut <= 1:
-            raise CutError(f"{what}={cut!r}: a share of the layers lies between 0 and 1")
         count = round(cut * len(self.layers))
         place = min([*self.layers[count:], self.default]) if count else self.valid[0]
         return max(p for p in self.valid if p <= place)
@@ -90,6 +85,24 @@ class Cuts:
         if place > self.default:
             where = self.reason
         raise CutError(f"{what}={cut!r}: the trunk cannot {verb} there, {where}; near: {', '.join(near)}")
+
+
+def check_cut(cut: object, what: str = "cut") -> None:
+    """Raise what is wrong with a cut in any network.
+
+    Args:
+        cut: What a user gave.
+        what: What it is called.
+
+    Raises:
+        CutError: It is neither a name nor a share nor None, or the share is out of range.
+    """
+    if cut is None or isinstance(cut, str):
+        return
+    if isinstance(cut, bool) or not isinstance(cut, Real):
+        raise CutError(f"{what}={cut!r}: give the name of a module or node, a share of the layers (0 to 1), or None")
+    if not 0 <= cut <= 1:  # type: ignore[operator, unused-ignore]
+        raise CutError(f"{what}={cut!r}: a share of the layers lies between 0 and 1")
 
 
 def find_cuts(alignment: Alignment, spec: ChannelSpec) -> Cuts:

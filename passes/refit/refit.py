@@ -17,14 +17,14 @@ values. No labels are used.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
 
 from fxzip.data.loops import batches, counted, device_of
-from fxzip.errors import CalibrationError, OptionError
+from fxzip.errors import CalibrationError
 from fxzip.graphs import bind_inputs, drop_dead_code, drop_unused
 from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.refit.fitting import Fit, Fitter, Target
@@ -36,40 +36,7 @@ from fxzip.passes.refit.targets import Targets
 from fxzip.passes.refit.units import Unit, find_units
 from fxzip.passes.split import Split
 from fxzip.passes.split.stems import STEM
-
-
-@dataclass(frozen=True)
-class RefitOptions:
-    """How to refit.
-
-    Attributes:
-        ridge: λ as a share of the mean of the inputs' sums of squares; 0 or more.
-        rounds: How often an inner layer (of a residual branch, of an MLP) and the one that it is for are solved in
-            turn, in the trunk; in the heads it is once. 0: each layer is solved once.
-        images: Most images to use, of those that the loader gives; fewer where ``memory`` does not hold them.
-        samples: Positions that a layer is fitted on, at the least, if there are as many: layers with large feature
-            maps take fewer images, so that memory is that of so many positions.
-        memory: Bytes of inputs to keep, and of activations, at the most, unless ``least_images`` need more: where
-            they would not fit, fewer images are taken.
-        least_images: Images that every layer is fitted on, if there are as many.
-        seed: Of the draw of positions.
-    """
-
-    ridge: float = 1e-3
-    rounds: int = 5
-    images: int = 10_000
-    samples: int = 2**17
-    memory: int = 3 * 2**30
-    least_images: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.ridge >= 0:
-            raise OptionError(f"ridge={self.ridge}: it must be 0 or more")
-        if self.rounds != int(self.rounds) or self.rounds < 0:
-            raise OptionError(f"rounds={self.rounds}: it must be a whole number, 0 or more")
-        if self.images != int(self.images) or self.images < 1:
-            raise OptionError(f"images={self.images}: it must be a whole number, 1 or more")
+from fxzip.settings import RefitOptions
 
 
 def refit(

@@ -18,12 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxzip.channels import ChannelSpec
 from fxzip.data.loops import device_of
-from fxzip.errors import CutError
 from fxzip.graphs import free_name, writes_in_place
-from fxzip.passes.align import Alignment
-from fxzip.passes.cut import crossing
 from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.split.fuse import along_axes
 
@@ -140,23 +136,3 @@ class Stems:
         new = graph.create_node("call_function", function, args, name=name)
         new.meta = {STEM: JOINED} | ({"val": node.meta["val"]} if last else {})
         return new
-
-
-def joined_channels(alignment: Alignment, spec: ChannelSpec, start: int) -> dict[int, int]:
-    """How many positions there are along the channels' axis of each tensor with channels that crosses at a start.
-
-    Returns:
-        By the places of the shared nodes.
-
-    Raises:
-        CutError: A tensor has channels along several axes (a Mixer's tokens and channels): one matrix cannot join it.
-    """
-    found: dict[int, int] = {}
-    for place in crossing(alignment, start):
-        node = alignment.shared[place][0]
-        axes = {axis for _, axes, _ in spec.locate(node) for axis in axes}
-        if len(axes) > 1:
-            raise CutError(f"start: {node} crosses there, and has channels along {len(axes)} axes; start elsewhere")
-        for axis in axes:
-            found[place] = max(factor.shape[axis] for factor in spec.layout.factors[node])
-    return found

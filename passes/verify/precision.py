@@ -62,12 +62,18 @@ def precision_for(module: fx.GraphModule) -> Precision:
     """float64 where a few copies of the network in it take at most half of what memory is free."""
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     kinds = {t.dtype for t in tensors}
-    own = Precision(None, max((TOLERANCES.get(kind, 1e-1) for kind in kinds), default=TOLERANCES[torch.float32]))
     device = next((t.device for t in tensors), torch.device("cpu"))
     need = COPIES * 8 * sum(t.numel() for t in tensors)
     if device.type == "mps" or need > _free_memory(device) / 2 or kinds & {torch.complex64, torch.complex128}:
-        return own
+        return own_precision(module)
     return Precision(torch.float64, TOLERANCES[torch.float64])
+
+
+def own_precision(module: fx.GraphModule) -> Precision:
+    """The dtype that a network has."""
+    kinds = {t.dtype for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()}
+    loosest = max((TOLERANCES.get(kind, 1e-1) for kind in kinds), default=TOLERANCES[torch.float32])
+    return Precision(None, loosest)
 
 
 def _free_memory(device: torch.device) -> int:

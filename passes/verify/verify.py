@@ -16,14 +16,12 @@ narrowed down to the spaces that are to blame by halving.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Generator, Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import Generator, Tensor, fx
 
 from fxzip.channels import ChannelSpec
 from fxzip.data.batches import Inputs, with_batch_size
@@ -35,35 +33,12 @@ from fxzip.passes.permute import permute, random_permutations
 from fxzip.passes.split import split
 from fxzip.passes.verify.freeze import without_spaces
 from fxzip.passes.verify.maps import true_maps
-from fxzip.passes.verify.precision import Precision, precision_for
+from fxzip.passes.verify.precision import Precision, own_precision
+from fxzip.passes.verify.reference import Reference, error_of, reference, run
+from fxzip.report import Verified
 
 SAMPLES = 2
 """Samples that are checked on."""
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What was checked, and how far it was off, as shares of the outputs' largest value.
-
-    Attributes:
-        dtype: What was computed in.
-        permutation: Of the network with permuted channels.
-        merge: Of the network merged with its permuted copy as asked for; None where nothing is merged.
-        ensemble: Of the heads behind an empty trunk.
-        frozen: The channel spaces that were found to be to blame for a difference, and are kept in place.
-    """
-
-    dtype: str
-    permutation: float
-    merge: float | None = None
-    ensemble: float | None = None
-    frozen: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        parts = [f"permuted {self.permutation:.1e}"]
-        parts += [f"merged with itself {self.merge:.1e}"] if self.merge is not None else []
-        parts += [f"side by side {self.ensemble:.1e}"] if self.ensemble is not None else []
-        return f"{', '.join(parts)} off, in {self.dtype}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,26 +56,13 @@ class Verifier:
     seed: int = 0
 
     @cached_property
+    def _reference(self) -> Reference:
+        return reference(self.module, self.example, SAMPLES, self._generator())
+
+    @property
     def precision(self) -> Precision:
         """What the checks are computed in."""
-        return precision_for(self.module)
-
-    @cached_property
-    def _copy(self) -> fx.GraphModule:
-        """The network with other parameters, all of which matter."""
-        changed = self.precision.changed(self.module, self._generator())
-        if _is_finite(_run(changed, self._inputs)):
-            return changed
-        return self.precision.copied(self.module)
-
-    @cached_property
-    def _inputs(self) -> tuple[Any, ...]:
-        args, kwargs = with_batch_size(*self.example, SAMPLES)
-        return tuple(self.precision.cast(value) for value in bind_inputs(self.module, args, kwargs).values())
-
-    @cached_property
-    def _wanted(self) -> Any:
-        return _run(self._copy, self._inputs)
+        return self._reference.precision
 
     def _generator(self) -> Generator:
         return Generator().manual_seed(self.seed)
@@ -113,23 +75,23 @@ class Verifier:
 
     def permutation_error(self, spec: ChannelSpec, moved: Collection[str] | None = None) -> float:
         """How far the network with permuted channels is off; ``moved`` are the spaces to permute, None for all."""
-        other = permute(spec, self._copy, self._orders(spec, moved))
-        return error_of(self._wanted, _run(other, self._inputs))
+        other = permute(spec, self._reference.module, self._orders(spec, moved))
+        return error_of(self._reference.outputs, run(other, self._reference.inputs))
 
     def merge_error(self, plan: MergePlan, moved: Collection[str] | None = None) -> float:
         """How far the network merged with its permuted copy is off, as ``plan`` merges, by the true maps."""
         orders = self._orders(plan.spec, moved)
-        other = permute(plan.spec, self._copy, orders)
+        other = permute(plan.spec, self._reference.module, orders)
         assert isinstance(other, fx.GraphModule)
         shared = tuple((names[0], names[0]) for names in plan.alignment.shared)
-        alignment = Alignment((self._copy, other), shared, plan.alignment.parting)
+        alignment = Alignment((self._reference.module, other), shared, plan.alignment.parting)
         own = replace(plan, alignment=alignment, maps=true_maps(plan, orders, self._generator()))
         return self._error_of_heads(own)
 
     def _error_of_heads(self, plan: MergePlan) -> float:
         parts = split(plan)
-        crossing = _run(parts.trunk, self._inputs)
-        return max(error_of(self._wanted, _run(head, crossing)) for head in parts.heads)
+        crossing = run(parts.trunk, self._reference.inputs)
+        return max(error_of(self._reference.outputs, run(head, crossing)) for head in parts.heads)
 
     def checked_spec(self, spec: ChannelSpec) -> tuple[ChannelSpec, Verified]:
         """The spec, without spaces whose permutation changes the function; what was found.
@@ -175,6 +137,32 @@ class Verifier:
             )  # fmt: skip
         return without_spaces(spec, self.module, blamed, reason)
 
+    def checked_plan(self, spec: ChannelSpec, make: Callable[[ChannelSpec], MergePlan]) -> tuple[MergePlan, float]:
+        """A plan by which the network merges with itself, and how far it is off then.
+
+        Args:
+            spec: The channel spaces.
+            make: Makes the plan from channel spaces; it is called again where some had to be kept in place.
+
+        Raises:
+            VerificationError: The merge is off still.
+
+        Warns:
+            FrozenSpaceWarning: Spaces are to blame.
+        """
+        plan = make(spec)
+        error = self.merge_error(plan) if plan.maps else 0.0
+        if not self.allows(error):
+            plan = make(self.without_faults(plan, error))
+            error = self.merge_error(plan) if plan.maps else 0.0
+        if not self.allows(error):
+            raise VerificationError(
+                f"the network merged with a permuted copy of itself is off by {error:.1e} of its outputs, more than "
+                f"{self.precision.tolerance:.0e}: the merge was not understood. This is a fault of fxzip; another cut "
+                "may do, and verify=False goes on all the same"
+            )
+        return plan, error
+
     def allows(self, error: float) -> bool:
         """Whether a difference is no more than what rounding makes of it."""
         return error <= self.precision.tolerance
@@ -203,6 +191,9 @@ class Verifier:
 def ensemble_error(alignment: Alignment, spec: ChannelSpec, example: Inputs, place: int) -> float:
     """How far the heads behind an empty trunk are off the models, in the models' own dtype.
 
+    Raises:
+        VerificationError: They are off by more than rounding.
+
     Args:
         alignment: The models.
         spec: The channel spaces.
@@ -214,49 +205,12 @@ def ensemble_error(alignment: Alignment, spec: ChannelSpec, example: Inputs, pla
     worst = 0.0
     for module, head in zip(alignment.modules, parts.heads, strict=True):
         inputs = tuple(bind_inputs(module, args, kwargs).values())
-        worst = max(worst, error_of(_run(module, inputs), _run(head, _run(parts.trunk, inputs))))
+        worst = max(worst, error_of(run(module, inputs), run(head, run(parts.trunk, inputs))))
+    if not worst <= own_precision(alignment.modules[0]).tolerance:
+        raise VerificationError(f"the models' heads behind an empty trunk are off by {worst:.1e} of their outputs")
     return worst
 
 
 def _gone(before: ChannelSpec, after: ChannelSpec) -> tuple[str, ...]:
     kept = {space.name for space in after.spaces}
     return tuple(space.name for space in before.spaces if space.name not in kept)
-
-
-def _run(module: nn.Module, inputs: Sequence[Any]) -> Any:
-    """What a network gives, without gradients; it gets tensors of its own."""
-    given = pytree.tree_map_only(Tensor, Tensor.clone, tuple(inputs))
-    with torch.no_grad():
-        return module(*given)
-
-
-def _is_finite(value: Any) -> bool:
-    return all(bool(t.isfinite().all()) for t in _tensors(value))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def error_of(wanted: Any, found: Any) -> float:
-    """The largest difference of nested outputs, as a share of each tensor's largest value.
-
-    Infinite where they differ in shape, or are finite at other places.
-    """
-    expected, given = _tensors(wanted), _tensors(found)
-    if len(expected) != len(given) or any(a.shape != b.shape for a, b in zip(expected, given, strict=True)):
-        return float("inf")
-    return max((_error(a, b) for a, b in zip(expected, given, strict=True)), default=0.0)
-
-
-def _error(wanted: Tensor, found: Tensor) -> float:
-    if not wanted.numel():
-        return 0.0
-    if not (wanted.is_floating_point() or wanted.is_complex()):
-        return 0.0 if torch.equal(wanted, found) else float("inf")
-    finite = wanted.isfinite()
-    if not torch.equal(finite, found.isfinite()):
-        return float("inf")
-    kind = torch.complex128 if wanted.is_complex() else torch.float64
-    expected, given = (torch.where(finite, t, 0).to(kind) for t in (wanted, found))
-    return float((expected - given).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny))

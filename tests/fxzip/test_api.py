@@ -272,7 +272,7 @@ def test_any_node_is_a_cut(method: str) -> None:
 def test_every_place_has_the_names_of_its_node_and_of_the_modules_that_begin_there(
     prepared: fxzip.Prepared,
 ) -> None:
-    assert prepared._cuts.valid == tuple(range(1, len(prepared.alignment.shared) + 1))
+    assert prepared.places.cuts.valid == tuple(range(1, len(prepared.alignment.shared) + 1))
     named = places(prepared)
     nodes = {
         "relu",
@@ -292,7 +292,7 @@ def test_every_place_has_the_names_of_its_node_and_of_the_modules_that_begin_the
 
 def test_a_share_of_the_layers(prepared: fxzip.Prepared) -> None:
     layers = 11  # stem, two and two of the gate in both blocks, the shortcut, fc
-    assert len(prepared._cuts.layers) == layers
+    assert len(prepared.places.cuts.layers) == layers
     for share in (0.0, 0.25, 0.5, 0.75, 1, 1.0):
         zipped = prepared.convert(cut=share, method="permute", progress=False)
         found = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in zipped.trunk.modules())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -355,8 +357,6 @@ def test_a_head_that_is_not_finite_is_the_users_own(nets: list[nn.Module]) -> No
 
 @pytest.mark.parametrize("method", ["zip", "permute", "average", "optimal"])
 def test_dead_channels_match_last(nets: list[nn.Module], method: str) -> None:
-    if method == "optimal":
-        pytest.importorskip("rustworkx")
     a, b = nets
     with torch.no_grad():
         a.b.weight[[1, 4]] = 0
@@ -379,20 +379,88 @@ def test_dead_channels_match_last(nets: list[nn.Module], method: str) -> None:
 # ---- options
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "0.5"])
-@pytest.mark.parametrize("name", ["alpha", "beta"])
-def test_options_out_of_range(nets: list[nn.Module], name: str, value: Any) -> None:
-    with refused(OptionError, rf"{name} must be a number in \[0, 1\]", *nets):
-        zipped(*nets, **{name: value})
+class Unread:
+    """A loader that nobody may read."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        raise AssertionError("the loader was read before the options were checked")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"alpha": -0.1}, r"alpha=-0\.1: it must be a number from 0 to 1"),
+        ({"beta": float("nan")}, "beta=nan: it must be a number from 0 to 1"),
+        ({"alpha": "0.5"}, r"alpha='0\.5': it must be a number from 0 to 1"),
+        ({"alpha": True}, "alpha=True: it must be a number from 0 to 1"),
+        ({"beta": np.float32(1.5)}, r"beta=np\.float32\(1\.5\): it must be a number from 0 to 1"),
+        ({"beta": None}, "beta=None: it must be a number from 0 to 1"),
+        ({"method": "dual", "gamma": 2}, "gamma=2: it must be a number from 0 to 1"),
+        ({"refit": "no"}, r"refit='no': give True, False, or fxzip\.RefitOptions"),
+        ({"refit": 1}, "refit=1: give True, False"),
+        ({"progress": "no"}, "progress='no': give True or False"),
+        ({"points": ["last"]}, r"points=\['last'\] is unknown; use 'last' or 'all'"),
+        ({"ridge": 0.1}, r"'ridge' is a setting of refit: give refit=fxzip\.RefitOptions\(ridge=0\.1\)"),
+        ({"device": "cuda"}, "'device'; it is no argument of zip.* no option of method 'zip', which takes alpha, beta"),
+        ({"alhpa": 0.5}, r"unknown argument 'alhpa'.*; near: alpha"),
+        ({"reset_batch_norm": False}, r"unknown argument 'reset_batch_norm'; it is no argument of zip\(\)"),
+        ({"method": ["zip"]}, r"unknown matching method \['zip'\]"),
+        ({"names": ["a"]}, "one name for each of the 2 models"),
+    ],
+)
+def test_options_are_checked_before_anything_is_read(nets: list[nn.Module], given: dict[str, Any], says: str) -> None:
+    with refused(OptionError, says, *nets):
+        fxzip.zip(*nets, Unread(), **{"progress": False, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"cut": "flops<=1.2.3x"}, "write a budget as"),
+        ({"cut": 1.5}, "between 0 and 1"),
+        ({"start": True}, "start=True: give the name"),
+        ({"start": "flops<=1.2x"}, "give the name of a module or node, or a share"),
+    ],
+)
+def test_places_that_no_network_has(nets: list[nn.Module], given: dict[str, Any], says: str) -> None:
+    with refused(CutError, says, *nets):
+        fxzip.zip(*nets, Unread(), progress=False, **given)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "3", float("nan"), float("inf"), None, np.float64(0.5)])
+@pytest.mark.parametrize("name", [field.name for field in fields(fxzip.RefitOptions) if field.name != "ridge"])
+def test_settings_of_refit_that_cannot_be(name: str, value: Any) -> None:
+    with refused(OptionError, f"{name}=.*: it must be a whole number, [01] or more"):
+        fxzip.RefitOptions(**{name: value})
+
+
+def test_settings_of_refit_are_numbers_of_pythons_own() -> None:
+    given = fxzip.RefitOptions(ridge=np.float32(0.5), rounds=np.int64(3), images=100.0)
+    assert given == fxzip.RefitOptions(ridge=0.5, rounds=3, images=100)
+    assert (type(given.ridge), type(given.rounds), type(given.images)) == (float, int, int)
+    with refused(OptionError, "ridge=-1: it must be a number, 0 or more"):
+        fxzip.RefitOptions(ridge=-1)
+
+
+def test_a_sweep_checks_all_its_merges_before_the_first(nets: list[nn.Module]) -> None:
+    prepared = fxzip.prepare(*nets, example_inputs=X).observe([X], progress=False)
+    for methods, says in (
+        (["average", {"method": "zip", "alpha": 2}], "alpha=2"),
+        (["average", {"refit": "no"}], "refit='no'"),
+        ([{"cut": "b"}], "give sweep its cuts apart"),
+        ([{"points": "all"}], r"'points'; it is no argument of convert\(\)"),
+    ):
+        with refused(OptionError, says, *nets):
+            prepared.sweep([None], methods, lambda _: pytest.fail("it was merged"), progress=False)
+    with refused(CutError, "cut='nowhere'", *nets):
+        prepared.sweep([None, "nowhere"], ["average"], lambda _: pytest.fail("it was merged"), progress=False)
 
 
 def test_an_option_that_the_method_does_not_take(nets: list[nn.Module]) -> None:
-    with refused(OptionError, "'permute' has no option 'alpha': it takes none", *nets):
+    with refused(OptionError, "'alpha'; it is no .* no option of method 'permute', which takes none", *nets):
         zipped(*nets, method="permute", alpha=0.5)
     with refused(OptionError, "unknown matching method 'zap'; did you mean 'zip'", *nets):
         zipped(*nets, method="zap")
-    with refused(OptionError, "points='first' is unknown; use 'last' or 'all'", *nets):
-        zipped(*nets, points="first")
 
 
 def test_a_method_that_takes_no_third_model_says_so_before_any_work(nets: list[nn.Module]) -> None:

@@ -27,7 +27,8 @@ import fxzip
 from fxzip import cli, io, prepared
 from fxzip.data.images import ImageLoader, find_images
 from fxzip.errors import FrozenSpaceWarning, OptionError
-from fxzip.matching import options
+from fxzip.matching import chosen_options
+from fxzip.settings import MATCHING, refit_settings
 from fxzip.zoo import data_config, load, transform
 
 NAME = "timm:test_resnet"
@@ -94,7 +95,7 @@ def test_recipe_beside_the_network_makes_it_again(place: Path, tmp_path: Path) -
     assert values["data"] == "../IMAGES"
     assert values["input_size"] == [3, 32, 32]
     assert values["mean"] == list(timm.create_model("test_resnet").pretrained_cfg["mean"])
-    assert (values["method"], values["alpha"], values["beta"]) == ("zip", *options("zip").values())
+    assert (values["method"], values["alpha"], values["beta"]) == ("zip", *chosen_options("zip", {}).values())
     done = run("zip", "--recipe", recipe, "--out", tmp_path / "again")
     assert done.exit_code == 0, done.output
     assert "dogs + birds" in done.stdout
@@ -130,7 +131,7 @@ def test_command_line_comes_before_the_recipe(place: Path, tmp_path: Path) -> No
 
 
 def test_every_option_of_the_function_is_one_of_the_command() -> None:
-    wanted = set(inspect.signature(fxzip.zip).parameters) - {"models", "loader", "progress", "others"}
+    wanted = set(inspect.signature(fxzip.zip).parameters) - {"models", "loader", "progress"}
     command: Any = typer.main.get_command(cli.app)
     assert wanted <= {param.name for param in command.commands["zip"].params}
 
@@ -309,13 +310,15 @@ def test_a_real_ctrl_c(place: Path, tmp_path: Path) -> None:
         (["--cut", "layer9"], "no shared module or node of that name; near: "),
         (["--method", "zipp"], "did you mean"),
         (["--method", "permute", "--alpha", "0.5"], "has no option 'alpha'"),
+        (["--method", "dual", "--option", "gamma=1e1"], "gamma=10.0: it must be a number from 0 to 1"),
+        (["--cut", "flops<=2"], "write a budget as"),
         (["--option", "gamma"], "write NAME=VALUE"),
         (["--name", "only"], "one name for each of the 2 models"),
         (["--device", "toaster"], "--device toaster"),
         (["--model-arg", "bogus=1"], "cannot be built with bogus=1"),
         (["--model", "timm:resnet51"], "did you mean timm:resnet"),
         (["--mean", "0.5"], "images of 3 channels need 3 values"),
-        (["--ridge", "-1"], "it must be 0 or more"),
+        (["--ridge", "-1"], "ridge=-1.0: it must be a number, 0 or more"),
         (["--rounds", "-1"], "a whole number, 0 or more"),
         (["--images", "0"], "a whole number, 1 or more"),
         (["--data", "/nowhere"], "there is no /nowhere"),
@@ -353,6 +356,32 @@ def test_one_checkpoint_is_not_enough(place: Path, tmp_path: Path) -> None:
 def test_recipe_with_an_unknown_option(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("cutt: layer3")
     assert "unknown option 'cutt'; near: cut" in one_line(run("zip", "--recipe", tmp_path / "r.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("alpha: true", "alpha=True: it must be a number from 0 to 1"),
+        ("ridge: .nan", "ridge=nan: it must be a number, 0 or more"),
+        ("rounds: 1.5", "rounds=1.5: it must be a whole number, 0 or more"),
+        ("images: many", "images='many': it must be a whole number, 1 or more"),
+        ("refit: maybe", "refit='maybe': it must be true or false"),
+        ("limit: 1.5", "limit=1.5: it must be a whole number"),
+        ("crop_pct: true", "crop_pct=True: it must be a number"),
+    ],
+)
+def test_values_of_a_recipe_are_checked_as_they_stand(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    assert says in one_line(run("zip", "--recipe", tmp_path / "r.yaml"))
+
+
+def test_the_help_is_that_of_the_settings_and_needs_no_torch() -> None:
+    code = "import fxzip.cli, sys; print('torch' in sys.modules); fxzip.cli.app(['zip', '--help'])"
+    environment = {**os.environ, "COLUMNS": "400"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.startswith("False")
+    shown = [*MATCHING["zip"].values(), *MATCHING["cca"].values(), *(refit_settings()[k] for k in ("ridge", "images"))]
+    assert [setting for setting in shown if str(setting) not in done.stdout] == []
 
 
 def test_eval_wants_a_folder_for_each_class(place: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import builtins
 import math
+import sys
 
 import networkx
 import numpy as np
@@ -9,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxzip.errors import OptionError
-from fxzip.matching import MergeMap, match, matcher, methods, options, zip_merges
+from fxzip.matching import MergeMap, Setting, chosen_options, match, matcher, methods, settings_of, zip_merges
+from fxzip.matching.registry import unregister
 from fxzip.matching.similarity import as_similarity
+from fxzip.settings import MATCHING
 from tests.fxzip.reference_zip import reference_zip_merges
 
 METHODS = ("average", "permute", "zip", "optimal")
@@ -225,6 +228,16 @@ def test_optimal_has_the_weight_that_networkx_finds(n: int, seed: int) -> None:
         assert pair_weight(merge_map, similarity) >= pair_weight(other, similarity) - 1e-9
 
 
+@given(st.integers(1, 8), st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_optimal_finds_the_same_without_rustworkx(n: int, seed: int) -> None:
+    similarity = correlation(2 * n, seed)
+    expected = match("optimal", similarity)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "rustworkx", None)
+        assert match("optimal", similarity).assignment.tolist() == expected.assignment.tolist()
+
+
 @pytest.mark.parametrize("method", ["permute", "zip", "optimal"])
 def test_dead_channels_match_last(method: str) -> None:
     # Every correlation across the models is negative, yet the dead channels are left for each other.
@@ -292,8 +305,28 @@ def test_merge_map_refuses_a_similarity_of_another_size() -> None:
 
 def test_methods_and_their_options() -> None:
     assert set(METHODS) <= set(methods())
-    assert set(options("zip")) == {"alpha", "beta"}
-    assert options("permute") == {}
+    assert {method: settings_of(method) for method in MATCHING} == MATCHING
+    assert chosen_options("zip", {"beta": np.float32(0.5)}) == {"alpha": 1.0, "beta": 0.5}
+    assert chosen_options("permute", {}) == {}
+
+
+def test_a_matcher_of_ones_own_declares_its_options() -> None:
+    taken = []
+
+    @matcher("turned", options={"by": Setting(1, "how far channels are turned", low=0)})
+    def turned(similarity: np.ndarray, n_models: int, by: int) -> np.ndarray:
+        taken.append(by)
+        n = len(similarity) // n_models
+        return np.concatenate([(np.arange(n) + k * by) % n for k in range(n_models)])
+
+    try:
+        assert match("turned", np.eye(6)).assignment.tolist() == [0, 1, 2, 1, 2, 0]
+        assert match("turned", np.eye(6), by=2.0).assignment.tolist() == [0, 1, 2, 2, 0, 1]
+        assert [type(by) for by in taken] == [int, int]
+        with pytest.raises(OptionError, match=r"by=1\.5: it must be a whole number, 0 or more"):
+            match("turned", np.eye(6), by=1.5)
+    finally:
+        unregister("turned")
 
 
 def test_a_taken_name_is_refused() -> None:
@@ -309,9 +342,9 @@ def test_an_unknown_method_is_told_the_near_ones() -> None:
 
 
 @pytest.mark.parametrize("name", ["alpha", "beta"])
-@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf, "0.5", None])
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf, "0.5", None, True, np.float32(2)])
 def test_options_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(OptionError, match=rf"{name} must be a number in \[0, 1\]"):
+    with pytest.raises(OptionError, match=rf"{name}=.*: it must be a number from 0 to 1"):
         match("zip", np.eye(4), **{name: value})
 
 

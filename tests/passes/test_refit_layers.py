@@ -148,7 +148,7 @@ def test_a_layer_is_the_least_squares_solution(kind: str) -> None:
     """Its design matrix is the derivative of what it gives by its parameters, taken by autograd."""
     x = inputs(kind)
     models = pair(lambda: make(kind, None), x)
-    zipped = fxzip.zip(*models, [x[:5], x[5:]], ridge=0.0, progress=False)
+    zipped = fxzip.zip(*models, [x[:5], x[5:]], refit=fxzip.RefitOptions(ridge=0.0), progress=False)
     assert [name for name, _ in zipped.trunk.named_parameters()] == ["stem.weight", "stem.bias"]
     (crossing,) = call(zipped.trunk, x)
     for model, head, out in zip(models, zipped.heads.values(), call(zipped, x), strict=True):

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.errors import CutError
-from fxzip.matching import options
-from fxzip.passes.cut import MergePlan, crossing
+from fxzip.passes.cut import crossing
 from fxzip.passes.refit.targets import Targets
 from fxzip.passes.split.stems import STEM
 from tests.nets import Net, Residual, conv, pair, permuted_copy, untouched
@@ -72,13 +71,11 @@ def test_the_stems_are_the_models_own_and_are_joined_by_the_maps(method: str, re
             if not name.endswith("num_batches_tracked"):
                 assert torch.equal(tensor, stem.state_dict()[f"layer1.{name}"]), name
     place = prepared.place("layer2")
-    names = prepared._spaces_between(place, prepared.place(None))
-    maps = prepared._match(method, options(method), names)
+    plan = prepared.plan(start="layer2", method=method)
     joined = recorded(zipped.trunk, X)
     parents = [recorded(module, X) for module in prepared.alignment.modules]
     (number,) = crossing(prepared.alignment, place)
     node = prepared.alignment.shared[number]
-    plan = MergePlan(prepared.alignment, prepared.spec, maps, place, prepared.place(None))
     wanted = Targets(plan)(node[0], [found[name] for found, name in zip(parents, node, strict=True)])
     assert difference(wanted, joined[node[0]]) < 1e-9
 
@@ -125,7 +122,9 @@ def test_budgets_count_what_is_run_twice_and_what_joins() -> None:
     for cut in ("layer2", None):
         report = prepared.convert(start="layer1", cut=cut, refit=False, progress=False).report
         cost = report.flops_after / report.before[0].flops
-        assert prepared._costs_from(prepared.place("layer1"))[prepared.place(cut)] == pytest.approx(cost, rel=1e-6)
+        assert prepared.places.costs_from(prepared.place("layer1"))[prepared.place(cut)] == pytest.approx(
+            cost, rel=1e-6
+        )
     within = prepared.convert(start="layer1", cut=f"flops<={cost + 0.05}x", refit=False, progress=False).report
     assert cost <= within.flops_after / within.before[0].flops <= cost + 0.05
     with pytest.raises(CutError, match="cheapest costs"):

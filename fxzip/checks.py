@@ -1,0 +1,169 @@
+"""Checks of what a user gave, before anything is traced, observed or read."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxzip.errors import AlignmentError, CalibrationError, OptionError
+from fxzip.matching import chosen_options, match, settings_of
+from fxzip.passes.cut import check_span
+from fxzip.passes.points import check_points
+from fxzip.settings import RefitOptions, refit_settings
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to merge, as a user chose it and as it was checked.
+
+    Attributes:
+        method: The matcher.
+        options: All of its options.
+        refit: How to refit; None: the paper's rule.
+    """
+
+    method: str
+    options: Mapping[str, float]
+    refit: RefitOptions | None
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{key}={value:g}" for key, value in self.options.items())
+        return f"{self.method}({shown})" if shown else self.method
+
+
+def check_merge(call: Callable[..., Any], n_models: int, /, **given: Any) -> Choice:
+    """Raise what is wrong with the arguments of a merge, and sort them.
+
+    Args:
+        call: What the user called, `fxzip.zip` or `Prepared.convert`: it says which arguments there are; all others
+            are options of the method.
+        n_models: How many models are merged.
+        given: Its keyword arguments; those that are left out have their defaults.
+
+    Raises:
+        CutError: The cut or the start can be none, in any network.
+        OptionError: An argument is unknown, of the wrong kind or out of range.
+    """
+    own = {p.name: p.default for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    options = {name: value for name, value in given.items() if name not in own}
+    values = {**own, **given}
+    check_span(values["cut"], values["start"])
+    check_points(values.get("points", "last"))
+    for flag in {"progress", "reset_batch_norm", "verify"} & values.keys():
+        check_flag(flag, values[flag])
+    for name, value in options.items():
+        _check_known(name, value, call.__name__, list(own), values["method"])
+    method = values["method"]
+    return Choice(method, check_method(method, options, n_models), refit_options(values["refit"]))
+
+
+def _check_known(name: str, value: object, call: str, arguments: Sequence[str], method: str) -> None:
+    """Raise unless an argument is an option of the method."""
+    known = settings_of(method)
+    if name in known:
+        return
+    if name in refit_settings():
+        raise OptionError(f"{name!r} is a setting of refit: give refit=fxzip.RefitOptions({name}={value!r})")
+    near = difflib.get_close_matches(name, [*known, *arguments, *refit_settings()])
+    takes = f"which takes {', '.join(known) or 'none'}" + (f"; near: {', '.join(near)}" if near else "")
+    raise OptionError(
+        f"unknown argument {name!r}; it is no argument of {call}() and no option of method {method!r}, {takes}"
+    )
+
+
+def check_method(method: str, given: Mapping[str, Any], n_models: int) -> dict[str, float]:
+    """All options to call a matcher with: what is given, and the defaults of the others.
+
+    Raises:
+        OptionError: The method is unknown or does not take so many models, or an option is out of range or not
+            one of its own.
+    """
+    chosen = chosen_options(method, given)
+    match(method, torch.eye(n_models), n_models=n_models, **chosen)
+    return chosen
+
+
+def refit_options(refit: object) -> RefitOptions | None:
+    """How to refit, from what a user gave; None: not at all.
+
+    Raises:
+        OptionError: It is neither a bool nor `RefitOptions`.
+    """
+    if isinstance(refit, RefitOptions):
+        return refit
+    if not isinstance(refit, bool):
+        raise OptionError(f"refit={refit!r}: give True, False, or fxzip.RefitOptions(...) for other settings")
+    return RefitOptions() if refit else None
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise OptionError unless a value is True or False."""
+    if not isinstance(value, bool):
+        raise OptionError(f"{name}={value!r}: give True or False")
+
+
+def check_models(models: Sequence[Any]) -> None:
+    """Raise what is wrong with the models that a user gave."""
+    for number, model in enumerate(models):
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"model {number} is a {type(model).__name__}, not a torch.nn.Module")
+    if len(models) < 2:
+        raise OptionError(f"{len(models)} model given: merging takes two models or more")
+    devices = [{p.device for p in (*model.parameters(), *model.buffers())} for model in models]
+    for number, found in enumerate(devices):
+        if len(found) > 1:
+            raise AlignmentError(f"model {number} lies on several devices: {', '.join(sorted(map(str, found)))}")
+        if found != devices[0] and found and devices[0]:
+            ours, peers = found.pop(), devices[0].pop()
+            raise AlignmentError(f"model {number} is on {ours}, model 0 is on {peers}; move them to one device")
+
+
+def task_names(names: Iterable[str] | None, count: int) -> tuple[str, ...]:
+    """The tasks' names: the given ones, or task0, task1 ..."""
+    if names is None:
+        return tuple(f"task{number}" for number in range(count))
+    found = (names,) if isinstance(names, str) else tuple(names)
+    if len(found) != count or len(set(found)) != count:
+        raise OptionError(f"names={found}: give one name for each of the {count} models, all different")
+    for name in found:
+        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+            raise OptionError(f"{name!r} cannot be the name of a task; use a word without dots")
+    return found
+
+
+def models_and_loader(given: tuple[Any, ...], loader: Any) -> tuple[tuple[Any, ...], Any]:
+    """The models and the loader, which may be the last of the positional arguments.
+
+    Raises:
+        OptionError: There is no loader.
+    """
+    if loader is not None:
+        return given, loader
+    if not given or isinstance(given[-1], nn.Module):
+        raise OptionError("no loader: call fxzip.zip(model_a, model_b, loader)")
+    return given[:-1], given[-1]
+
+
+def readable(loader: Any) -> Iterator[Any]:
+    """What a loader gives.
+
+    Raises:
+        CalibrationError: It gives no batches, or can be read only once.
+    """
+    try:
+        iterator = iter(loader)
+    except TypeError:
+        kind = type(loader).__name__
+        raise CalibrationError(f"the loader is a {kind}, which gives no batches; use a DataLoader or a list") from None
+    if iterator is loader:
+        raise CalibrationError(
+            "the loader can be read only once, and it is read several times: use a DataLoader or a list"
+        )
+    found: Iterator[Any] = iterator
+    return found

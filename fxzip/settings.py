@@ -1,0 +1,134 @@
+"""Settings: the numbers that a user may set, each declared once with its default, its range and its help.
+
+Those of refit are the fields of `RefitOptions`, those of the matchers stand in `MATCHING`. `fxzip.zip`, `convert`, the
+recipes and the command line derive from them. PyTorch is not imported here: the command line shows its help without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any
+
+from fxzip.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A number that a user may set.
+
+    Attributes:
+        default: What it is if nothing is given; an int: it is a whole number.
+        help: What it does, in one line.
+        low: The least that it may be.
+        high: The most that it may be.
+    """
+
+    default: float
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def kind(self) -> type[int] | type[float]:
+        """Its type: int where it is a whole number, float otherwise."""
+        return int if isinstance(self.default, int) else float
+
+    @property
+    def wanted(self) -> str:
+        """What it may be, in words."""
+        noun = "a whole number" if self.kind is int else "a number"
+        if math.isfinite(self.low) and math.isfinite(self.high):
+            return f"{noun} from {self.range}"
+        return f"{noun}, {self.range or 'not infinite'}"
+
+    @property
+    def range(self) -> str:
+        """Its range, in words; empty where any finite number will do."""
+        if math.isfinite(self.low) and math.isfinite(self.high):
+            return f"{self.low:g} to {self.high:g}"
+        if math.isfinite(self.low):
+            return f"{self.low:g} or more"
+        return f"{self.high:g} or less" if math.isfinite(self.high) else ""
+
+    def check(self, name: str, value: object) -> float:
+        """The value as a number of Python's own.
+
+        Args:
+            name: What the setting is called.
+            value: What was given; NumPy's numbers will do.
+
+        Raises:
+            OptionError: It is no number (True is none), not finite, not whole where it must be, or out of range.
+        """
+        number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+        fits = math.isfinite(number) and self.low <= number <= self.high
+        if not fits or (self.kind is int and not number.is_integer()):
+            raise OptionError(f"{name}={value!r}: it must be {self.wanted}")
+        exact: Any = value
+        return self.kind(exact)
+
+    def __str__(self) -> str:
+        """Its help, range and default, in one line."""
+        return "; ".join(filter(None, (self.help, self.range, f"default: {self.default}")))
+
+
+def _field(default: float, help: str, low: float) -> Any:
+    """The field of a dataclass that is a setting."""
+    return field(default=default, metadata={"setting": Setting(default, help, low)})
+
+
+@dataclass(frozen=True)
+class RefitOptions:
+    """How to refit (`fxzip.passes.refit`).
+
+    Attributes:
+        ridge: λ as a share of the mean of the inputs' sums of squares; 0 or more.
+        rounds: How often an inner layer (of a residual branch, of an MLP) and the one that it is for are solved in
+            turn, in the trunk; in the heads it is once. 0: each layer is solved once.
+        images: Most images to use, of those that the loader gives; fewer where ``memory`` does not hold them.
+        samples: Positions that a layer is fitted on, at the least, if there are as many: layers with large feature
+            maps take fewer images, so that memory is that of so many positions.
+        memory: Bytes of inputs to keep, and of activations, at the most, unless ``least_images`` need more: where
+            they would not fit, fewer images are taken.
+        least_images: Images that every layer is fitted on, if there are as many.
+        seed: Of the draw of positions.
+
+    Raises:
+        OptionError: A value is no number, or out of range.
+    """
+
+    ridge: float = _field(1e-3, "how much weights are held to the paper's rule, as a share of the inputs' power", low=0)
+    rounds: int = _field(5, "how often the layers of a branch are solved in turn (0: each only once)", low=0)
+    images: int = _field(10_000, "most images that it takes; the more, the closer to the parents and the slower", low=1)
+    samples: int = _field(2**17, "positions that each layer is fitted on, at the least", low=1)
+    memory: int = _field(3 * 2**30, "bytes of inputs and of activations to keep, at the most", low=0)
+    least_images: int = _field(64, "images that each layer is fitted on, whatever memory they take", low=1)
+    seed: int = _field(0, "of the draw of positions", low=0)
+
+    def __post_init__(self) -> None:
+        for name, setting in refit_settings().items():
+            object.__setattr__(self, name, setting.check(name, getattr(self, name)))
+
+
+def refit_settings() -> dict[str, Setting]:
+    """The settings of refit, by name."""
+    return {each.name: each.metadata["setting"] for each in fields(RefitOptions)}
+
+
+MATCHING: Mapping[str, Mapping[str, Setting]] = {
+    "zip": {
+        "alpha": Setting(1.0, "how readily merged channels merge again (arXiv 2305.03053, section 4.3)", 0, 1),
+        "beta": Setting(1.0, "budget of merges within one model, as a share", 0, 1),
+    },
+    "select": {},
+    "permute": {},
+    "average": {},
+    "optimal": {},
+    "weights": {},
+    "dual": {"gamma": Setting(0.5, "share of the activations in the blend of weights and activations", 0, 1)},
+    "cca": {"gamma": Setting(1e-3, "regularisation, as a share of the channels' mean variance", 0, 1)},
+}
+"""The options of fxzip's own matchers (`fxzip.matching`), by matcher and by name."""
