@@ -4,10 +4,10 @@ Nodes are pairs of a kind and a name, since a space has the name of the layer th
 
 | node                  | what it is                                | attributes                          |
 | --------------------- | ----------------------------------------- | ----------------------------------- |
-| ``("space", name)``   | a channel space                           | ``size``: channels |
-| ``("layer", name)``   | a module that owns parameters on spaces   | ``parameters``: their names |
-| ``("point", name)``   | a node of the traced network that is      | ``axes``: of its output, over which the channels lie |
-|                       | observed for a space                      | |
+| ``("space", name)``   | a channel space                           | ``size``: channels                  |
+| ``("layer", name)``   | a module that owns parameters on spaces   | ``parameters``: their names         |
+| ``("point", name)``   | a node of the traced network that is      | ``axes``: of its output, over which |
+|                       | observed for a space                      | the channels lie                    |
 
 All nodes have ``kind`` and ``label`` (the name), too. A parameter of the network itself is a layer of its own name.
 
