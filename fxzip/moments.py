@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from fxzip.channels import MergePoint
 from fxzip.errors import CalibrationError
 
-_RELATIVE_NOISE = 4 * torch.finfo(torch.float32).eps
+ROUNDINGS = 4
+"""What varies by less than so many roundings of its own size is noise of the arithmetic."""
+_RELATIVE_NOISE = ROUNDINGS * torch.finfo(torch.float32).eps
 _SMALLEST_VARIANCE = torch.finfo(torch.float32).tiny
 
 # Elements copied at a time: a slice should stay in a CPU's cache, and be large enough to fill an accelerator.
