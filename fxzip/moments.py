@@ -53,9 +53,7 @@ class Moments:
         mean is the noise of the arithmetic. Other channels set no scale, since one model may well be far
         smaller.
         """
-        variance = self.scatter.diagonal() / max(self.count, 1)
-        noise = (_RELATIVE_NOISE * self.mean).square().clamp_min(_SMALLEST_VARIANCE)
-        return variance <= noise
+        return is_noise(self.scatter.diagonal() / max(self.count, 1), self.mean)
 
     @property
     def correlation(self) -> Tensor:
@@ -89,6 +87,11 @@ class Moments:
     def select(self, index: Tensor) -> Moments:
         """The moments of some channels only; ``index`` (int64 or bool) is into the Σn channels."""
         return Moments(self.count, self.mean[index], self.scatter[index][:, index])
+
+
+def is_noise(variance: Tensor, mean: Tensor) -> Tensor:
+    """Whether a variance is no more than the rounding of values of that mean, in float32."""
+    return variance <= (_RELATIVE_NOISE * mean).square().clamp_min(_SMALLEST_VARIANCE)
 
 
 class Observer(nn.Module):

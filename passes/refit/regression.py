@@ -148,9 +148,9 @@ def noise_of(dtype: torch.dtype) -> float:
 def _factored(gram: Tensor, power: Tensor, ridge: float, noise: float) -> tuple[Tensor, Tensor]:
     """The Cholesky factor of ``gram + λ``, with more λ where rounding leaves the matrix indefinite, and λ.
 
-    λ is ``ridge`` times what the inputs' sums of squares about their means are in the mean. Inputs that hardly vary have
-    next to none, and dividing by that would make weights of any size out of rounding. So they count as if they varied
-    by `SLIGHT`; and as products cancel to no less than ``noise`` of an input's power, its λ is no less, either.
+    λ is ``ridge`` times the mean of the inputs' sums of squares about their means. Inputs that hardly vary have next to
+    none, and dividing by that would make weights of any size out of rounding. So they count as if they varied by
+    `SLIGHT`; and as products cancel to no less than ``noise`` of an input's power, its λ is no less, either.
 
     Args:
         gram: About the means (groups, d, d).
