@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from fxzip.channels import ChannelSpec
-from fxzip.data.batches import model_inputs, to_device
-from fxzip.data.loaders import as_one_loader
+from fxzip.data.batches import to_device
+from fxzip.data.checks import check_order, first_batch, ready_example, ready_loader
 from fxzip.data.loops import device_of
-from fxzip.errors import AlignmentError, CalibrationError, OptionError
+from fxzip.errors import AlignmentError, OptionError
 from fxzip.merged import ZippedModel
 from fxzip.passes.align import align
 from fxzip.passes.analyse import analyse_graph
@@ -21,10 +21,12 @@ from fxzip.passes.points import Which
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
 from fxzip.prepared import Prepared, check_method, check_models, task_names
+from fxzip.surroundings import undisturbed
 
 Loader = Iterable[Any]
 
 
+@undisturbed
 def zip(
     *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, method: str = "zip",
     alpha: float | None = None, beta: float | None = None, names: Iterable[str] | None = None, points: Which = "last",
@@ -65,19 +67,21 @@ def zip(
         TraceError, AlignmentError, CutError, CalibrationError, OptionError: see `fxzip.errors`.
     """
     given, loader = _models_and_loader(models, loader)
+    check_order(given)
     check_models(given)
     check_method(method, {"alpha": alpha, "beta": beta, **others}, len(given))
     tasks = task_names(names, len(given))
-    loader = as_one_loader(loader, tasks)
-    prepared = prepare(*given, example_inputs=_first_batch(loader), names=tasks)
+    ready = ready_loader(loader, tasks, given)
+    prepared = prepare(*given, example_inputs=first_batch(ready), names=tasks)
     prepared.place(cut, start)
-    prepared.observe(loader, points=points, progress=progress)
+    prepared.observe(ready, points=points, progress=progress)
     return prepared.convert(
         cut=cut, start=start, method=method, alpha=alpha, beta=beta, refit=refit, ridge=ridge, rounds=rounds,
         images=images, progress=progress, **others,
     )  # fmt: skip
 
 
+@undisturbed
 def prepare(*models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None) -> Prepared:
     """Trace and analyse networks, so that they can be observed once and merged many times.
 
@@ -95,9 +99,10 @@ def prepare(*models: nn.Module, example_inputs: Any, names: Iterable[str] | None
         AlignmentError: The models share nothing, or are on different devices.
         OptionError: Fewer than two models, something that is no module, or unusable names.
     """
+    check_order(models, "fxzip.prepare(model_a, model_b, example_inputs=images)")
     check_models(models)
     tasks = task_names(names, len(models))
-    args, kwargs = _example(example_inputs)
+    args, kwargs = ready_example(example_inputs, models)
     alignment = align([canonicalise(trace(model, args, kwargs)) for model in models])
     if not alignment.shared_parameters():
         raise AlignmentError(f"the models share no layer: {alignment.parting}")
@@ -106,6 +111,7 @@ def prepare(*models: nn.Module, example_inputs: Any, names: Iterable[str] | None
     return Prepared(tasks, alignment, spec, find_cuts(alignment, spec))
 
 
+@undisturbed
 def analyse(model: nn.Module, example_inputs: Any) -> ChannelSpec:
     """The channel spaces of one network; ``analyse(model, x).permute(model)`` computes what ``model`` does.
 
@@ -116,40 +122,17 @@ def analyse(model: nn.Module, example_inputs: Any) -> ChannelSpec:
     Raises:
         TraceError: The model cannot be traced.
     """
-    args, kwargs = _example(example_inputs)
+    args, kwargs = ready_example(example_inputs, [model])
     traced = canonicalise(trace(model, args, kwargs))
     return analyse_graph(traced, *to_device(args, kwargs, device_of(traced)))
-
-
-def _example(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword inputs, of which a user may give either or one tensor."""
-    if isinstance(given, tuple | list):
-        return tuple(given), {}
-    return model_inputs(given)
 
 
 def _models_and_loader(given: tuple[Any, ...], loader: Loader | None) -> tuple[tuple[nn.Module, ...], Loader]:
     if loader is None:
         if not given or isinstance(given[-1], nn.Module):
+            check_order(given)
             raise OptionError("no loader: call fxzip.zip(model_a, model_b, loader)")
         *given_models, loader = given
         given = tuple(given_models)
     assert loader is not None
     return given, loader
-
-
-def _first_batch(loader: Loader) -> tuple[Any, ...] | dict[str, Any]:
-    """The first batch, as example inputs."""
-    try:
-        iterator = iter(loader)
-    except TypeError:
-        kind = type(loader).__name__
-        raise CalibrationError(f"the loader is a {kind}, which gives no batches; use a DataLoader or a list") from None
-    if iterator is loader:
-        raise CalibrationError(
-            "the loader can be read only once, and it is read several times: use a DataLoader or a list"
-        )
-    for batch in iterator:
-        args, kwargs = model_inputs(batch)
-        return kwargs or args
-    raise CalibrationError("the loader is empty: it gave no batch")

@@ -6,7 +6,7 @@ What was written is read again and compared with the network on the spot, at two
 from __future__ import annotations
 
 import importlib.util
-import logging
+import io
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,6 +24,7 @@ from fxzip.data.loops import device_of, evaluating
 from fxzip.errors import ExportError, OptionError
 from fxzip.exported import input_names, onnx_runner, output_names, tensors_in
 from fxzip.folders import replace_files, scratch_folder
+from fxzip.surroundings import undisturbed, unheard
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -63,6 +64,7 @@ class Export:
         )
 
 
+@undisturbed
 def export(
     zipped: ZippedModel,
     path: str | PathLike[str],
@@ -181,7 +183,10 @@ def _dynamic(example: Inputs, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _to_program(served: Served, example: Inputs, path: Path) -> Any:
-    torch.export.save(_exported(served, example), path)
+    # torch's writer aborts the process where the disk is full: it writes to memory.
+    content = io.BytesIO()
+    torch.export.save(_exported(served, example), content)
+    path.write_bytes(content.getbuffer())
     program = torch.export.load(path).module()
     return lambda args, kwargs: tensors_in(program(*args, **kwargs))
 
@@ -253,11 +258,8 @@ def _tolerance(zipped: ZippedModel) -> float:
 @contextmanager
 def _as_export_error(path: Path) -> Iterator[None]:
     """Failures of torch and onnxruntime in one line, and their chatter unheard."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), unheard():
             warnings.simplefilter("ignore")
             yield
     except (ExportError, OSError) as error:
@@ -268,5 +270,3 @@ def _as_export_error(path: Path) -> Iterator[None]:
             root = root.__cause__
         reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(root)).split())
         raise ExportError(f"{path.name} cannot be exported: {type(root).__name__}: {reason[:300]}") from error
-    finally:
-        logger.setLevel(level)

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxzip.channels import ChannelSpec
 from fxzip.data.batches import to_device, with_batch_size
-from fxzip.data.loaders import as_one_loader
+from fxzip.data.checks import ready_loader
 from fxzip.data.loops import counted
 from fxzip.errors import AlignmentError, CalibrationError, CutError, OptionError
 from fxzip.flops import flop_counter
@@ -32,6 +32,7 @@ from fxzip.passes.reuse import reuse_memory
 from fxzip.passes.split import paired_parameters, split
 from fxzip.passes.split.stems import joined_channels
 from fxzip.report import Cost, Report, SpaceRow
+from fxzip.surroundings import undisturbed
 from fxzip.sweep import Sweep, SweepRow, as_scores
 from fxzip.views.outline import outline
 
@@ -111,6 +112,7 @@ class Prepared:
         nodes = [*names[begin:place], *(names[i] for i in (crossing(self.alignment, begin) if begin else ()))]
         return {space.name for node in nodes for space, _, _ in self.spec.locate(node)}
 
+    @undisturbed
     def observe(self, loader: Iterable[Any], *, points: Which = "last", progress: bool = True) -> Prepared:
         """Record the moments of all models' channels over a loader; replaces what was observed before.
 
@@ -122,7 +124,7 @@ class Prepared:
         Raises:
             CalibrationError: The loader is empty, gives the wrong thing, or activations are not finite.
         """
-        loader = as_one_loader(loader, self.names)
+        loader = ready_loader(loader, self.names, self.alignment.modules)
         module = self.alignment.modules[0]
         nodes = self.alignment.trunk_names(0)[: self._cuts.default]
         where = merge_points(module, self.spec, nodes, points)
@@ -130,6 +132,7 @@ class Prepared:
         self._loader = loader
         return self
 
+    @undisturbed
     def convert(
         self,
         *,

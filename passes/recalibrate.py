@@ -47,8 +47,8 @@ def recalibrate(
     (cumulative averaging; it is what the code of ZipIt!, arXiv 2305.03053, does): ``running_mean`` is the
     plain average over the batches of the batches' means, ``running_var`` that of the batches' *unbiased*
     variances. A smaller last batch thus counts as much as any other, and the variance between batches is left
-    out. Channels that do not vary keep their ``running_var``, and a batch with one value for each channel is passed over.
-    During the pass each BatchNorm normalises by the batch's own statistics, as in training, so that a
+    out. Channels that do not vary keep their ``running_var``, and a batch with one value for each channel is passed
+    over. During the pass each BatchNorm normalises by the batch's own statistics, as in training, so that a
     layer sees what the reset layers before it give. The averages are kept in float64.
 
     It holds for BatchNorm modules and for BatchNorm functions in a GraphModule whose statistics are
