@@ -35,9 +35,8 @@ def check_order(given: Sequence[Any], call: str = _CALL) -> None:
     """
     for number, value in enumerate(given):
         if not isinstance(value, nn.Module | str | bytes) and isinstance(value, Iterable):
-            raise OptionError(
-                f"argument {number + 1} of {len(given)} is {describe_value(value)}, where a model should be; write {call}"
-            )
+            what = describe_value(value)
+            raise OptionError(f"argument {number + 1} of {len(given)} is no model, but a {what}; write {call}")
 
 
 def ready_loader(loader: Any, names: Sequence[str], models: Sequence[nn.Module]) -> Ready:
@@ -217,7 +216,8 @@ def _needed_inputs(model: nn.Module) -> frozenset[str]:
 
 def integer_hint(inputs: Inputs) -> str:
     """What to say of images of whole numbers, which most layers do not take; empty where there are none."""
-    whole = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dtype == torch.uint8]
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    whole = [t for t in tensors if t.dtype == torch.uint8 or (t.dim() > 2 and not t.is_floating_point())]
     if not whole:
         return ""
     return f"; {describe_value(whole[0])} holds whole numbers: prepare images as in training, by images.float() / 255"

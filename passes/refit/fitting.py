@@ -299,12 +299,12 @@ class Fitter:
 
     def _draw(self, unit: Unit, value: Tensor) -> Tensor | None:
         """Samples of a batch for a Gram matrix, drawn at random; None for all, where they are not too many."""
-        share = -(-max(GRAM_LEAST, GRAM_SAMPLES * _width(unit)) // self.lock.active)
+        share = -(-max(GRAM_LEAST, GRAM_SAMPLES * width(unit)) // self.lock.active)
         count = unit.layers[0].contraction.samples(value)
         return None if count <= share else torch.randperm(count, generator=self.generator)[:share].to(value.device)
 
 
-def _width(unit: Unit) -> int:
+def width(unit: Unit) -> int:
     """How many inputs a unit has, in each group."""
     return sum(math.prod(layer.contraction.split[a] for a in layer.contraction.inputs) for layer in unit.layers)
 

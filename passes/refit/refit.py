@@ -16,6 +16,7 @@ values. No labels are used.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,11 +26,11 @@ from torch import Tensor, fx
 
 from fxzip.channels import ChannelSpec
 from fxzip.data.loops import batches, counted, device_of
-from fxzip.errors import CalibrationError, OptionError
+from fxzip.errors import CalibrationError, FewImagesWarning, OptionError
 from fxzip.matching import MergeMap
 from fxzip.passes.align import Alignment
 from fxzip.passes.cut import crossing
-from fxzip.passes.refit.fitting import Fit, Fitter, Target
+from fxzip.passes.refit.fitting import Fit, Fitter, Target, width
 from fxzip.passes.refit.lockstep import LockStep, Step, Stream
 from fxzip.passes.refit.norms import Norm, find_norm
 from fxzip.passes.refit.pairs import Pair, find_pairs
@@ -109,7 +110,7 @@ def refit(
     before = [node for node in alignment.modules[0].graph.nodes if node.name in early]
     trunk = _Refitter(streams, feeds, Targets(spec, maps), options, set(names), before)
     trunk.run(progress, "refitting the trunk")
-    solved = trunk.solved
+    solved, few = trunk.solved, trunk.few
     for model, head in enumerate(parts.heads):
         own = [alignment.shared[i][model] for i in cross]
         feeds = [
@@ -123,7 +124,22 @@ def refit(
         )
         run.run(progress, f"refitting head {model}")
         solved += run.solved
+        few |= run.few
+    if few:
+        _warn_of_few(sum(batch.images for batch in trunk.lock.batches), few)
     return solved
+
+
+def _warn_of_few(images: int, few: Mapping[str, tuple[int, int]]) -> None:
+    """Say for which layers there were too few images."""
+    shown = [f"{name} ({samples:,} samples for {inputs:,} inputs)" for name, (samples, inputs) in few.items()]
+    rest = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+    warnings.warn(
+        f"{images} image{'s are' if images != 1 else ' is'} not enough for {', '.join(shown[:3])}{rest}: what they leave "
+        "open stays as it was before the fit; give more images",
+        FewImagesWarning,
+        stacklevel=2,
+    )
 
 
 def _read(loader: Iterable[Any], parts: Split, options: RefitOptions) -> list[Any]:
@@ -159,6 +175,7 @@ class _Refitter:
         target: What a node of it should give, from the parents' values.
         before: The parents' nodes, by the first one's, that come before what is merged.
         solved: How many layers were solved for.
+        few: The layers with fewer samples than inputs, and how many of both.
     """
 
     def __init__(
@@ -172,6 +189,7 @@ class _Refitter:
     ) -> None:
         self.merged, self.target, self.options = streams[-1].module, target, options
         self.solved = 0
+        self.few: dict[str, tuple[int, int]] = {}
         self.before = before
         self.units = [unit for unit in find_units(self.merged) if STEM not in unit.root.meta]
         self.inner: dict[Unit, list[Pair]] = {}
@@ -233,6 +251,10 @@ class _Refitter:
     def _solve_unit(self, unit: Unit) -> None:
         inner = {pair: self.fits.pop(pair.inner) for pair in self.inner.get(unit, ())}
         found = self.fitter.solve(unit, inner, self.options.rounds)
+        count = unit.layers[0].contraction.samples
+        samples = sum(count(batch.env[0][unit.root.name]) for batch in self.lock.seen)
+        if samples < width(unit):
+            self.few[unit.layers[0].weight.removesuffix(".weight")] = samples, width(unit)
         if any(unit is pair.inner for pairs in self.inner.values() for pair in pairs):
             self.fits[unit] = found
         self.solved += len(unit.layers)

@@ -279,13 +279,13 @@ def test_interrupt_leaves_nothing_half_written(
 
 STOPPED = """
 import signal, sys, time
-from fxzip import cli, prepared
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with it ignored
+from fxzip import __main__, prepared
 def wait(self, *_, **__):
     print("observing", flush=True)
     time.sleep(60)
 prepared.Prepared.observe = wait
-cli.main()
+__main__.main()
 """
 
 
