@@ -122,6 +122,8 @@ class Ready:
         if labels:
             self._warn(labels)
             kwargs = {name: value for name, value in kwargs.items() if name not in labels}
+        if labels and not kwargs and not args:
+            raise CalibrationError(f"the batch holds nothing but {', '.join(map(repr, labels))}: give the inputs, too")
         _check_tensors(args, kwargs)
         if args and isinstance(args[0], Tensor) and _lacks_batch_axis(args[0], self._models):
             raise CalibrationError(_single(args[0], args[0]))

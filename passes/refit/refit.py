@@ -131,12 +131,13 @@ def refit(
 
 
 def _warn_of_few(images: int, few: Mapping[str, tuple[int, int]]) -> None:
-    """Say for which layers there were too few images."""
-    shown = [f"{name} ({samples:,} samples for {inputs:,} inputs)" for name, (samples, inputs) in few.items()]
+    """Say for which layers there were too few images, those that lack most first."""
+    worst = sorted(few.items(), key=lambda item: item[1][0] / item[1][1])
+    shown = [f"{name} ({samples:,} samples for {inputs:,} inputs)" for name, (samples, inputs) in worst]
     rest = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
     warnings.warn(
-        f"{images} image{'s are' if images != 1 else ' is'} not enough for {', '.join(shown[:3])}{rest}: what they leave "
-        "open stays as it was before the fit; give more images",
+        f"{images} image{'s are' if images != 1 else ' is'} not enough for {', '.join(shown[:3])}{rest}: "
+        "what they leave open stays as it was before the fit; give more images",
         FewImagesWarning,
         stacklevel=2,
     )
