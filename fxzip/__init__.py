@@ -5,7 +5,6 @@ logits_a, logits_b = zipped(images)
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,7 +15,9 @@ if TYPE_CHECKING:
         CalibrationError,
         CheckpointError,
         CutError,
+        DroppedInputWarning,
         ExportError,
+        FewImagesWarning,
         FileFormatError,
         FrozenSpaceWarning,
         FxzipError,
@@ -35,11 +36,6 @@ if TYPE_CHECKING:
     from fxzip.settings import RefitOptions
     from fxzip.sweep import Sweep
 
-try:
-    __version__ = version("fxzip")
-except PackageNotFoundError:
-    __version__ = "0+unknown"
-
 # Where the public names live: they are imported when they are first used, so that `import fxzip` costs next to nothing.
 _HOMES = {
     "analyse": "fxzip.api",
@@ -51,7 +47,9 @@ _HOMES = {
     "CalibrationError": "fxzip.errors",
     "CheckpointError": "fxzip.errors",
     "CutError": "fxzip.errors",
+    "DroppedInputWarning": "fxzip.errors",
     "ExportError": "fxzip.errors",
+    "FewImagesWarning": "fxzip.errors",
     "FileFormatError": "fxzip.errors",
     "FrozenSpaceWarning": "fxzip.errors",
     "FxzipError": "fxzip.errors",
@@ -78,8 +76,10 @@ __all__ = [
     "ChannelSpec",
     "CheckpointError",
     "CutError",
+    "DroppedInputWarning",
     "Export",
     "ExportError",
+    "FewImagesWarning",
     "FileFormatError",
     "FrozenSpaceWarning",
     "FxzipError",
@@ -101,7 +101,19 @@ __all__ = [
 ]
 
 
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("fxzip")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        globals()[name] = _version()
+        return globals()[name]
     if name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
         globals()[name] = value

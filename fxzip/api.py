@@ -8,11 +8,11 @@ from typing import Any
 from torch import fx, nn
 
 from fxzip.channels import ChannelSpec
-from fxzip.checks import check_merge, check_models, models_and_loader, readable, task_names
-from fxzip.data.batches import Inputs, model_inputs, to_device
-from fxzip.data.loaders import as_one_loader
+from fxzip.checks import check_merge, check_models, models_and_loader, task_names
+from fxzip.data.batches import Inputs, to_device
+from fxzip.data.checks import check_order, first_batch, ready_example, ready_loader
 from fxzip.data.loops import device_of
-from fxzip.errors import AlignmentError, CalibrationError
+from fxzip.errors import AlignmentError
 from fxzip.merged import ZippedModel
 from fxzip.passes.align import align
 from fxzip.passes.analyse import analyse_graph
@@ -24,10 +24,12 @@ from fxzip.passes.trace import trace
 from fxzip.passes.verify import Verifier
 from fxzip.prepared import Prepared
 from fxzip.report import Verified
+from fxzip.surroundings import undisturbed
 
 Loader = Iterable[Any]
 
 
+@undisturbed
 def zip(
     *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, method: str = "zip",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
@@ -65,18 +67,20 @@ def zip(
         TraceError, AlignmentError, CutError, CalibrationError, OptionError, VerificationError: see `fxzip.errors`.
     """
     given, loader = models_and_loader(models, loader)
+    check_order(given)
     check_models(given)
     wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
     wanted["verify"] = verify
     check_merge(zip, len(given), points=points, **wanted, **options)
     tasks = task_names(names, len(given))
-    loader = as_one_loader(loader, tasks)
-    prepared = prepare(*given, example_inputs=_first_batch(loader), names=tasks, verify=verify)
+    ready = ready_loader(loader, tasks, given)
+    prepared = prepare(*given, example_inputs=first_batch(ready), names=tasks, verify=verify)
     prepared.place(cut, start)
-    prepared.observe(loader, points=points, progress=progress)
+    prepared.observe(ready, points=points, progress=progress)
     return prepared.convert(**wanted, **options)
 
 
+@undisturbed
 def prepare(
     *models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None, verify: bool = True
 ) -> Prepared:
@@ -98,9 +102,10 @@ def prepare(
         AlignmentError: The models share nothing, or are on different devices.
         OptionError: Fewer than two models, something that is no module, or unusable names.
     """
+    check_order(models, "fxzip.prepare(model_a, model_b, example_inputs=images)")
     check_models(models)
     tasks = task_names(names, len(models))
-    args, kwargs = _example(example_inputs)
+    args, kwargs = ready_example(example_inputs, models)
     alignment = align([canonicalise(trace(model, args, kwargs)) for model in models])
     if not alignment.shared_parameters():
         raise AlignmentError(f"the models share no layer: {alignment.parting}")
@@ -109,6 +114,7 @@ def prepare(
     return Prepared(tasks, alignment, spec, verified)
 
 
+@undisturbed
 def analyse(model: nn.Module, example_inputs: Any, *, verify: bool = True) -> ChannelSpec:
     """The channel spaces of one network; ``analyse(model, x).permute(model)`` computes what ``model`` does.
 
@@ -121,7 +127,7 @@ def analyse(model: nn.Module, example_inputs: Any, *, verify: bool = True) -> Ch
         TraceError: The model cannot be traced.
         VerificationError: As for `prepare`.
     """
-    args, kwargs = _example(example_inputs)
+    args, kwargs = ready_example(example_inputs, [model])
     traced = canonicalise(trace(model, args, kwargs))
     return _analysed(traced, to_device(args, kwargs, device_of(traced)), verify)[0]
 
@@ -132,18 +138,3 @@ def _analysed(module: fx.GraphModule, example: Inputs, verify: bool) -> tuple[Ch
     if not verify or any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         return spec, None
     return Verifier(module, example).checked_spec(spec)
-
-
-def _example(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword inputs, of which a user may give either or one tensor."""
-    if isinstance(given, tuple | list):
-        return tuple(given), {}
-    return model_inputs(given)
-
-
-def _first_batch(loader: Loader) -> tuple[Any, ...] | dict[str, Any]:
-    """The first batch, as example inputs."""
-    for batch in readable(loader):
-        args, kwargs = model_inputs(batch)
-        return kwargs or args
-    raise CalibrationError("the loader is empty: it gave no batch")

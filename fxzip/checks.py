@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxzip.errors import AlignmentError, CalibrationError, OptionError
+from fxzip.errors import AlignmentError, OptionError
 from fxzip.matching import chosen_options, match, settings_of
 from fxzip.passes.cut import check_span
 from fxzip.passes.points import check_points
@@ -148,22 +148,3 @@ def models_and_loader(given: tuple[Any, ...], loader: Any) -> tuple[tuple[Any, .
     if not given or isinstance(given[-1], nn.Module):
         raise OptionError("no loader: call fxzip.zip(model_a, model_b, loader)")
     return given[:-1], given[-1]
-
-
-def readable(loader: Any) -> Iterator[Any]:
-    """What a loader gives.
-
-    Raises:
-        CalibrationError: It gives no batches, or can be read only once.
-    """
-    try:
-        iterator = iter(loader)
-    except TypeError:
-        kind = type(loader).__name__
-        raise CalibrationError(f"the loader is a {kind}, which gives no batches; use a DataLoader or a list") from None
-    if iterator is loader:
-        raise CalibrationError(
-            "the loader can be read only once, and it is read several times: use a DataLoader or a list"
-        )
-    found: Iterator[Any] = iterator
-    return found

@@ -47,3 +47,11 @@ class ExportError(FxzipError, RuntimeError):
 
 class FrozenSpaceWarning(UserWarning):
     """An operation that fxzip does not know froze the channel spaces that it touches."""
+
+
+class FewImagesWarning(UserWarning):
+    """There are fewer images than the layers have inputs: what they leave open stays as it was before the fit."""
+
+
+class DroppedInputWarning(UserWarning):
+    """A loader's batches hold what is no input of the models: labels."""

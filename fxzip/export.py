@@ -6,7 +6,7 @@ What was written is read again and compared with the network on the spot, at two
 from __future__ import annotations
 
 import importlib.util
-import logging
+import io
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,6 +25,7 @@ from fxzip.errors import ExportError, OptionError
 from fxzip.exported import input_names, onnx_runner, output_names, tensors_in
 from fxzip.folders import replace_files, scratch_folder
 from fxzip.graphs import placeholders
+from fxzip.surroundings import undisturbed, unheard
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -64,6 +65,7 @@ class Export:
         )
 
 
+@undisturbed
 def export(
     zipped: ZippedModel,
     path: str | PathLike[str],
@@ -182,7 +184,10 @@ def _dynamic(example: Inputs, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _to_program(served: Served, example: Inputs, path: Path) -> Any:
-    torch.export.save(_exported(served, example), path)
+    # torch's writer aborts the process where the disk is full: it writes to memory.
+    content = io.BytesIO()
+    torch.export.save(_exported(served, example), content)
+    path.write_bytes(content.getbuffer())
     program = torch.export.load(path).module()
     return lambda args, kwargs: tensors_in(program(*args, **kwargs))
 
@@ -254,11 +259,8 @@ def _tolerance(zipped: ZippedModel) -> float:
 @contextmanager
 def _as_export_error(path: Path) -> Iterator[None]:
     """Failures of torch and onnxruntime in one line, and their chatter unheard."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), unheard():
             warnings.simplefilter("ignore")
             yield
     except (ExportError, OSError) as error:
@@ -269,5 +271,3 @@ def _as_export_error(path: Path) -> Iterator[None]:
             root = root.__cause__
         reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(root)).split())
         raise ExportError(f"{path.name} cannot be exported: {type(root).__name__}: {reason[:300]}") from error
-    finally:
-        logger.setLevel(level)

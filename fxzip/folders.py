@@ -11,6 +11,9 @@ from pathlib import Path
 
 from fxzip.errors import SaveError
 
+OPEN: set[Path] = set()
+"""The scratch folders that there are now: what a process that ends at once has to take away."""
+
 
 @contextmanager
 def scratch_folder(parent: Path, error: type[Exception] = SaveError) -> Iterator[Path]:
@@ -24,10 +27,12 @@ def scratch_folder(parent: Path, error: type[Exception] = SaveError) -> Iterator
         Exception: ``error``, also for a full disk inside the block.
     """
     scratch = parent / f".fxzip-{uuid.uuid4().hex[:8]}"
+    OPEN.add(scratch)
     try:
         parent.mkdir(parents=True, exist_ok=True)
         scratch.mkdir()
     except OSError as reason:
+        OPEN.discard(scratch)
         raise error(f"{parent} cannot be written to: {reason.strerror}") from reason
     try:
         yield scratch
@@ -35,6 +40,7 @@ def scratch_folder(parent: Path, error: type[Exception] = SaveError) -> Iterator
         raise error(f"{parent} cannot be written to: {reason.strerror or reason}") from reason
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        OPEN.discard(scratch)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from fxzip.merged import ZippedModel
 from fxzip.plan import read_graph, read_record, read_state, write_graph, write_record, write_state
 from fxzip.plan.examples import read_example, write_example
 from fxzip.report import Report
+from fxzip.surroundings import undisturbed
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -32,6 +33,7 @@ PLAN, WEIGHTS, CARD = "fxzip.json", "model.safetensors", "README.md"
 _AGAIN = "copy the folder again, or save the network again"
 
 
+@undisturbed
 def save(zipped: ZippedModel, folder: str | PathLike[str], *, overwrite: bool = False) -> Path:
     """Save a merged network; an earlier one in the same folder is replaced, other files there stay.
 
@@ -67,6 +69,7 @@ def save(zipped: ZippedModel, folder: str | PathLike[str], *, overwrite: bool = 
     return path
 
 
+@undisturbed
 def load(folder: str | PathLike[str], *, device: torch.device | str = "cpu") -> ZippedModel:
     """Load a network that `ZippedModel.save` saved: the same outputs, bit by bit.
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from fxzip.channels import MergePoint
 from fxzip.errors import CalibrationError
 
-_RELATIVE_NOISE = 4 * torch.finfo(torch.float32).eps
+ROUNDINGS = 4
+"""What varies by less than so many roundings of its own size is noise of the arithmetic."""
+_RELATIVE_NOISE = ROUNDINGS * torch.finfo(torch.float32).eps
 _SMALLEST_VARIANCE = torch.finfo(torch.float32).tiny
 
 # Elements copied at a time: a slice should stay in a CPU's cache, and be large enough to fill an accelerator.
@@ -51,9 +53,7 @@ class Moments:
         mean is the noise of the arithmetic. Other channels set no scale, since one model may well be far
         smaller.
         """
-        variance = self.scatter.diagonal() / max(self.count, 1)
-        noise = (_RELATIVE_NOISE * self.mean).square().clamp_min(_SMALLEST_VARIANCE)
-        return variance <= noise
+        return is_noise(self.scatter.diagonal() / max(self.count, 1), self.mean)
 
     @property
     def correlation(self) -> Tensor:
@@ -87,6 +87,11 @@ class Moments:
     def select(self, index: Tensor) -> Moments:
         """The moments of some channels only; ``index`` (int64 or bool) is into the Σn channels."""
         return Moments(self.count, self.mean[index], self.scatter[index][:, index])
+
+
+def is_noise(variance: Tensor, mean: Tensor) -> Tensor:
+    """Whether a variance is no more than the rounding of values of that mean, in float32."""
+    return variance <= (_RELATIVE_NOISE * mean).square().clamp_min(_SMALLEST_VARIANCE)
 
 
 class Observer(nn.Module):

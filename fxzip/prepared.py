@@ -10,7 +10,7 @@ from typing import Any
 from fxzip.channels import ChannelSpec, MergePoint
 from fxzip.checks import Choice, check_flag, check_merge
 from fxzip.data.batches import to_device, with_batch_size
-from fxzip.data.loaders import as_one_loader
+from fxzip.data.checks import ready_loader
 from fxzip.errors import CalibrationError, OptionError
 from fxzip.matching import MergeMap, evidence
 from fxzip.merged import ZippedModel
@@ -29,6 +29,7 @@ from fxzip.passes.split import split
 from fxzip.passes.verify import Verifier, ensemble_error
 from fxzip.report import Verified
 from fxzip.report_builder import build_report
+from fxzip.surroundings import undisturbed
 from fxzip.sweep import Sweep, run_sweep
 
 
@@ -76,6 +77,7 @@ class Prepared:
         """
         return self.places.span(cut, start).end
 
+    @undisturbed
     def observe(self, loader: Iterable[Any], *, points: Points = "last", progress: bool = True) -> Prepared:
         """Record the moments of all models' channels over a loader; replaces what was observed before.
 
@@ -88,13 +90,14 @@ class Prepared:
             CalibrationError: The loader is empty, gives the wrong thing, or activations are not finite.
         """
         check_flag("progress", progress)
-        loader = as_one_loader(loader, self.names)
+        loader = ready_loader(loader, self.names, self.alignment.modules)
         nodes = self.alignment.trunk_names(0)[: self.places.cuts.default]
         where = merge_points(self.alignment.modules[0], self.spec, nodes, points)
         self.moments = observe(self.alignment, where, loader, progress=progress)
         self.points, self._loader = where, loader
         return self
 
+    @undisturbed
     def convert(
         self, *, cut: Cut = None, start: Cut = None, method: str = "zip", refit: bool | RefitOptions = True,
         reset_batch_norm: bool = True, verify: bool = True, progress: bool = True, **options: Any,

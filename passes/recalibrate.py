@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fxzip.data.loops import device_of, evaluating, feed
 from fxzip.errors import CalibrationError
 from fxzip.graphs import attribute, is_within
+from fxzip.moments import is_noise
 
 _NATIVE = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
 _EVAL = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
@@ -46,7 +47,8 @@ def recalibrate(
     (cumulative averaging; it is what the code of ZipIt!, arXiv 2305.03053, does): ``running_mean`` is the
     plain average over the batches of the batches' means, ``running_var`` that of the batches' *unbiased*
     variances. A smaller last batch thus counts as much as any other, and the variance between batches is left
-    out. During the pass each BatchNorm normalises by the batch's own statistics, as in training, so that a
+    out. Channels that do not vary keep their ``running_var``, and a batch with one value for each channel is passed
+    over. During the pass each BatchNorm normalises by the batch's own statistics, as in training, so that a
     layer sees what the reset layers before it give. The averages are kept in float64.
 
     It holds for BatchNorm modules and for BatchNorm functions in a GraphModule whose statistics are
@@ -109,7 +111,8 @@ class _Layer:
     def write(self) -> None:
         mean, var = self.sums / self.batches
         self.mean.copy_(mean)
-        self.var.copy_(var)
+        # Where nothing varies, what training left stands: dividing by nothing would make immense whatever comes later.
+        self.var.copy_(torch.where(is_noise(var, mean), self.var.to(var), var))
         if self.counter is not None:
             self.counter.fill_(self.batches)
 
@@ -137,7 +140,7 @@ class _TrainStatistics(TorchFunctionMode):
             return func(*args, **given)
         given.update(zip(BATCH_NORMS[func], args, strict=False))
         layer = self.layers.get(id(given.get("running_mean")))
-        if layer is None:
+        if layer is None or given["input"].numel() == given["input"].shape[1]:  # one value has no variance
             return func(*args, **(kwargs or {}))
         # Momentum 1 leaves the batch's mean and unbiased variance in the place of the running ones.
         mean, var = torch.zeros_like(layer.mean), torch.ones_like(layer.var)

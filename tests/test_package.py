@@ -51,7 +51,7 @@ def test_wheel_has_licence_and_command(wheel: zipfile.ZipFile) -> None:
     meta = {Path(name).name: wheel.read(name).decode() for name in wheel.namelist() if ".dist-info/" in name}
     assert "LICENSE" in meta
     assert "License-Expression: MIT" in meta["METADATA"]
-    assert "fxzip = fxzip.cli:main" in meta["entry_points.txt"]
+    assert "fxzip = fxzip.__main__:main" in meta["entry_points.txt"]
 
 
 def test_wheel_imports_without_the_tree(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

@@ -35,8 +35,3 @@ app.command("eval")(evaluate.evaluate)
 app.command("export")(serve.export)
 app.command("draw")(serve.draw)
 app.command("demo")(demo.demo)
-
-
-def main() -> None:
-    """Run the command line."""
-    app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from fxzip.errors import FrozenSpaceWarning, FxzipError
-
-STOPPED = 130
-"""The exit status after Ctrl-C, as shells have it."""
+from fxzip.errors import DroppedInputWarning, FewImagesWarning, FrozenSpaceWarning, FxzipError
+from fxzip.stopping import SAID, STOPPED
 
 
 class Group(TyperGroup):
@@ -38,9 +37,11 @@ class Group(TyperGroup):
         with _reported(ctx), warnings.catch_warnings():
             if not ctx.params.get("debug"):
                 warnings.simplefilter("ignore")  # other libraries' talk
-            warnings.simplefilter("always", FrozenSpaceWarning)
+            for kind in (FrozenSpaceWarning, FewImagesWarning, DroppedInputWarning):
+                warnings.simplefilter("always", kind)
             warnings.showwarning = _show_warning
-            return super().invoke(ctx)
+            with _debugged(ctx):
+                return super().invoke(ctx)
 
 
 def warn(text: str) -> None:
@@ -55,7 +56,7 @@ def _reported(ctx: Any) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt:
-        typer.echo("fxzip: stopped; nothing was written", err=True)
+        typer.echo(SAID, err=True)
         raise typer.Exit(STOPPED) from None
     except typer.TyperException as error:
         hint = f" (see {ctx.command_path} --help)" if error.exit_code == 2 else ""
@@ -66,6 +67,21 @@ def _reported(ctx: Any) -> Iterator[None]:
         if isinstance(error, FxzipError):
             _fail(_one_line(str(error)), 1)
         _fail(f"{type(error).__name__}: {_one_line(str(error))} (fxzip --debug ... shows where)", 1)
+
+
+@contextmanager
+def _debugged(ctx: Any) -> Iterator[None]:
+    """With ``--debug``, which may come with the command, show what is logged: torch's dumps."""
+    logger, handler = logging.getLogger("fxzip"), logging.StreamHandler()
+    handler.addFilter(lambda _: bool(ctx.params.get("debug")))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _fail(text: str, status: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -12,6 +13,8 @@ from torch.utils import _pytree as pytree
 from fxzip.errors import CalibrationError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+_FEW = 4  # parts of a structure that are described one by one
 
 
 def model_inputs(batch: object) -> Inputs:
@@ -33,6 +36,8 @@ def model_inputs(batch: object) -> Inputs:
     if isinstance(first, Mapping):
         return (), _keyword_inputs(first)
     where = "" if first is batch else f" whose first element is {_describe(first)}"
+    if isinstance(first, np.ndarray):
+        raise CalibrationError(f"the loader gave {describe_value(batch)}, no tensors: write torch.from_numpy(images)")
     raise CalibrationError(
         f"the loader gave {_describe(batch)}{where}; a batch must be a tensor, a tuple or list whose first "
         "element is the input, or a dict of keyword inputs"
@@ -48,8 +53,23 @@ def _keyword_inputs(batch: Mapping[Any, Any]) -> dict[str, Any]:
             f"the loader gave a dict with the key {wrong[0]!r}; its keys must name the model's inputs"
         )
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(dict(batch))):
-        raise CalibrationError(f"the loader gave a dict without a tensor: {sorted(batch)}")
+        array = any(isinstance(value, np.ndarray) for value in batch.values())
+        hint = f"; write torch.from_numpy for its arrays, {describe_value(batch)}" if array else ""
+        raise CalibrationError(f"the loader gave a dict without a tensor: {sorted(batch)}{hint}")
     return dict(batch)
+
+
+def describe_value(value: Any) -> str:
+    """A value in a few words: the type and shape of a tensor or an array, the parts of a structure."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, np.ndarray):
+        return f"numpy {value.dtype}{list(value.shape)}"
+    if isinstance(value, tuple | list) and 0 < len(value) <= _FEW:
+        return f"({', '.join(map(describe_value, value))})"
+    if isinstance(value, Mapping) and 0 < len(value) <= _FEW:
+        return f"({', '.join(f'{key}={describe_value(part)}' for key, part in value.items())})"
+    return type(value).__name__
 
 
 def _describe(value: object) -> str:
@@ -59,7 +79,8 @@ def _describe(value: object) -> str:
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
-def _map_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+def map_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """The inputs with every tensor changed by a function; what is no tensor stays."""
     args, kwargs = inputs
     changed: Inputs = pytree.tree_map_only(Tensor, change, (tuple(args), dict(kwargs)))
     return changed
@@ -69,7 +90,7 @@ def to_device(args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.devic
     """The inputs with every tensor on ``device``; what is no tensor is left alone, and all of it if None."""
     if device is None:
         return tuple(args), dict(kwargs)
-    return _map_tensors((args, kwargs), lambda tensor: tensor.to(device))
+    return map_tensors((args, kwargs), lambda tensor: tensor.to(device))
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -101,4 +122,4 @@ def with_batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> In
             return tensor
         return tensor[:n] if n < size else torch.cat([tensor] * -(-n // size))[:n]
 
-    return _map_tensors((args, kwargs), resize)
+    return map_tensors((args, kwargs), resize)

@@ -12,6 +12,8 @@ Layouts, by group (a group is a task; a single one has the name ""):
 from __future__ import annotations
 
 import itertools
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,8 +185,8 @@ def _archive(path: Path, labelled: bool) -> list[Group]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files if name.rpartition(".")[2] in ("images", "labels")}
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise CalibrationError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise CalibrationError(f"{path} cannot be read as an .npz archive: {error}") from error
     groups = []
     for name in (name for name in arrays if name.rpartition(".")[2] == "images"):
         task = name.rpartition(".")[0]
@@ -260,11 +262,31 @@ class _Images(Dataset[_Item]):
     def _read(self, value: Path | npt.NDArray[Any]) -> Tensor:
         if isinstance(value, Path):
             with Image.open(value) as image:
-                return self.transform(image.convert(self.mode))
+                return self.transform(_in_bytes(image).convert(self.mode))
         if value.dtype == np.uint8:
             pixels = value[..., 0] if value.shape[2:] == (1,) else value
             return self.transform(Image.fromarray(pixels).convert(self.mode))
         return torch.from_numpy(value).float()
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """The image with 8 bits for each channel, as `Image.convert` expects: it would cut off all that is above 255.
+
+    Whole numbers of 16 or 32 bits are of 0 to 65,535, as PNG has them; floats of 0 to 1, or else of 0 to 255.
+
+    Raises:
+        ValueError: The values are outside of that.
+    """
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")  # of which Pillow warns otherwise
+    if image.mode != "F" and image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    low, high = float(values.min()), float(values.max())
+    most = 65535.0 if image.mode != "F" else 1.0 if high <= 1 else 255.0
+    if not 0 <= low <= high <= most:
+        raise ValueError(f"its values ({image.mode}) are {low:g} to {high:g}, which is neither 8 nor 16 bits")
+    return Image.fromarray((values * (255 / most)).round().astype(np.uint8))
 
 
 def _order(count: int, seed: int | None, group: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fxzip.errors import OptionError
@@ -57,4 +58,6 @@ def as_one_loader(loader: Any, names: Sequence[str]) -> Any:
 
 
 def _is_loader(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, Tensor | list | tuple | Mapping | str | bytes)
+    return isinstance(value, Iterable) and not isinstance(
+        value, Tensor | np.ndarray | list | tuple | Mapping | str | bytes
+    )

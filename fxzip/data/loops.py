@@ -17,9 +17,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch import Tensor, nn
+from torch import nn
 
-from fxzip.data.batches import Inputs, model_inputs, to_device
+from fxzip.data.batches import Inputs, describe_value, model_inputs, to_device
 from fxzip.errors import CalibrationError
 
 
@@ -123,14 +123,10 @@ def feed(
 
 def describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Inputs in a few words: the shape and type of each tensor, the type of anything else."""
-    parts = [_describe(value) for value in args] + [f"{name}={_describe(value)}" for name, value in kwargs.items()]
+    parts = [describe_value(value) for value in args] + [
+        f"{name}={describe_value(value)}" for name, value in kwargs.items()
+    ]
     return ", ".join(parts) or "no inputs"
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return type(value).__name__
 
 
 def _length(loader: Iterable[Any]) -> int | None:

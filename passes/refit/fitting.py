@@ -29,7 +29,7 @@ from fxzip.errors import CalibrationError
 from fxzip.graphs import is_relu
 from fxzip.passes.refit.lockstep import Batch, LockStep, Stream
 from fxzip.passes.refit.pairs import Pair
-from fxzip.passes.refit.regression import Regression, Residuals
+from fxzip.passes.refit.regression import SLIGHT, Regression, Residuals, noise_of
 from fxzip.passes.refit.units import Unit
 
 STEPS = (2.0, 1.0, 0.5, 0.25)
@@ -57,6 +57,7 @@ class Fit:
         sizes: How many of the d inputs each layer has.
         weights: (groups, o, d).
         bias: (groups, o).
+        told: The outputs that the inputs say something about (groups, o); None until they were looked at.
     """
 
     unit: Unit
@@ -65,6 +66,7 @@ class Fit:
     sizes: list[int]
     weights: Tensor
     bias: Tensor
+    told: Tensor | None = None
 
 
 class Fitter:
@@ -109,6 +111,7 @@ class Fitter:
             here = self._draw(unit, batch.env[0][unit.root.name])
             found.inputs.add(_columns(unit, batch, here))
             steps = steps if here is None or self._one_sided(unit) else 2
+        found.told = self._told(found)
         for _ in range(steps):
             self._solve(found, self._linear)
         for _ in range(ONE_SIDED if self._one_sided(unit) else 0):
@@ -133,6 +136,15 @@ class Fitter:
             left = contraction.rows(self._linear(first, unit, self._run(first, unit)))
             self._write(found, prior, left.mean(2, dtype=torch.float64))
         return found
+
+    def _told(self, fit: Fit) -> Tensor:
+        """The outputs (groups, o) in which the inputs are seen: they change by more than rounding while W₀ stands."""
+        first, power, count = fit.unit.layers[0].contraction, torch.zeros((), dtype=torch.float64), 0
+        for batch in self.lock.seen:
+            wanted = _precise(self._wanted(batch, fit.unit))
+            power = power + first.total_output(wanted.square()).double()
+            count += first.samples(wanted)
+        return fit.inputs.spread(fit.prior) > noise_of(wanted.dtype) ** 2 * power / count
 
     def _left(self, batch: Batch, unit: Unit, has: Tensor) -> Tensor:
         """What is left to explain of a unit's value; none where a ReLU makes 0 of it, as it should."""
@@ -177,7 +189,7 @@ class Fitter:
             if changed and number % PROBED == 0:
                 some.append((batch, has, here))
         try:
-            step = fit.inputs.step(residuals, self.ridge, fit.prior - fit.weights)
+            step = fit.inputs.step(residuals, self.ridge, fit.prior - fit.weights, fit.told)
         except ArithmeticError as error:
             raise CalibrationError(f"refit at {fit.unit.root.name}: {error}") from error
         self._move(fit, step, lambda: self._best_length(fit.unit, some) if changed else 1.0)
@@ -211,23 +223,25 @@ class Fitter:
         found = self._gradients(pair, inner)
         if found is None:
             return False
-        starts, residuals, curvature = found
-        step = _curved(inner.inputs.step(residuals, self.ridge), curvature)
+        starts, residuals, curvature, least = found
+        step = _curved(inner.inputs.step(residuals, self.ridge, told=inner.told), curvature, least)
         length = self._move(inner, step, lambda: self._length(pair, starts))
         if length:
             for batch in self.lock.seen:
                 self._forward(pair, batch, self._run(batch, pair.inner), batch.env[-1])
         return length > 0
 
-    def _gradients(self, pair: Pair, inner: Fit) -> tuple[list[tuple[Batch, Tensor]], Residuals, Tensor] | None:
+    def _gradients(self, pair: Pair, inner: Fit) -> tuple[list[tuple[Batch, Tensor]], Residuals, Tensor, float] | None:
         """Add up the gradients of the outer error by the inner value.
 
         Returns:
-            The inner value of some batches, the gradients, and the mean of JᵀJ over positions (groups, o, o), by
-            random probes; None where no gradient comes through.
+            The inner value of some batches, the gradients, the mean of JᵀJ over positions (groups, o, o) by random
+            probes, and what it would be if the inner value made hardly anything (`SLIGHT`) of the outer one; None where
+            no gradient comes through.
         """
         contraction, residuals, starts = pair.inner.layers[0].contraction, Residuals(), []
         curvature, probes = torch.zeros((), dtype=torch.float64), 0
+        sizes = torch.zeros(2, dtype=torch.float64)
         for number, batch in enumerate(self.lock.seen):
             start = self._run(batch, pair.inner)
             with torch.enable_grad():
@@ -237,6 +251,7 @@ class Fitter:
             gradient = _pulled_back(has, value, left)
             if gradient is None:
                 return None
+            sizes += torch.stack([_power(self._wanted(batch, pair.outer)), _power(start)]).cpu()
             _add(residuals, pair.inner, batch, gradient)
             if number % PROBED == 0:
                 starts.append((batch, start))
@@ -246,7 +261,8 @@ class Fitter:
                 rows = _precise(contraction.rows(probed, self._draw(pair.inner, probed)))
                 curvature = curvature + (rows @ rows.mT).double()
                 probes += rows.shape[2]
-        return starts, residuals, curvature / probes
+        least = float(SLIGHT**2 * sizes[0] / sizes[1].clamp(min=1e-300))
+        return starts, residuals, curvature / probes, least
 
     def _length(self, pair: Pair, starts: Sequence[tuple[Batch, Tensor]]) -> float:
         """The length of an inner step that leaves the least outer error; 0 where none is better."""
@@ -283,12 +299,12 @@ class Fitter:
 
     def _draw(self, unit: Unit, value: Tensor) -> Tensor | None:
         """Samples of a batch for a Gram matrix, drawn at random; None for all, where they are not too many."""
-        share = -(-max(GRAM_LEAST, GRAM_SAMPLES * _width(unit)) // self.lock.active)
+        share = -(-max(GRAM_LEAST, GRAM_SAMPLES * width(unit)) // self.lock.active)
         count = unit.layers[0].contraction.samples(value)
         return None if count <= share else torch.randperm(count, generator=self.generator)[:share].to(value.device)
 
 
-def _width(unit: Unit) -> int:
+def width(unit: Unit) -> int:
     """How many inputs a unit has, in each group."""
     return sum(math.prod(layer.contraction.split[a] for a in layer.contraction.inputs) for layer in unit.layers)
 
@@ -300,12 +316,21 @@ def _pulled_back(has: Tensor, value: Tensor, by: Tensor) -> Tensor | None:
     return torch.autograd.grad(has, value, by, retain_graph=True, allow_unused=True)[0]
 
 
-def _curved(step: tuple[Tensor, Tensor], curvature: Tensor) -> tuple[Tensor, Tensor]:
-    """A step of weights (groups, o, d) and bias (groups, o), by the inverse of a curvature (groups, o, o)."""
+def _curved(step: tuple[Tensor, Tensor], curvature: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor]:
+    """A step of weights (groups, o, d) and bias (groups, o), by the inverse of a curvature (groups, o, o).
+
+    ``least`` is what is added of the curvature's mean eigenvalue at the least: where gates are saturated, there is next
+    to no curvature, and steps by its inverse would be of any length.
+    """
     mean = curvature.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    damped = curvature + (DAMPING * mean + 1e-30) * torch.eye(curvature.shape[1]).to(curvature)
+    damped = curvature + ((DAMPING * mean).clamp(min=least) + 1e-30) * torch.eye(curvature.shape[1]).to(curvature)
     both = torch.linalg.solve(damped, torch.cat([step[0], step[1][:, :, None]], 2))
     return both[:, :, :-1], both[:, :, -1]
+
+
+def _power(tensor: Tensor) -> Tensor:
+    """The sum of squares, a float64 scalar."""
+    return _precise(tensor).flatten().square().sum(dtype=torch.float64)
 
 
 def _add(residuals: Residuals, unit: Unit, batch: Batch, left: Tensor) -> None:

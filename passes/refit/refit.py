@@ -16,7 +16,8 @@ values. No labels are used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,10 +25,10 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxzip.data.loops import batches, counted, device_of
-from fxzip.errors import CalibrationError
+from fxzip.errors import CalibrationError, FewImagesWarning
 from fxzip.graphs import bind_inputs, drop_dead_code, drop_unused
 from fxzip.passes.cut.plan import MergePlan
-from fxzip.passes.refit.fitting import Fit, Fitter, Target
+from fxzip.passes.refit.fitting import Fit, Fitter, Target, width
 from fxzip.passes.refit.lockstep import LockStep, Step, Stream
 from fxzip.passes.refit.norms import Norm, find_norm
 from fxzip.passes.refit.pairs import Pair, find_pairs
@@ -58,7 +59,7 @@ def refit(
     inputs = _read(loader, parts, options)
     trunk = _trunk_refitter(parts, plan, inputs, options)
     trunk.run(progress, "refitting the trunk")
-    solved = trunk.solved
+    solved, few = trunk.solved, trunk.few
     names = [plan.name(i) for i in plan.crossing]
     for model, head in enumerate(parts.heads):
         own = [plan.name(i, model) for i in plan.crossing]
@@ -72,6 +73,9 @@ def refit(
         run = _Refitter(pair, feeds, lambda _, values: values[0], once, set())
         run.run(progress, f"refitting head {model}")
         solved += run.solved
+        few |= run.few
+    if few:
+        _warn_of_few(sum(batch.images for batch in trunk.lock.batches), few)
     return solved
 
 
@@ -86,6 +90,19 @@ def _trunk_refitter(parts: Split, plan: MergePlan, inputs: Sequence[Any], option
     feeds = [[{node.name: value for node, value in values.items()}] * len(streams) for values in bound]
     before = [n for n in plan.alignment.modules[0].graph.nodes if plan.places(0).get(n.name, plan.begin) < plan.begin]
     return _Refitter(streams, feeds, Targets(plan), options, {plan.name(i) for i in plan.crossing}, before)
+
+
+def _warn_of_few(images: int, few: Mapping[str, tuple[int, int]]) -> None:
+    """Say for which layers there were too few images, those that lack most first."""
+    worst = sorted(few.items(), key=lambda item: item[1][0] / item[1][1])
+    shown = [f"{name} ({samples:,} samples for {inputs:,} inputs)" for name, (samples, inputs) in worst]
+    rest = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+    warnings.warn(
+        f"{images} image{'s are' if images != 1 else ' is'} not enough for {', '.join(shown[:3])}{rest}: "
+        "what they leave open stays as it was before the fit; give more images",
+        FewImagesWarning,
+        stacklevel=2,
+    )
 
 
 def _read(loader: Iterable[Any], parts: Split, options: RefitOptions) -> list[Any]:
@@ -113,6 +130,7 @@ class _Refitter:
         target: What a node of it should give, from the parents' values.
         before: The parents' nodes, by the first one's, that come before what is merged.
         solved: How many layers were solved for.
+        few: The layers with fewer samples than inputs, and how many of both.
     """
 
     def __init__(
@@ -126,6 +144,7 @@ class _Refitter:
     ) -> None:
         self.merged, self.target, self.options = streams[-1].module, target, options
         self.solved = 0
+        self.few: dict[str, tuple[int, int]] = {}
         self.before = before
         self.units = [unit for unit in find_units(self.merged) if STEM not in unit.root.meta]
         self.inner: dict[Unit, list[Pair]] = {}
@@ -185,6 +204,10 @@ class _Refitter:
     def _solve_unit(self, unit: Unit) -> None:
         inner = {pair: self.fits.pop(pair.inner) for pair in self.inner.get(unit, ())}
         found = self.fitter.solve(unit, inner, self.options.rounds)
+        count = unit.layers[0].contraction.samples
+        samples = sum(count(batch.env[0][unit.root.name]) for batch in self.lock.seen)
+        if samples < width(unit):
+            self.few[unit.layers[0].weight.removesuffix(".weight")] = samples, width(unit)
         if any(unit is pair.inner for pairs in self.inner.values() for pair in pairs):
             self.fits[unit] = found
         self.solved += len(unit.layers)

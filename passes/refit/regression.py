@@ -11,7 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fxzip.moments import ROUNDINGS
+
 _SLICE = 2**24  # elements of the inputs that are shifted and multiplied at once
+SLIGHT = 1e-3
+"""What varies by less power than this share of its whole power counts for λ as if it varied by so much."""
 
 
 class Residuals:
@@ -59,7 +63,7 @@ class Regression:
     def add(self, x: Tensor) -> None:
         """Add samples of the inputs (groups, d, samples)."""
         if self._shift is None:
-            self._shift = x.mean(2, keepdim=True)
+            self._shift = x.mean(2, keepdim=True) if self.intercept else x.new_zeros(*x.shape[:2], 1)
         for part in x.split(max(1, _SLICE // (x.shape[0] * x.shape[1])), 2):
             shifted = part - self._shift if self.intercept else part
             sums = _gram(shifted).double(), shifted.sum(2).double()
@@ -67,13 +71,16 @@ class Regression:
         self.count += x.shape[2]
         self._factor = None
 
-    def step(self, residuals: Residuals, ridge: float, back: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(
+        self, residuals: Residuals, ridge: float, back: Tensor | None = None, told: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What to add to the weights and the bias, float64.
 
         Args:
             residuals: What these leave to explain.
             ridge: λ as a share of the mean of the inputs' sums of squares.
             back: From the weights to what they are where the samples say nothing, W₀ - W (groups, o, d).
+            told: The outputs whose weights may change (groups, o); None: all.
 
         Returns:
             Changes of the weights (groups, o, d) and of the biases (groups, o).
@@ -87,20 +94,35 @@ class Regression:
         products = products * (self.count / residuals.count)
         factor, damping = self._factored(ridge)
         if back is not None:
-            products = products + damping * back
+            products = products + damping[:, None, :] * back
         weights = torch.cholesky_solve(products.mT, factor).mT
+        if told is not None:
+            weights = weights * told[:, :, None]
         if not self.intercept:
             return weights, torch.zeros_like(mean_left)
         return weights, mean_left - (weights @ residuals.inputs[:, :, None])[..., 0] / residuals.count
 
+    def spread(self, weights: Tensor) -> Tensor:
+        """How much weights (groups, o, d) make of the inputs' variation: the variance of each output (groups, o)."""
+        gram, _ = self._centred()
+        return ((weights @ gram) * weights).sum(2).clamp_min(0) / self.count
+
+    def _centred(self) -> tuple[Tensor, Tensor]:
+        """The inputs' Gram matrix about their means (groups, d, d), and their sums of squares about 0 (groups, d)."""
+        assert self._sums is not None
+        assert self._shift is not None
+        gram, total = self._sums
+        mean = self._shift[:, :, 0].double() + total / self.count
+        if self.intercept:
+            gram = torch.baddbmm(gram, total[:, :, None], total[:, None, :], alpha=-1 / self.count)
+            return gram, gram.diagonal(dim1=1, dim2=2).clamp_min(0) + self.count * mean.square()
+        return gram, gram.diagonal(dim1=1, dim2=2)
+
     def _factored(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """The Cholesky factor of the Gram matrix + λ, and λ (groups, 1, 1)."""
+        """The Cholesky factor of the Gram matrix + λ, and λ for each input (groups, d)."""
         if self._factor is None:
-            assert self._sums is not None
-            gram, total = self._sums
-            if self.intercept:
-                gram = torch.baddbmm(gram, total[:, :, None], total[:, None, :], alpha=-1 / self.count)
-            self._factor = _factored(gram, ridge)
+            assert self._shift is not None
+            self._factor = _factored(*self._centred(), ridge, noise_of(self._shift.dtype))
         return self._factor
 
 
@@ -118,16 +140,35 @@ def _gram(x: Tensor) -> Tensor:
     return gram
 
 
-def _factored(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor of ``gram + λ``, with more λ where rounding leaves the matrix indefinite, and λ."""
-    scale = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    damping = ridge * scale + 1e-9 * scale + torch.finfo(gram.dtype).tiny ** 0.5
+def noise_of(dtype: torch.dtype) -> float:
+    """The share of a sum of products that may be nothing but rounding."""
+    return ROUNDINGS * torch.finfo(dtype).eps
+
+
+def _factored(gram: Tensor, power: Tensor, ridge: float, noise: float) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of ``gram + λ``, with more λ where rounding leaves the matrix indefinite, and λ.
+
+    λ is ``ridge`` times the mean of the inputs' sums of squares about their means. Inputs that hardly vary have next to
+    none, and dividing by that would make weights of any size out of rounding. So they count as if they varied by
+    `SLIGHT`; and as products cancel to no less than ``noise`` of an input's power, its λ is no less, either.
+
+    Args:
+        gram: About the means (groups, d, d).
+        power: Sums of squares about 0 (groups, d).
+        ridge: λ as a share.
+        noise: A share of the power that is rounding.
+    """
+    own = gram.diagonal(dim1=1, dim2=2)
+    scale = own.mean(1, keepdim=True).clamp_min(0)
+    whole = power.mean(1, keepdim=True)
+    damping = ridge * torch.maximum(scale, SLIGHT * whole) + 1e-9 * scale + torch.finfo(gram.dtype).tiny ** 0.5
+    damping = torch.maximum(damping, noise * power)
     damped = gram.clone()
     for _ in range(6):
-        damped.diagonal(dim1=1, dim2=2).copy_(gram.diagonal(dim1=1, dim2=2) + damping)
+        damped.diagonal(dim1=1, dim2=2).copy_(own + damping)
         factor, info = torch.linalg.cholesky_ex(damped)
         if not bool(info.any()):
-            return factor, damping[:, :, None]
+            return factor, damping
         damping = damping * 10 + 1e-8 * scale
     raise ArithmeticError("the Gram matrix is not finite")
 
@@ -144,7 +185,7 @@ def scale_and_shift(
         intercept: Whether there is a b; else it is 0.
 
     Returns:
-        a and b; a = 1 where x is constant.
+        a and b; a = 1 where x varies by no more than a thousandth of its size.
     """
 
     def mean(of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -156,6 +197,6 @@ def scale_and_shift(
     mean_x, mean_t = (mean(lambda x, _: x), mean(lambda _, t: t)) if intercept else (zero, zero)
     power = mean(lambda x, _: (x - mean_x[..., None]).square())
     product = mean(lambda x, t: (x - mean_x[..., None]) * (t - mean_t[..., None]))
-    flat = power <= 1e-12 * power.max().clamp(min=1e-30)
+    flat = power <= (SLIGHT**2 * (power + mean_x.square())).clamp_min(1e-12 * power.max().clamp(min=1e-30))
     slope = torch.where(flat, torch.ones_like(power), product / power.clamp(min=1e-30))
     return slope, (mean_t - slope * mean_x) if intercept else torch.zeros_like(slope)

@@ -13,6 +13,7 @@ from fxzip.errors import TraceError
 from fxzip.graphs import attribute, placeholders
 from fxzip.passes.trace.clean import rebuild
 from fxzip.passes.trace.record import bound_arguments
+from fxzip.surroundings import unheard
 
 
 def export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
@@ -33,7 +34,8 @@ def export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
 
     named = bound_arguments(model, args, kwargs)
     shapes = pytree.tree_map(dynamic, named)
-    exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    with unheard():
+        exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     return _plain_signature(exported.module(check_guards=False), named)
 
 

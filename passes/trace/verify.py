@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzip.data.batches import Inputs, with_batch_size
+from fxzip.data.checks import integer_hint
 from fxzip.errors import TraceError
 from fxzip.passes.trace.copies import eval_copy
 
@@ -33,6 +34,7 @@ class Reference:
             raise TraceError(
                 f"{type(model).__name__} itself fails on the example input {_describe(inputs)}, "
                 f"resized to batches of {SIZES[0]} and {SIZES[1]}: {type(error).__name__}: {error}"
+                f"{integer_hint(inputs)}"
             ) from error
 
     def check(self, graph_module: fx.GraphModule, unused: tuple[str, ...]) -> None:

@@ -229,7 +229,7 @@ def test_broken_image_is_skipped_with_a_count_or_an_error(place: Path, tmp_path:
     os.symlink(place / "IMAGES" / "dogs", tmp_path / "dogs")
     (tmp_path / "birds").mkdir()
     (tmp_path / "birds" / "b.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    arguments = zip_arguments(place, tmp_path / "out", "--data", tmp_path)
+    arguments = zip_arguments(place, tmp_path / "out", "--data", tmp_path, "--no-refit")
     assert "birds/b.png cannot be read" in one_line(run(*arguments, "--strict"))
     assert not (tmp_path / "out").exists()
     done = run(*arguments)
@@ -280,13 +280,13 @@ def test_interrupt_leaves_nothing_half_written(
 
 STOPPED = """
 import signal, sys, time
-from fxzip import cli, prepared
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with it ignored
+from fxzip import __main__, prepared
 def wait(self, *_, **__):
     print("observing", flush=True)
     time.sleep(60)
 prepared.Prepared.observe = wait
-cli.main()
+__main__.main()
 """
 
 

@@ -198,7 +198,6 @@ def test_layers_not_reached_are_left_alone(loader: list[Any]) -> None:
     [
         (torch.ones(2, 4, 7, 7), r"batch 2 of float32\[2, 4, 7, 7\] does not fit.*3 channels"),
         (torch.full((2, 3, 7, 7), float("nan")), "'trunk.1' are not finite"),
-        (torch.ones(1, 3, 7, 7), "more than 1 value per channel"),
         ("text", "batch 2: "),
     ],
 )
@@ -213,3 +212,16 @@ def test_failure_changes_nothing(loader: list[Any], last: Any, message: str) -> 
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     with pytest.raises(CalibrationError, match="no batches"):
         recalibrate(module, [], progress=False)
+
+
+def test_what_does_not_vary_keeps_its_variance() -> None:
+    for dtype in (torch.float32, torch.float64):
+        norm = nn.BatchNorm2d(2).to(dtype).eval()
+        x = torch.randn(4, 2, 3, 3, dtype=dtype)
+        x[:, 1] = 0.3
+        assert recalibrate(norm, [x], progress=False) == 1
+        torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)))
+        torch.testing.assert_close(norm.running_var[0], x[:, 0].var())
+        assert norm.running_var[1] == 1
+        assert recalibrate(norm, [x[:1, :, :1, :1]], progress=False) == 0  # one value has no variance
+        assert norm.running_var[1] == 1
