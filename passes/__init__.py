@@ -6,13 +6,14 @@
 | `canonicalise`      | a GraphModule                  | the same, computed weights folded    | the GraphModule |
 | `align`             | the models' GraphModules       | `Alignment`: the nodes they share    | nothing         |
 | `analyse`           | a GraphModule, example inputs  | `ChannelSpec`: the channel spaces    | nothing         |
-| `cut`               | alignment, spec                | `Cuts`: the places for a cut; costs  | nothing         |
+| `cut`               | alignment, spec                | `Cuts`, costs; a `MergePlan`         | nothing         |
 | `points`            | a GraphModule, spec            | the merge points of each space       | nothing         |
 | `observe`           | alignment, points, loader      | `Moments` of each space              | nothing         |
 | `match`             | spec, moments                  | a `MergeMap` for each space          | nothing         |
 | `match_weights`     | spec, weights                  | a `MergeMap` for each space          | nothing         |
-| `split`             | alignment, spec, maps, places  | `Split`: trunk and heads             | nothing         |
-| `refit`             | trunk and heads, loader        | how many layers were solved          | trunk and heads |
+| `split`             | a `MergePlan`                  | `Split`: trunk and heads             | nothing         |
+| `verify`            | a `MergePlan`                  | how far a self-merge by it is off    | nothing         |
+| `refit`             | trunk, heads, plan, loader     | how many layers were solved          | trunk and heads |
 | `recalibrate`       | a network, loader              | how many BatchNorms were reset       | the network     |
 | `reuse`             | a GraphModule                  | nothing                              | the GraphModule |
 | `permute`           | spec, a model                  | a copy with channels in other orders | nothing         |

@@ -12,7 +12,8 @@ from fxzip.channels import MergePoint
 from fxzip.data.loops import describe, evaluating, feed
 from fxzip.errors import CalibrationError
 from fxzip.graphs import drop_dead_code, nodes_by_name, placeholders, writes_in_place
-from fxzip.moments import Moments, Observer
+from fxzip.moments import Moments
+from fxzip.observer import Observer
 from fxzip.passes.align import Alignment
 from fxzip.passes.reuse import reuse_memory
 

@@ -44,7 +44,7 @@ def evaluate(
     """
     import fxzip
     from fxzip.accuracy import measure, table
-    from fxzip.data.images import find_images
+    from fxzip.data.groups import find_images
 
     if json_path is not None:
         shared.check_writable(json_path.absolute().parent)

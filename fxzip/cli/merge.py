@@ -77,7 +77,8 @@ class _Merge:
     def run(self) -> None:
         """Check, load, merge, save."""
         import fxzip
-        from fxzip.data.images import ImageLoader, find_images
+        from fxzip.data.groups import find_images
+        from fxzip.data.images import ImageLoader
         from fxzip.zoo import data_config, transform
 
         given = self.given

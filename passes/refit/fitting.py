@@ -17,7 +17,6 @@ have changed a little since its Gram matrix was taken, so the step's length is f
 
 from __future__ import annotations
 
-import math
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,18 +29,15 @@ from fxzip.graphs import is_relu
 from fxzip.passes.refit.lockstep import Batch, LockStep, Stream
 from fxzip.passes.refit.pairs import Pair
 from fxzip.passes.refit.regression import SLIGHT, Regression, Residuals, noise_of
+from fxzip.passes.refit.sums import add_residuals, columns, curved, gram_samples, power, precise, pulled_back
 from fxzip.passes.refit.units import Unit
 
 STEPS = (2.0, 1.0, 0.5, 0.25)
 """Lengths that are tried of a Gauss-Newton step: the curvature leaves out what lies between positions."""
-DAMPING = 0.1
-"""Of the curvature, as a share of its mean eigenvalue."""
 ONE_SIDED = 2
 """How often the targets of a one-sided fit are set again."""
 PROBED = 4
 """Lengths of steps are found on one batch of so many."""
-GRAM_SAMPLES, GRAM_LEAST = 28, 2**15
-"""Samples in a Gram matrix, for each input and at the least: residuals are of all, so it need only be near."""
 
 Target = Callable[[str, Sequence[Tensor]], Tensor]
 
@@ -109,7 +105,7 @@ class Fitter:
         found, steps = self._started(unit), 1
         for batch in self.lock.seen:
             here = self._draw(unit, batch.env[0][unit.root.name])
-            found.inputs.add(_columns(unit, batch, here))
+            found.inputs.add(columns(unit, batch, here))
             steps = steps if here is None or self._one_sided(unit) else 2
         found.told = self._told(found)
         for _ in range(steps):
@@ -141,7 +137,7 @@ class Fitter:
         """The outputs (groups, o) in which the inputs are seen: they change by more than rounding while W₀ stands."""
         first, power, count = fit.unit.layers[0].contraction, torch.zeros((), dtype=torch.float64), 0
         for batch in self.lock.seen:
-            wanted = _precise(self._wanted(batch, fit.unit))
+            wanted = precise(self._wanted(batch, fit.unit))
             power = power + first.total_output(wanted.square()).double()
             count += first.samples(wanted)
         return fit.inputs.spread(fit.prior) > noise_of(wanted.dtype) ** 2 * power / count
@@ -185,7 +181,7 @@ class Fitter:
         for number, batch in enumerate(self.lock.seen):
             has = batch.env[-1][fit.unit.root.name] if changed else self._run(batch, fit.unit)
             here = left(batch, fit.unit, has)
-            _add(residuals, fit.unit, batch, here)
+            add_residuals(residuals, fit.unit, batch, here)
             if changed and number % PROBED == 0:
                 some.append((batch, has, here))
         try:
@@ -224,7 +220,7 @@ class Fitter:
         if found is None:
             return False
         starts, residuals, curvature, least = found
-        step = _curved(inner.inputs.step(residuals, self.ridge, told=inner.told), curvature, least)
+        step = curved(inner.inputs.step(residuals, self.ridge, told=inner.told), curvature, least)
         length = self._move(inner, step, lambda: self._length(pair, starts))
         if length:
             for batch in self.lock.seen:
@@ -248,17 +244,17 @@ class Fitter:
                 value = start.detach().requires_grad_()
                 has = self._forward(pair, batch, value)
             left = self._left(batch, pair.outer, has.detach())
-            gradient = _pulled_back(has, value, left)
+            gradient = pulled_back(has, value, left)
             if gradient is None:
                 return None
-            sizes += torch.stack([_power(self._wanted(batch, pair.outer)), _power(start)]).cpu()
-            _add(residuals, pair.inner, batch, gradient)
+            sizes += torch.stack([power(self._wanted(batch, pair.outer)), power(start)]).cpu()
+            add_residuals(residuals, pair.inner, batch, gradient)
             if number % PROBED == 0:
                 starts.append((batch, start))
                 probe = torch.randint(2, has.shape, generator=self.generator).to(left) * 2 - 1
-                probed = _pulled_back(has, value, probe * (left != 0))
+                probed = pulled_back(has, value, probe * (left != 0))
                 assert probed is not None
-                rows = _precise(contraction.rows(probed, self._draw(pair.inner, probed)))
+                rows = precise(contraction.rows(probed, self._draw(pair.inner, probed)))
                 curvature = curvature + (rows @ rows.mT).double()
                 probes += rows.shape[2]
         least = float(SLIGHT**2 * sizes[0] / sizes[1].clamp(min=1e-300))
@@ -299,55 +295,6 @@ class Fitter:
 
     def _draw(self, unit: Unit, value: Tensor) -> Tensor | None:
         """Samples of a batch for a Gram matrix, drawn at random; None for all, where they are not too many."""
-        share = -(-max(GRAM_LEAST, GRAM_SAMPLES * width(unit)) // self.lock.active)
+        share = -(-gram_samples(unit) // self.lock.active)
         count = unit.layers[0].contraction.samples(value)
         return None if count <= share else torch.randperm(count, generator=self.generator)[:share].to(value.device)
-
-
-def width(unit: Unit) -> int:
-    """How many inputs a unit has, in each group."""
-    return sum(math.prod(layer.contraction.split[a] for a in layer.contraction.inputs) for layer in unit.layers)
-
-
-def _pulled_back(has: Tensor, value: Tensor, by: Tensor) -> Tensor | None:
-    """Jᵀ ``by``, with J of ``has`` by ``value``; None where it does not depend on it smoothly."""
-    if not has.requires_grad:
-        return None
-    return torch.autograd.grad(has, value, by, retain_graph=True, allow_unused=True)[0]
-
-
-def _curved(step: tuple[Tensor, Tensor], curvature: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor]:
-    """A step of weights (groups, o, d) and bias (groups, o), by the inverse of a curvature (groups, o, o).
-
-    ``least`` is what is added of the curvature's mean eigenvalue at the least: where gates are saturated, there is next
-    to no curvature, and steps by its inverse would be of any length.
-    """
-    mean = curvature.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    damped = curvature + ((DAMPING * mean).clamp(min=least) + 1e-30) * torch.eye(curvature.shape[1]).to(curvature)
-    both = torch.linalg.solve(damped, torch.cat([step[0], step[1][:, :, None]], 2))
-    return both[:, :, :-1], both[:, :, -1]
-
-
-def _power(tensor: Tensor) -> Tensor:
-    """The sum of squares, a float64 scalar."""
-    return _precise(tensor).flatten().square().sum(dtype=torch.float64)
-
-
-def _add(residuals: Residuals, unit: Unit, batch: Batch, left: Tensor) -> None:
-    """Add what is left to explain of a unit's value."""
-    left, first = _precise(left), unit.layers[0].contraction
-    inputs = [(layer.contraction, _precise(batch.env[-1][layer.source.name])) for layer in unit.layers]
-    products = torch.cat([contraction.products(x, left) for contraction, x in inputs], 2)
-    totals = torch.cat([contraction.total_input(x) for contraction, x in inputs], 1)
-    residuals.add(first.samples(left), products.double(), first.total_output(left).double(), totals.double())
-
-
-def _columns(unit: Unit, batch: Batch, here: Tensor | None) -> Tensor:
-    """The inputs of a unit's layers (groups, d, samples)."""
-    parts = [layer.contraction.columns(batch.env[-1][layer.source.name], here) for layer in unit.layers]
-    return _precise(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    """Sums of products want float32 at the least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

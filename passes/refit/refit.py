@@ -28,11 +28,12 @@ from fxzip.data.loops import batches, counted, device_of
 from fxzip.errors import CalibrationError, FewImagesWarning
 from fxzip.graphs import bind_inputs, drop_dead_code, drop_unused
 from fxzip.passes.cut.plan import MergePlan
-from fxzip.passes.refit.fitting import Fit, Fitter, Target, width
+from fxzip.passes.refit.fitting import Fit, Fitter, Target
 from fxzip.passes.refit.lockstep import LockStep, Step, Stream
 from fxzip.passes.refit.norms import Norm, find_norm
 from fxzip.passes.refit.pairs import Pair, find_pairs
 from fxzip.passes.refit.slots import Uses
+from fxzip.passes.refit.sums import width
 from fxzip.passes.refit.targets import Targets
 from fxzip.passes.refit.units import Unit, find_units
 from fxzip.passes.split import Split

@@ -25,7 +25,8 @@ from typer.testing import CliRunner, Result
 
 import fxzip
 from fxzip import cli, io, prepared
-from fxzip.data.images import ImageLoader, find_images
+from fxzip.data.groups import find_images
+from fxzip.data.images import ImageLoader
 from fxzip.errors import FrozenSpaceWarning, OptionError
 from fxzip.matching import chosen_options
 from fxzip.settings import MATCHING, refit_settings

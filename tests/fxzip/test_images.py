@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import fxzip
 from fxzip.accuracy import measure, measure_one, table
-from fxzip.data.images import ImageLoader, find_images
+from fxzip.data.groups import find_images
+from fxzip.data.images import ImageLoader
 from fxzip.errors import CalibrationError
 from tests.fxzip.served import hand_made
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxzip import moments as moments_module
+from fxzip import observer as observing
 from fxzip.channels import MergePoint
 from fxzip.errors import CalibrationError
-from fxzip.moments import Moments, Observer
+from fxzip.moments import Moments
+from fxzip.observer import Observer
 
 
 def point(n: int, axes: tuple[int, ...] = (1,), start: int = 0) -> MergePoint:
@@ -59,7 +60,7 @@ def test_equals_numpy(models: int, layout: torch.memory_format, n: int) -> None:
 
 
 def test_slices_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments_module, "_SLICE", 40 * 9)  # nine samples at a time: less than an image
+    monkeypatch.setattr(observing, "_SLICE", 40 * 9)  # nine samples at a time: less than an image
     batches = draw(1)
     observer = Observer(2, point(20))
     for batch in batches:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxzip
-from fxzip.data.images import ImageLoader, find_images
+from fxzip.data.groups import find_images
+from fxzip.data.images import ImageLoader
 from fxzip.errors import CalibrationError, OptionError, TraceError
 from fxzip.passes.refit.regression import Regression, Residuals, scale_and_shift
 from tests.fxzip.served import zipped_small

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from fxzip.channels import MergePoint
 from fxzip.errors import CalibrationError
-from fxzip.moments import Moments, Observer
+from fxzip.moments import Moments
+from fxzip.observer import Observer
 from fxzip.passes.align import Alignment
 from fxzip.passes.observe import insert_observers, observe
 
