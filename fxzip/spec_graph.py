@@ -2,12 +2,11 @@
 
 Nodes are pairs of a kind and a name, since a space has the name of the layer that produces it first:
 
-| node                  | what it is                                | attributes                                           |
-| --------------------- | ----------------------------------------- | ---------------------------------------------------- |
-| ``("space", name)``   | a channel space                           | ``size``: channels                                   |
-| ``("layer", name)``   | a module that owns parameters on spaces   | ``parameters``: their names                          |
-| ``("point", name)``   | a node of the traced network that is      | ``axes``: of its output, over which the channels lie |
-|                       | observed for a space                      |                                                      |
+| node                | what it is                                     | attributes                          |
+| ------------------- | ---------------------------------------------- | ----------------------------------- |
+| ``("space", name)`` | a channel space                                | ``size``: channels                  |
+| ``("layer", name)`` | a module that owns parameters on spaces        | ``parameters``: their names         |
+| ``("point", name)`` | a traced node whose output is observed         | ``axes``: where its channels lie    |
 
 All nodes have ``kind`` and ``label`` (the name), too. A parameter of the network itself is a layer of its own name.
 
