@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import typer
 import yaml
@@ -71,23 +71,27 @@ def read_options(ctx: typer.Context, path: Path | None) -> Path | None:
     commands: Mapping[str, Any] = ctx.find_root().command.commands  # type: ignore[attr-defined]
     names = {p.name for command in commands.values() for p in command.params}
     values = read_recipe(path, names - {"recipe", "debug", "help"})
-    own = {param.name: param for param in ctx.command.params}
-    ctx.default_map = {name: _as_given(own[name], value) for name, value in values.items() if name in own}
+    kinds = get_type_hints(ctx.command.callback)
+    ctx.default_map = {name: _as_given(name, kinds[name], value) for name, value in values.items() if name in kinds}
     return path
 
 
-def _as_given(param: Any, value: Any) -> Any:
+_KINDS = ((bool, bool, "true or false"), (int, int, "a whole number"), (float, Real, "a number"))
+"""What a recipe must hold where an option is a bool, an int or a float: the type, and its name."""
+
+
+def _as_given(name: str, wanted: Any, value: Any) -> Any:
     """A value of a recipe in the form that an option takes: a mapping is a list of ``NAME=VALUE``.
 
     Raises:
         OptionError: It is of another kind than the option. (The command line would make 1 of true and of 1.5.)
     """
-    if param.name in DECLARED:
-        return DECLARED[param.name].check(param.name, as_number(value))
-    kinds = {"boolean": (bool, "true or false"), "integer": (int, "a whole number"), "float": (Real, "a number")}
-    kind, words = kinds.get(param.type.name.removesuffix(" range"), (object, ""))
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, Real)):
-        raise OptionError(f"{param.name}={value!r}: it must be {words}")
+    if name in DECLARED:
+        return DECLARED[name].check(name, as_number(value))
+    for option, kind, words in _KINDS:
+        fits = isinstance(value, kind) and (option is bool or not isinstance(value, bool))
+        if wanted in (option, option | None) and not fits:
+            raise OptionError(f"{name}={value!r}: it must be {words}")
     if isinstance(value, dict):
         return [f"{name}={yaml.safe_dump(part, default_flow_style=True).strip()}" for name, part in value.items()]
     return value

@@ -1,4 +1,3 @@
-import builtins
 import math
 import sys
 
@@ -391,16 +390,3 @@ def test_only_what_lies_above_the_diagonal_is_read(size: int) -> None:
 def test_optimal_takes_two_models_only() -> None:
     with pytest.raises(OptionError, match="two models, got 3"):
         match("optimal", np.eye(6), 3)
-
-
-def test_optimal_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = builtins.__import__
-
-    def missing(name: str, *args: object, **kwargs: object) -> object:
-        if name == "rustworkx":
-            raise ImportError(name)
-        return found(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(OptionError, match=r"pip install fxzip\[optimal\]"):
-        match("optimal", np.eye(4))
