@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fxzip.channels import ChannelSpec
-from fxzip.data.batches import model_inputs, to_device
+from fxzip.data.batches import given_inputs, model_inputs, to_device
 from fxzip.data.loaders import as_one_loader
 from fxzip.data.loops import device_of
 from fxzip.errors import AlignmentError, CalibrationError, OptionError
@@ -97,7 +97,7 @@ def prepare(*models: nn.Module, example_inputs: Any, names: Iterable[str] | None
     """
     check_models(models)
     tasks = task_names(names, len(models))
-    args, kwargs = _example(example_inputs)
+    args, kwargs = given_inputs(example_inputs)
     alignment = align([canonicalise(trace(model, args, kwargs)) for model in models])
     if not alignment.shared_parameters():
         raise AlignmentError(f"the models share no layer: {alignment.parting}")
@@ -116,16 +116,9 @@ def analyse(model: nn.Module, example_inputs: Any) -> ChannelSpec:
     Raises:
         TraceError: The model cannot be traced.
     """
-    args, kwargs = _example(example_inputs)
+    args, kwargs = given_inputs(example_inputs)
     traced = canonicalise(trace(model, args, kwargs))
     return analyse_graph(traced, *to_device(args, kwargs, device_of(traced)))
-
-
-def _example(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword inputs, of which a user may give either or one tensor."""
-    if isinstance(given, tuple | list):
-        return tuple(given), {}
-    return model_inputs(given)
 
 
 def _models_and_loader(given: tuple[Any, ...], loader: Loader | None) -> tuple[tuple[nn.Module, ...], Loader]:
