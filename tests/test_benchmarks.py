@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablations, datasets, generate, mixed
-from benchmarks.data import Split, load_digits, load_letters, load_mnist
-from benchmarks.models import Autoencoder
-from benchmarks.runs import Kept, Row, in_order, shown, side_by_side
-from benchmarks.training import augment
+from benchmarks import ablations, datasets, generate
+from benchmarks.lib import mixed
+from benchmarks.lib.data import Split, load_digits, load_letters, load_mnist
+from benchmarks.lib.merges import in_order
+from benchmarks.lib.models import Autoencoder
+from benchmarks.lib.runs import Kept, Row, side_by_side
+from benchmarks.lib.tables import shown
+from benchmarks.lib.training import augment
 from fxzip.matching import match
 
 # ---- data

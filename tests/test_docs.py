@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import tables
+from benchmarks.lib import tables
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"

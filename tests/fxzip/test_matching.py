@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.lib.reference_zip import reference_zip_merges
 from fxzip.errors import OptionError
 from fxzip.matching import MergeMap, match, matcher, methods, options, zip_merges
 from fxzip.matching.similarity import as_similarity
-from tests.fxzip.reference_zip import reference_zip_merges
 
 METHODS = ("average", "permute", "zip", "optimal")
 

@@ -74,6 +74,7 @@ def test_copies_after_a_flatten_are_samples_of_the_activation() -> None:
         return m.head(F.relu(m.a(x).flatten(1)))
 
     net = Net(flat, a=conv(3, 8), head=nn.Linear(8 * 64, 3))
+    net = randomise(net, X)
     assert points(net) == {"a": ["relu"]}
     prepared = fxzip.prepare(net, net, example_inputs=X).observe([X], progress=False)
     assert prepared.moments["a"].count == 6 * 64
