@@ -79,6 +79,8 @@ def test_own_architecture(ran: dict[str, Any]) -> None:
 
     unregister_rule(ran["torch"].ops.mine.scaled_relu.default)
     assert ran["difference"] < 1e-10
+    assert ran["error"] < 1e-4
+    assert ran["missed"] == []
     assert [space.size for space in ran["spec"].spaces] == [24]  # stem, value and gate share one
     assert min(ran["kept"].values()) > 80
     assert any("scaled_relu" in str(warning.message) for warning in ran["caught"])
