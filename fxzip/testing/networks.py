@@ -90,7 +90,7 @@ def _settle(model: nn.Module, inputs: Any) -> None:
     model.eval()
 
 
-def _centred(module: nn.Module, output: Tensor) -> Tensor:
+def _centred(module: Any, output: Tensor) -> Tensor:
     """Set a layer's bias, or its weights' signs, by its output; the output that it has then."""
     axis = 1 if isinstance(module, nn.Conv2d) else output.dim() - 1
     others = [a for a in range(output.dim()) if a != axis]
@@ -99,6 +99,6 @@ def _centred(module: nn.Module, output: Tensor) -> Tensor:
         sign = torch.where(output.mean(others) < 0, -1.0, 1.0).to(output)
         module.weight.mul_(sign.reshape([-1] + [1] * (module.weight.dim() - 1)))
         return output * sign.reshape(shape)
-    shift = (0.2 + module.bias) * output.std(others) - output.mean(others)
+    shift: Tensor = (0.2 + module.bias) * output.std(others) - output.mean(others)
     module.bias.add_(shift)
     return output + shift.reshape(shape)

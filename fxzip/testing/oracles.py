@@ -139,7 +139,8 @@ def self_zip_errors(
         if empty:  # the last: it needs no map, and twice the memory for weights
             prepared.moments.clear()
         for method in methods[:1] if empty else methods:
-            options = {"beta": 0.0} if method == "zip" else {}  # no merges within a network: that would not be exact
+            # no merges within a network, which would not be exact
+            options: dict[str, Any] = {"beta": 0.0} if method == "zip" else {}
             merged = prepared.convert(
                 cut=cut, method=method, refit=False, reset_batch_norm=False, progress=False, **options
             )
