@@ -16,15 +16,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from typing import Literal
 
-import torch
 from rich.console import Console
 from torch import nn
 
 import fxzip
-from benchmarks.cifar import accuracies
-from benchmarks.data import Split, load_cifar10
-from benchmarks.pairs import Setting, calibration, halves, models
-from benchmarks.runs import RESULTS, Kept, Row, command_line, facts, shown, timed_merge, write
+from benchmarks.lib.command import CommandLine
+from benchmarks.lib.data import Split, load_cifar10
+from benchmarks.lib.machine import facts
+from benchmarks.lib.merges import timed_merge
+from benchmarks.lib.pairs import Setting, accuracies, calibration, halves, models
+from benchmarks.lib.runs import RESULTS, Kept, Row, write
+from benchmarks.lib.tables import shown
 from fxzip.passes.refit import RefitOptions
 from fxzip.views.style import matched
 
@@ -175,10 +177,9 @@ def summary(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def main() -> None:
     """Run what is missing, write it, print all."""
-    options = command_line(__doc__, width=2, size=16, epochs=7, test=10000).parse_args()
-    torch.set_num_threads(options.threads)
+    options = CommandLine(__doc__).training().numbers(width=2, size=16, epochs=7, test=10000, threads=1).read()
     setting = Setting(options.width, options.size, options.epochs, options.bf16)
-    about = facts("ablations", options.threads)
+    about = facts("ablations", options.threads, "fxzip")
     about["setting"] = f"ResNet-20 {setting.key}, pair {PAIR}, {options.test} test images"
     keys = [field.name for field in fields(Merge)]
     kept = Kept(RESULTS / f"ablations_{setting.key}_t{options.test}.json", about, keys)

@@ -12,18 +12,11 @@ benchmarks/results/analyse.json.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 
-RESULTS = Path(__file__).parent / "results" / "analyse.json"
+from benchmarks.lib.command import CommandLine
+from benchmarks.lib.machine import Bounds, facts, in_fresh_process, timed
+from benchmarks.lib.runs import Row, write
+from benchmarks.lib.tables import printed
+
 MODELS = (
     "resnet18", "resnet50", "densenet121", "mobilenetv3_large_100", "efficientnet_b0", "convnext_atto",
     "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "maxvit_pico_rw_256", "coatnet_0_rw_224",
@@ -41,8 +38,6 @@ MODELS = (
 LARGE = ("vit_large_patch16_224", "convnext_xlarge")
 DEPTHS = (6, 12, 24, 48, 96)
 LIMIT = 60.0
-
-Row = dict[str, Any]
 
 
 def build(name: str, device: str = "cpu", **options: Any) -> tuple[nn.Module, torch.Tensor]:
@@ -56,9 +51,7 @@ def build(name: str, device: str = "cpu", **options: Any) -> tuple[nn.Module, to
 def seconds(run: Callable[[], Any]) -> tuple[float, float, Any]:
     """Wall and CPU seconds, and the result."""
     gc.collect()
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = run()
-    return time.perf_counter() - wall, time.process_time() - cpu, result
+    return timed(run)
 
 
 def warm_up() -> None:
@@ -77,6 +70,7 @@ def trace_one(model: nn.Module, x: torch.Tensor) -> fx.GraphModule:
 
 def theirs(model: nn.Module, x: torch.Tensor) -> int:
     """Torch-Pruning's graph and groups; the number of groups."""
+    warnings.simplefilter("ignore")
     import torch_pruning
 
     graph = torch_pruning.DependencyGraph().build_dependency(model, x)
@@ -109,35 +103,19 @@ def measure(name: str, repeats: int, with_theirs: bool, device: str = "cpu", **o
     return row | (medians(other, "theirs") if other else {"theirs_s": None, "theirs_cpu_s": None})
 
 
-def in_child(arguments: list[str], limit: float | None = None) -> str | None:
-    """The output of this program in a process of its own; None if that does not end in time or fails."""
-    command = [sys.executable, "-m", "benchmarks.analyse", *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=Path(__file__).parent.parent)
-    except subprocess.TimeoutExpired:
-        return None
-    if done.returncode:
-        print(done.stderr.splitlines()[-1] if done.stderr else arguments, file=sys.stderr)
-        return None
-    return done.stdout.splitlines()[-1]
+def theirs_alone(name: str) -> int:
+    return theirs(*build(name))
 
 
 def compare(name: str, repeats: int) -> Row:
-    ends = in_child(["--theirs", name], LIMIT) is not None
-    found = in_child(["--one", json.dumps({"name": name, "repeats": repeats, "with_theirs": ends})])
-    assert found is not None, f"{name} could not be analysed"
-    row: Row = json.loads(found)
-    if not ends:
-        row["theirs"] = f"failed, or did not end in {LIMIT:.0f} s"
-    return row
+    tried = in_fresh_process(theirs_alone, name, bounds=Bounds(seconds=LIMIT))
+    row = in_fresh_process(measure, name, repeats, tried.error is None).result()
+    return row if tried.error is None else row | {"theirs": f"failed, or did not end in {LIMIT:.0f} s"}
 
 
 def alone(name: str, repeats: int, **options: Any) -> Row:
-    chosen = {"name": name, "repeats": repeats, "with_theirs": False, "device": "meta", **options}
-    found = in_child(["--one", json.dumps(chosen)])
-    assert found is not None, f"{name} could not be analysed"
-    row: Row = json.loads(found)
-    return row
+    """The row of a network on the meta device."""
+    return in_fresh_process(partial(measure, **options), name, repeats, False, "meta").result()
 
 
 def growth(rows: list[Row]) -> Row:
@@ -161,31 +139,20 @@ def summary(rows: list[Row]) -> Row:
 
 
 def table(rows: list[Row], title: str) -> Table:
-    made = Table(title=title)
     columns = ("trace_s", "trace_cpu_s", "analyse_s", "analyse_cpu_s", "theirs_s", "theirs_cpu_s")
-    for column in ("model", "nodes", "spaces", *(c.replace("_s", "").replace("_", " ") for c in columns)):
-        made.add_column(column, justify="left" if column == "model" else "right")
-    for row in rows:
-        shown = ["-" if row[key] is None else f"{row[key]:.3f}" for key in columns]
-        made.add_row(row["model"], str(row["nodes"]), str(row["spaces"]), *shown)
-    return made
+    header = ("model", "nodes", "spaces", *(c.replace("_s", "").replace("_", " ") for c in columns))
+    cells = [
+        [row["model"], str(row["nodes"]), str(row["spaces"])]
+        + ["-" if row[key] is None else f"{row[key]:.3f}" for key in columns]
+        for row in rows
+    ]
+    return printed(title, header, cells)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--theirs", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.one or options.theirs:
-        warnings.simplefilter("ignore")
-        print(json.dumps(measure(**json.loads(options.one)) if options.one else theirs(*build(options.theirs))))
-        return
-    import torch_pruning
-
+    line = CommandLine(__doc__).numbers(repeats=5).results("analyse")
+    line.parser.add_argument("--models", nargs="+", default=list(MODELS), help="of timm, beside Torch-Pruning")
+    options = line.read()
     rows = [compare(name, options.repeats) for name in options.models]
     large = [alone(name, 1) for name in LARGE]
     depths = [alone("vit_tiny_patch16_224", options.repeats, depth=depth) for depth in DEPTHS]
@@ -193,12 +160,7 @@ def main() -> None:
     console.print(table(rows, "seconds: trace, analyse, and Torch-Pruning's graph and groups; one thread"))
     console.print(table(large + depths, "on the meta device: large networks, and ViTs of more and more blocks"))
     result = {
-        "command": " ".join(["python -m benchmarks.analyse", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {"timm": timm.__version__, "torch_pruning": torch_pruning.__version__},
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
+        **facts("analyse", 1, "timm", "torch_pruning"),
         "repeats": options.repeats,
         "summary": summary(rows),
         "growth": growth(depths),
@@ -207,8 +169,7 @@ def main() -> None:
         "depths": depths,
     }
     console.print(result["summary"], result["growth"])
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write(options.json, result)
 
 
 if __name__ == "__main__":

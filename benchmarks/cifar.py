@@ -15,19 +15,21 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 import fxzip
-from benchmarks.data import Split, load_cifar10
-from benchmarks.pairs import Setting, calibration, halves, models
-from benchmarks.runs import RESULTS, Kept, Row, command_line, facts, in_order, shown, side_by_side, timed_merge, write
+from benchmarks.lib.command import CommandLine
+from benchmarks.lib.data import load_cifar10
+from benchmarks.lib.machine import facts, timed
+from benchmarks.lib.merges import METHODS, in_order, timed_merge
+from benchmarks.lib.pairs import Setting, accuracies, calibration, halves, models
+from benchmarks.lib.runs import RESULTS, Kept, Row, side_by_side, write
+from benchmarks.lib.tables import shown
 
 CUTS: dict[str, dict[str, Any]] = {
     "7 of 20": {"cut": "layer2"},
@@ -36,43 +38,9 @@ CUTS: dict[str, dict[str, Any]] = {
     "8 to 19 of 20": {"start": "layer2"},
 }
 """Layers that are merged: convolutions of the main path."""
-METHODS: dict[str, dict[str, Any]] = {
-    "average": {"method": "average", "refit": False},
-    "Git Re-Basin (weights)": {"method": "weights", "refit": False},
-    "permute": {"method": "permute", "refit": False},
-    "MuDSC (dual)": {"method": "dual", "refit": False},
-    "CCA-Merge": {"method": "cca", "refit": False},
-    "ZipIt!": {"method": "zip", "refit": False, "alpha": 1e-4, "beta": 0.05},
-    "zip, α = β = 1": {"method": "zip", "refit": False},
-    "select, no refit": {"method": "select", "refit": False},
-    "average + refit": {"method": "average"},
-    "permute + refit": {"method": "permute"},
-    "select + refit": {"method": "select"},
-    "zip + refit (default)": {},
-}
 ENSEMBLE = ("none", "ensemble")
 """The cut and the method of no merge at all."""
 SCORES = ("joint", "task0", "task1", "average")
-
-
-@torch.no_grad()
-def accuracies(network: Callable[[Tensor], Any], test: Split, classes: tuple[list[int], list[int]]) -> dict[str, float]:
-    """Joint accuracy, each task's and their average, in percent."""
-    outputs = [network(images) for images in test.images.split(1000)]
-    heads = [torch.cat(parts) for parts in zip(*outputs, strict=True)]
-    place = torch.empty(10, dtype=torch.int64)
-    place[torch.tensor(classes[0] + classes[1])] = torch.arange(10)
-    labels = place[test.labels]
-    found = {"joint": percent(torch.cat(heads, 1).argmax(1) == labels)}
-    for task, logits in enumerate(heads):
-        mine = labels // 5 == task
-        found[f"task{task}"] = percent(logits.argmax(1)[mine] == labels[mine] % 5)
-    return found | {"average": (found["task0"] + found["task1"]) / 2}
-
-
-def percent(right: Tensor) -> float:
-    """The share of true values in percent."""
-    return 100 * right.double().mean().item()
 
 
 def measure_pair(setting: Setting, pair: int, options: Namespace, wanted: list[tuple[str, str]]) -> Iterator[Row]:
@@ -85,9 +53,7 @@ def measure_pair(setting: Setting, pair: int, options: Namespace, wanted: list[t
         ensemble = accuracies(lambda x: tuple(network(x) for network in networks), test, classes)
         yield {"pair": pair, "cut": ENSEMBLE[0], "method": ENSEMBLE[1], "flops": 2.0, "seconds": 0.0, **ensemble}
     prepared = fxzip.prepare(*networks, example_inputs=loader[0][:2])
-    start = time.perf_counter()
-    prepared.observe(loader, progress=False)
-    observing = time.perf_counter() - start
+    observing, _, _ = timed(lambda: prepared.observe(loader, progress=False))
     for cut, name in (which for which in wanted if which != ENSEMBLE):
         zipped, flops, seconds = timed_merge(prepared, **CUTS[cut], **METHODS[name])
         scores = accuracies(zipped, test, classes)
@@ -115,11 +81,10 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     """Run what is missing, write it, print all."""
-    parser = command_line(__doc__, width=2, size=16, epochs=7, pairs=3, images=10_000, jobs=1)
-    parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS), help="layers that are merged")
-    options = parser.parse_args()
+    line = CommandLine(__doc__).training().several("cuts", CUTS, "layers that are merged")
+    options = line.numbers(width=2, size=16, epochs=7, pairs=3, images=10_000, jobs=1, threads=1).read()
     setting = Setting(options.width, options.size, options.epochs, options.bf16)
-    about = facts("cifar", options.threads)
+    about = facts("cifar", options.threads, "fxzip")
     kept = Kept(RESULTS / f"cifar_{setting.key}_i{options.images}.json", about, keys=("pair", "cut", "method"))
     every = [ENSEMBLE, *itertools.product(options.cuts, METHODS)]
     missing = {pair: [which for which in every if (pair, *which) not in kept] for pair in range(options.pairs)}

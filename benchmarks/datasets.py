@@ -3,7 +3,7 @@
     python -m benchmarks.datasets --data ../shared/data
 
 The data sets are CIFAR-10, MNIST in three channels, scikit-learn's digits, and letters that are drawn here in any
-colours (`benchmarks.data.load_letters`). A network for each is trained from its own seed, all for about the same
+colours (`benchmarks.lib.data.load_letters`). A network for each is trained from its own seed, all for about the same
 number of steps, or read from benchmarks/checkpoints. The merges see unlabelled training images, an equal share from
 each data set. Each merge's figures go to benchmarks/results/datasets_SETTING.json as they come, so that a run can be
 taken up again; the tables that the docs show go to benchmarks/results/datasets.json.
@@ -19,12 +19,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.cifar import percent
-from benchmarks.data import Split, load_cifar10, load_digits, load_letters, load_mnist
-from benchmarks.mixed import Answer, Setting, Source, begin, learn, measure, outputs
-from benchmarks.models import resnet20
-from benchmarks.runs import RESULTS, Row, command_line, in_order, shown, write
-from benchmarks.training import augment
+from benchmarks.lib.command import CommandLine
+from benchmarks.lib.data import Split, load_cifar10, load_digits, load_letters, load_mnist
+from benchmarks.lib.merges import in_order, percent
+from benchmarks.lib.mixed import Answer, Setting, Source, begin, learn, measure, outputs
+from benchmarks.lib.models import resnet20
+from benchmarks.lib.runs import RESULTS, Row, write
+from benchmarks.lib.tables import shown
+from benchmarks.lib.training import augment
 
 SOURCES: dict[str, Callable[[Path, int], tuple[Split, Split]]] = {
     "CIFAR-10": load_cifar10,
@@ -97,7 +99,8 @@ def summary(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def main() -> None:
     """Run what is missing, write it, print all."""
-    options = command_line(__doc__, width=1, size=16, steps=1500, images=1000, test=2000).parse_args()
+    line = CommandLine(__doc__).training()
+    options = line.numbers(width=1, size=16, steps=1500, images=1000, test=2000, threads=1).read()
     setting, about, kept = begin("datasets", "ResNet-20", options)
     found = sources(setting, options.data)
     for names in groups(list(found)):

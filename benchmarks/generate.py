@@ -3,8 +3,8 @@
     python -m benchmarks.generate --data ../shared/data
 
 One learned CIFAR-10's photographs, the other letters that are drawn here in any colours
-(`benchmarks.data.load_letters`), each from its own seed. Every output is an image, so a merge must keep all of it, and
-not only which class it belongs to. Errors are of test images, whose values lie in [0, 1], and so are the outputs',
+(`benchmarks.lib.data.load_letters`), each from its own seed. Every output is an image, so a merge must keep all of it,
+and not only which class it belongs to. Errors are of test images, whose values lie in [0, 1], and so are the outputs',
 once cut off. Each merge's figures go to benchmarks/results/generate_SETTING.json as they come, so that a run can be
 taken up again; what the docs show goes to benchmarks/results/generate.json and docs/pictures/generate.png.
 """
@@ -21,12 +21,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.cifar import METHODS
-from benchmarks.data import Split, load_cifar10, load_letters
-from benchmarks.mixed import Answer, Setting, Source, answers_of, begin, learn, measure, outputs, prepare
-from benchmarks.models import Autoencoder
-from benchmarks.runs import RESULTS, Row, command_line, in_order, shown, write
-from benchmarks.training import reconstruction
+from benchmarks.lib.command import CommandLine
+from benchmarks.lib.data import Split, load_cifar10, load_letters
+from benchmarks.lib.merges import METHODS, in_order
+from benchmarks.lib.mixed import Answer, Setting, Source, answers_of, begin, learn, measure, outputs, prepare
+from benchmarks.lib.models import Autoencoder
+from benchmarks.lib.runs import RESULTS, Row, write
+from benchmarks.lib.tables import shown
+from benchmarks.lib.training import reconstruction
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -121,8 +123,8 @@ def picture(rows: Mapping[str, Sequence[Tensor]], titles: Sequence[str], scale: 
 
 def main() -> None:
     """Run what is missing, write it, draw, print all."""
-    parser = command_line(__doc__, width=16, size=32, steps=1500, images=1000, test=2000, columns=6)
-    options = parser.parse_args()
+    line = CommandLine(__doc__).training()
+    options = line.numbers(width=16, size=32, steps=1500, images=1000, test=2000, columns=6, threads=1).read()
     setting, about, kept = begin("generate", "autoencoders", options)
     found = sources(setting, options.data)
     kept.extend(measure(found, setting.images, CUTS, NAMES, error, kept))

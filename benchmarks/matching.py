@@ -8,32 +8,26 @@ Writes benchmarks/results/matching.json.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import rich
-import scipy
 import torch
 from rich.table import Table
 
+from benchmarks.lib.command import CommandLine
+from benchmarks.lib.machine import facts, timed
+from benchmarks.lib.reference_zip import reference_zip_merges
+from benchmarks.lib.runs import Row, write
+from benchmarks.lib.tables import printed
 from fxzip.matching import match, zip_merges
-from tests.fxzip.reference_zip import reference_zip_merges
 
 SIZES = (256, 512, 1024, 2048, 4096)
 REFERENCE_UP_TO = 1024
 ALPHA, BETA = 0.3, 0.125
-RESULTS = Path(__file__).parent / "results" / "matching.json"
 # Seconds of the paper's released match_tensors_zipit, as given in the project's issue 2; not measured here.
 RELEASED = {256: 0.3, 512: 3.1, 1024: 25.0, 2048: 162.0}
-
-Row = dict[str, Any]
 
 
 def similarity_of(size: int, seed: int = 0) -> np.ndarray:
@@ -47,12 +41,7 @@ def similarity_of(size: int, seed: int = 0) -> np.ndarray:
 
 def seconds(run: Callable[[], object], repeats: int) -> tuple[float, float]:
     """The least wall time and the least CPU time of some runs: a busy machine only ever adds to them."""
-    walls, cpus = [], []
-    for _ in range(repeats):
-        wall, cpu = time.perf_counter(), time.process_time()
-        run()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
+    walls, cpus = zip(*(timed(run)[:2] for _ in range(repeats)), strict=True)
     return min(walls), min(cpus)
 
 
@@ -89,34 +78,26 @@ def table(rows: list[Row], exponents: dict[str, dict[str, float | None]], repeat
     def shown(value: float | None, unit: str = "") -> str:
         return "" if value is None else f"{value:.3g}{unit}"
 
+    def cells(row: Row) -> list[str]:
+        numbers = [shown(row[name]) for name in ("zip", "zip_cpu", "reference_cpu", "gemm_cpu")]
+        ratios = [shown(row["reference_over_zip"], "x"), shown(row["zip_over_gemm"], "x")]
+        return [str(row["size"]), *numbers, *ratios, {None: "", True: "yes", False: "NO"}[row["same_merges"]]]
+
     columns = ("2n", "zip wall", "zip", "ref.", "GEMM", "ref. / zip", "zip / GEMM", "same")
     powers = ", ".join(
         f"{name} {shown(power['all'])} (largest two: {shown(power['largest_two'])})"
         for name, power in exponents.items()
     )
     title = f"zip, alpha {ALPHA}, beta {BETA}: CPU seconds on one thread, best of {repeats}"
-    made = Table(title=title, caption=f"growth, the p of (2n)^p: {powers}")
-    for column in columns:
-        made.add_column(column, justify="right")
-    for row in rows:
-        made.add_row(
-            str(row["size"]),
-            *(shown(row[name]) for name in ("zip", "zip_cpu", "reference_cpu", "gemm_cpu")),
-            shown(row["reference_over_zip"], "x"),
-            shown(row["zip_over_gemm"], "x"),
-            {None: "", True: "yes", False: "NO"}[row["same_merges"]],
-        )
+    made = printed(title, columns, [cells(row) for row in rows], left=())
+    made.caption = f"growth, the p of (2n)^p: {powers}"
     return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="run the reference at all sizes")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-
+    line = CommandLine(__doc__).numbers(repeats=5).results("matching")
+    line.parser.add_argument("--full", action="store_true", help="run the reference at all sizes")
+    options = line.read()
     rows = []
     for size in SIZES:
         rows.append(measure(size, options.full or size <= REFERENCE_UP_TO, options.repeats))
@@ -124,21 +105,14 @@ def main() -> None:
     exponents = {name: growth(rows, f"{name}_cpu") for name in ("zip", "reference", "gemm")}
     rich.print(table(rows, exponents, options.repeats))
     result = {
-        "command": " ".join(["python -m benchmarks.matching", *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            **{module.__name__: str(module.__version__) for module in (torch, np, scipy)},
-        },
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
+        **facts("matching", torch.get_num_threads(), "numpy", "scipy"),
         "repeats": options.repeats,
         "alpha": ALPHA,
         "beta": BETA,
         "growth": exponents,
         "rows": rows,
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write(options.json, result)
 
 
 if __name__ == "__main__":

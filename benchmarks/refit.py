@@ -11,36 +11,24 @@ run again.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import os
-import platform
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 import fxzip
-from benchmarks import tables
-from benchmarks.models import resnet20
+from benchmarks.lib import tables
+from benchmarks.lib.command import CommandLine
+from benchmarks.lib.machine import Stopwatch, facts, in_fresh_process, peak_bytes
+from benchmarks.lib.models import RESNETS
+from benchmarks.lib.runs import Kept
 from fxzip.passes.refit import RefitOptions
 
-RESULTS = Path(__file__).parent / "results" / "refit.json"
-
-# name: (model of some classes, image size, images, batch size)
-CASES: dict[str, tuple[Callable[[int], nn.Module], int, int, int]] = {
-    "resnet20x4": (lambda classes: resnet20(4, classes), 32, 1000, 100),
-    "resnet18": (lambda classes: torchvision.models.resnet18(num_classes=classes), 224, 512, 32),
-    "resnet50": (lambda classes: torchvision.models.resnet50(num_classes=classes), 224, 512, 32),
-}
+CASES = {"resnet20x4": (32, 1000, 100), "resnet18": (224, 512, 32), "resnet50": (224, 512, 32)}
+"""Image size, images and batch size, by the network's name."""
 
 
 class Images:
@@ -59,26 +47,9 @@ class Images:
         return torch.randn(here, 3, self.size, self.size, generator=torch.Generator().manual_seed(number))
 
 
-def peak_bytes() -> int:
-    """Peak resident bytes of this process."""
-    # not ru_maxrss: a child process starts from its parent's peak
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(peak.split()[1]) * 1024
-
-
-class Stopwatch:
-    """Seconds since it was made, by the clock and of the processor."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter(), time.process_time()
-
-    def __call__(self) -> tuple[float, float]:
-        return time.perf_counter() - self.start[0], time.process_time() - self.start[1]
-
-
 def measure_here(case: str, rounds: int) -> dict[str, Any]:
     """A row: what fxzip.zip does, in its two parts, in this process."""
-    build, size, count, batch = CASES[case]
+    build, (size, count, batch) = RESNETS[case], CASES[case]
     torch.manual_seed(0)
     models, images = (build(10).eval(), build(7).eval()), Images(count, size, batch)
     load, watch = os.getloadavg()[0], Stopwatch()
@@ -105,54 +76,17 @@ def measure_here(case: str, rounds: int) -> dict[str, Any]:
     return row
 
 
-def in_fresh_process(case: str, rounds: int, threads: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.refit", "--one", case, "--rounds", str(rounds)]
-    command += ["--threads", str(threads)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root, env=environment)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def environment(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "command": " ".join(["python -m benchmarks.refit", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {"torchvision": torchvision.__version__},
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": options.threads,
-    }
-
-
-def known_rows(path: Path, setting: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a file that was written with the same versions and threads; none if there is no such file."""
-    if not path.exists():
-        return []
-    found = json.loads(path.read_text())
-    return list(found["rows"]) if all(found[key] == setting[key] for key in ("versions", "threads")) else []
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, nargs="+", default=[RefitOptions.rounds], help="of refit: 0 is faster")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.one:
-        print(json.dumps(measure_here(options.one, options.rounds[0])))
-        return
-    setting = environment(options)
-    rows = known_rows(options.json, setting)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
+    line = CommandLine(__doc__).numbers(threads=2).several("cases", CASES).results("refit")
+    rounds_help = "of refit, 0 is faster; default: %(default)s"
+    line.parser.add_argument("--rounds", type=int, nargs="+", default=[RefitOptions.rounds], help=rounds_help)
+    options = line.read()
+    about = facts("refit", options.threads, "torchvision")
+    kept = Kept(options.json, about, keys=("models", "rounds"), same=("versions", "threads"))
     for case, rounds in itertools.product(options.cases, options.rounds):
-        if not any(row["models"] == f"{case} twice" and row["rounds"] == rounds for row in rows):
-            rows.append(in_fresh_process(case, rounds, options.threads))
-            options.json.write_text(json.dumps({**setting, "rows": rows}, indent=2) + "\n")
-    Console().print(tables.plain(rows), markup=False)
+        if (f"{case} twice", rounds) not in kept:
+            kept.extend([in_fresh_process(measure_here, case, rounds, threads=options.threads).result()])
+    Console().print(tables.plain(kept.rows), markup=False)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,13 @@ turn are reported: a busy machine slows all of them. Writes benchmarks/results/s
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
-import time
+from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
@@ -28,14 +24,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fxzip
+from benchmarks.lib.command import CommandLine
+from benchmarks.lib.machine import facts, timed
+from benchmarks.lib.runs import Row, write
+from benchmarks.lib.tables import printed
 
-RESULTS = Path(__file__).parent / "results" / "serve.json"
 MODELS = ("resnet18", "resnet50")
 BATCHES = (1, 16)
 BACKENDS = ("eager", "onnxruntime", "compile")
 MERGES = {"refit": True, "paper's rule": False}
 
-Row = dict[str, Any]
 Contenders = dict[str, Callable[[Tensor], object]]
 
 
@@ -88,24 +86,19 @@ def _session(path: Path) -> Callable[[Tensor], object]:
     return lambda x: session.run(None, {only.name: x.numpy()})
 
 
-def milliseconds(run: Callable[[Tensor], object], x: Tensor) -> float:
-    start = time.perf_counter()
-    run(x)
-    return 1000 * (time.perf_counter() - start)
-
-
 @torch.no_grad()
 def measure(contenders: Contenders, batch: int, repeats: int) -> Row:
     """Medians over turns, after two that do not count."""
     x = torch.randn(batch, 3, 224, 224)
-    turns = [{name: milliseconds(run, x) for name, run in contenders.items()} for _ in range(repeats + 2)][2:]
+    calls = {name: partial(run, x) for name, run in contenders.items()}
+    turns = [{name: 1000 * timed(call)[0] for name, call in calls.items()} for _ in range(repeats + 2)][2:]
     row: Row = {f"{name}_ms": statistics.median(turn[name] for turn in turns) for name in contenders}
     row["merged_over_both"] = statistics.median(turn["merged"] / turn["both"] for turn in turns)
     row["head_over_one"] = statistics.median(turn["head"] / turn["one"] for turn in turns)
     return row
 
 
-def rows_of(name: str, merge: str, backend: str, options: argparse.Namespace) -> list[Row]:
+def rows_of(name: str, merge: str, backend: str, options: Namespace) -> list[Row]:
     parts = networks(name, MERGES[merge])
     with tempfile.TemporaryDirectory() as folder:
         if backend == "onnxruntime":
@@ -124,27 +117,21 @@ def rows_of(name: str, merge: str, backend: str, options: argparse.Namespace) ->
 
 
 def table(rows: list[Row]) -> Table:
-    made = Table(title="milliseconds and ratios: merged / both originals, one head / one original")
     numbers = ("both_ms", "merged_ms", "merged_over_both", "one_ms", "head_ms", "head_over_one")
-    for column in ("model", "merge", "by", "batch", *(n.replace("_", " ") for n in numbers)):
-        made.add_column(column, justify="left" if column in ("model", "merge", "by") else "right")
-    for row in rows:
-        shown = [f"{row[n]:.3f}" if n.endswith(("both", "one")) else f"{row[n]:.1f}" for n in numbers if n in row]
-        made.add_row(row["model"], row["merge"], row["backend"], str(row["batch"]), *shown)
-    return made
+    cells = [
+        [row["model"], row["merge"], row["backend"], str(row["batch"])]
+        + [f"{row[n]:.3f}" if n.endswith(("both", "one")) else f"{row[n]:.1f}" for n in numbers if n in row]
+        for row in rows
+    ]
+    title = "milliseconds and ratios: merged / both originals, one head / one original"
+    return printed(title, ("model", "merge", "by", "batch", *(n.replace("_", " ") for n in numbers)), cells, (0, 1, 2))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--merges", nargs="+", choices=MERGES, default=list(MERGES))
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    line = CommandLine(__doc__).numbers(threads=1, repeats=15).results("serve")
+    line.several("models", MODELS).several("backends", BACKENDS).several("merges", MERGES)
+    line.parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), help="default: %(default)s")
+    options = line.read()
     rows = [
         row
         for backend in options.backends
@@ -153,19 +140,8 @@ def main() -> None:
         for row in rows_of(name, merge, backend, options)
     ]
     Console(width=120).print(table(rows))
-    result = {
-        "command": " ".join(["python -m benchmarks.serve", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {"torchvision": torchvision.__version__},
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "threads": options.threads,
-        "repeats": options.repeats,
-        "rows": rows,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=2) + "\n")
+    about = facts("serve", options.threads, "torchvision")
+    write(options.json, {**about, "repeats": options.repeats, "rows": rows})
 
 
 if __name__ == "__main__":

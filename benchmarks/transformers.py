@@ -12,13 +12,9 @@ unlabelled training inputs of both tasks. Writes benchmarks/results/transformers
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
-import platform
-import sys
 import sysconfig
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,10 +28,13 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
-from benchmarks.data import read_mnist
+from benchmarks.lib.command import CommandLine
+from benchmarks.lib.data import read_mnist
+from benchmarks.lib.machine import Stopwatch, facts
+from benchmarks.lib.merges import timed_merge
+from benchmarks.lib.runs import CHECKPOINTS, write
+from benchmarks.lib.tables import printed
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "transformers.json"
 CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"
 LENGTH = 48
 METHODS = ("average", "permute", "zip", "select")
@@ -181,7 +180,7 @@ def trained(setting: Setting, task: Task, seed: int, checkpoint: Path) -> nn.Mod
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=setting.steps, pct_start=0.1)
     inputs, labels = task.train
-    start = time.perf_counter()
+    watch = Stopwatch()
     for step in range(setting.steps):
         here = torch.randint(len(inputs), (setting.batch,))
         loss = F.cross_entropy(model(inputs[here]).flatten(0, -2), labels[here].flatten())
@@ -191,9 +190,7 @@ def trained(setting: Setting, task: Task, seed: int, checkpoint: Path) -> nn.Mod
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            print(
-                f"{task.name}: step {step + 1}, loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True
-            )
+            print(f"{task.name}: step {step + 1}, loss {loss.item():.3f}, {watch()[0]:.0f} s", flush=True)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), checkpoint)
     return model.eval()
@@ -221,7 +218,7 @@ def _row(
 def measure(name: str, setting: Setting, seed: int = 0) -> Iterator[dict[str, Any]]:
     """A row for the networks alone, and one for each merge."""
     models = [
-        trained(setting, task, seed + n, HERE / "checkpoints" / f"transformers_{name}_{seed + n}.pt")
+        trained(setting, task, seed + n, CHECKPOINTS / f"transformers_{name}_{seed + n}.pt")
         for n, task in enumerate(setting.tasks)
     ]
     yield _row("alone", None, [scores(m, t) for m, t in zip(models, setting.tasks, strict=True)], None, 0.0)
@@ -233,49 +230,36 @@ def measure(name: str, setting: Setting, seed: int = 0) -> Iterator[dict[str, An
     for cut in setting.cuts:
         for refit in (False, True):
             for method in METHODS:
-                start = time.perf_counter()
-                zipped = prepared.convert(cut=cut, method=method, refit=refit, progress=False)
-                seconds = time.perf_counter() - start
+                zipped, ratio, seconds = timed_merge(prepared, cut=cut, method=method, refit=refit)
                 found = [
                     scores(partial(zipped, task=key), task)
                     for key, task in zip(zipped.heads, setting.tasks, strict=True)
                 ]
-                ratio = zipped.report.flops_after / zipped.report.before[0].flops
                 yield _row(f"{method} + refit" if refit else method, cut, found, ratio, seconds)
 
 
 def table(name: str, setting: Setting, rows: list[dict[str, Any]]) -> Table:
     """The rows, to print."""
-    result = Table(title=name)
-    tasks = [task.name for task in setting.tasks]
-    for column in ("method", "cut", "FLOPs", *tasks, "average", "loss", "seconds"):
-        result.add_column(column, justify="left" if column in ("method", "cut") else "right")
+    header = ("method", "cut", "FLOPs", *(task.name for task in setting.tasks), "average", "loss", "seconds")
+    cells = []
     for row in rows:
         cost = "2.00" if row["flops"] is None else f"{row['flops']:.2f}"
         accuracy = [f"{found['accuracy']:.1f}" for found in row["tasks"]] + [f"{row['accuracy']:.1f}"]
         cut = "full" if row["cut"] is None else row["cut"]
-        result.add_row(row["method"], cut, cost, *accuracy, f"{row['loss']:.3f}", f"{row['seconds']:.1f}")
-    return result
+        cells.append([row["method"], cut, cost, *accuracy, f"{row['loss']:.3f}", f"{row['seconds']:.1f}"])
+    return printed(name, header, cells, left=(0, 1))
 
 
 def main() -> None:
     """Train what is missing, merge, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a folder with mnist.npz")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=("vit", "gpt"), default=["vit", "gpt"])
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    line = CommandLine(__doc__).data("a folder with mnist.npz").numbers(threads=1).results("transformers")
+    options = line.several("only", ("vit", "gpt")).read()
     known: dict[str, Any] = json.loads(options.json.read_text())["pairs"] if options.json.exists() else {}
     for name in options.only:
         setting = {"vit": vit, "gpt": gpt}[name](options.data)
         known[name] = list(measure(name, setting))
         Console().print(table(name, setting, known[name]))
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        command = " ".join(["python -m benchmarks.transformers", *sys.argv[1:]])
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"command": command, "versions": versions, "pairs": known}, indent=1) + "\n")
+        write(options.json, {**facts("transformers", options.threads), "pairs": known})
 
 
 if __name__ == "__main__":

@@ -8,32 +8,27 @@ values, in results/zoo_all.json and docs/zoo_all.md.
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing
-import os
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.tables import markdown
-from benchmarks.zoo_check import STEPS, check_to_file
-from benchmarks.zoo_models import all_of_timm, zoo
+from benchmarks.lib.command import CommandLine
+from benchmarks.lib.machine import Bounds, in_fresh_process
+from benchmarks.lib.runs import RESULTS, Row, write
+from benchmarks.lib.tables import ROOT, markdown
+from benchmarks.lib.zoo_check import STEPS, WITH_WEIGHTS, check_to_file
+from benchmarks.lib.zoo_models import all_of_timm, zoo
+from fxzip.testing import TOLERANCE
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "zoo.md"
 PAGE_OF_ALL = ROOT / "docs" / "zoo_all.md"
-TOLERANCE = 1e-9
 TOLERANCE_32 = 1e-5
 """Of models that compute some of it in float32, whatever they are given."""
 COVERAGE = 0.95
@@ -42,60 +37,18 @@ LESS_COVERED = {
     "timm:sequencer2d_s": "the states of its LSTMs are kept in place",
 }
 """Models that are covered by less, and why no more is possible."""
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What one model may take."""
-
-    seconds: float
-    mebibytes: int
+PRELOADED = ("benchmarks.lib.zoo_check", "timm", "torchvision")
 
 
 def run(name: str, steps: Sequence[str], bounds: Bounds) -> Row:
     """The row of one model, from a process of its own; what it found until it was stopped, if it was."""
-    # The server has imported torch and timm: a process forked from it starts at once.
-    context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:
-        out, errors = Path(folder) / "row.json", Path(folder) / "stderr"
-        process = context.Process(target=check_to_file, args=(name, steps, out, errors))
-        process.start()
-        stopped = _watch(process, bounds)
+        out = Path(folder) / "row.json"
+        ended = in_fresh_process(check_to_file, name, steps, out, bounds=bounds, preload=PRELOADED)
         row: Row = json.loads(out.read_text()) if out.exists() else {"name": name}
-        if stopped:
-            row["status"], row["error"] = "stopped", stopped
-        elif process.exitcode or row.get("status") not in ("done", "failed"):
-            row["status"] = "crashed"
-            said = errors.read_text()[-1000:] if errors.exists() else ""
-            row["error"] = f"exit status {process.exitcode}: {said}"
+    if ended.error is not None:
+        row |= {"status": "stopped" if ended.stopped else "crashed", "error": ended.error}
     return row
-
-
-def _watch(process: BaseProcess, bounds: Bounds) -> str | None:
-    """Wait for a process; kill it where it exceeds a bound, and say which."""
-    start, why = time.monotonic(), None
-    try:
-        while process.is_alive() and not why:
-            process.join(0.1)
-            if time.monotonic() - start > bounds.seconds:
-                why = f"more than {bounds.seconds:g} s"
-            elif _memory(process.pid or 0) > bounds.mebibytes:
-                why = f"more than {bounds.mebibytes} MiB"
-    finally:
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return why
-
-
-def _memory(pid: int) -> int:
-    """Resident memory of a process in MiB, 0 where it cannot be told."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
 def passes(row: Row) -> bool:
@@ -220,38 +173,46 @@ def summary(rows: Iterable[Row]) -> dict[str, Any]:
     }
 
 
+def command_line() -> CommandLine:
+    """The options."""
+    line = CommandLine(__doc__).numbers("models at a time, a thread for each", jobs=1)
+    line.numbers("bound for one model", mebibytes=12_000)
+    add = line.parser.add_argument
+    add("names", nargs="*", help="models; all of the zoo if none is named")
+    add("--all", action="store_true", help="all of timm, traced and analysed without weights")
+    add("--list", action="store_true", help="print the names of the models, and stop")
+    add("--again", action="store_true", help="also those that have a row already")
+    add("--failed", action="store_true", help="again those that do not pass")
+    add("--steps", nargs="+", choices=STEPS, help="what to do; default: all that the models have weights for")
+    add("--seconds", type=float, default=600, help="bound for one model; default: %(default)s")
+    return line
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="models; all of the zoo if none is named")
-    parser.add_argument("--all", action="store_true", help="all of timm, traced and analysed without weights")
-    parser.add_argument("--again", action="store_true", help="also those that have a row already")
-    parser.add_argument("--failed", action="store_true", help="again those that do not pass")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, help="what to do; everything without")
-    parser.add_argument("--jobs", type=int, default=1, help="models at a time, a thread for each")
-    parser.add_argument("--seconds", type=float, default=600, help="bound for one model")
-    parser.add_argument("--mebibytes", type=int, default=12_000, help="bound for one model")
-    options = parser.parse_args()
-    path = RESULTS / ("zoo_all.json" if options.all else "zoo.json")
-    rows: dict[str, Row] = {}
-    if path.exists():
-        rows = {row["name"]: row for row in json.loads(path.read_text())}
+    """Run what is missing, write the rows and the page as they come."""
+    options = command_line().read()
     names = options.names or (all_of_timm() if options.all else zoo())
+    if options.list:
+        print("\n".join(names))
+        return
+    path = RESULTS / ("zoo_all.json" if options.all else "zoo.json")
+    found = json.loads(path.read_text()) if path.exists() else []
+    rows: dict[str, Row] = {row["name"]: row for row in found}
     again = [n for n in names if options.again or n not in rows or (options.failed and not passes(rows[n]))]
-    steps = options.steps or (["fake"] if options.all else [step for step in STEPS if step != "fake"])
+    steps = options.steps or (["fake"] if options.all else WITH_WEIGHTS)
 
-    def keep(row: Row) -> None:
-        rows[row["name"]] = row
-        write()
-
-    def write() -> None:
+    def save() -> None:
         ordered = [rows[n] for n in sorted(rows)]
-        path.write_text(json.dumps(ordered, indent=1) + "\n")
+        write(path, ordered)
         page, text = (PAGE_OF_ALL, table_of_all(ordered)) if options.all else (PAGE, table(ordered))
         page.write_text(text)
 
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["benchmarks.zoo_check", "timm", "torchvision"])
+    def keep(row: Row) -> None:
+        rows[row["name"]] = row
+        save()
+
     run_all(again, steps, Bounds(options.seconds, options.mebibytes), options.jobs, keep)
-    write()
+    save()
     print(json.dumps(summary(rows.values()), indent=1))
 
 

@@ -5,123 +5,19 @@ The row is written after each step, so that what was found is not lost where a s
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import resource
-import time
-import traceback
-import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from benchmarks.zoo_models import input_shape, make, own_shape, shorten
-from fxzip.channels import ChannelSpec
-from fxzip.errors import FrozenSpaceWarning
-from fxzip.passes.analyse import analyse_graph
-from fxzip.passes.canonicalise import canonicalise
-from fxzip.passes.trace import trace
-from tests.oracles import images, mutations_missed, permutation_error, randomise, self_zip_errors
-
-STEPS = ("permute", "mutate", "merge", "fake")
-"""What is done after tracing and analysing; ``fake``: nothing, and the weights have no values."""
-
-BATCH = 8
-MUTATIONS = 10
-LARGE = 30_000_000
-"""Models of more parameters are shortened: several copies in float64 must fit into memory."""
-
-Row = dict[str, Any]
-
-
-def inputs(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """A batch of random images, or of videos whose frames are random images; float64."""
-    if len(shape) == 3:
-        return images(BATCH, shape[-1], shape[0], seed)
-    channels, frames, side, _ = shape
-    return (
-        images(4 * frames, side, channels, seed).reshape(4, frames, channels, side, side).transpose(1, 2).contiguous()
-    )
-
-
-def check(name: str, steps: Sequence[str], record: Callable[[Row], None]) -> None:
-    """Fill the row of a model: how it was traced, its spaces, and what the oracles say of it."""
-    row: Row = {"status": "running"}
-    fake = "fake" in steps
-    shape = own_shape(name) if fake else input_shape(name)
-    x = torch.zeros(2, *shape) if fake else inputs(shape)
-    made = make(name, fake=fake)
-    row["parameters"] = sum(p.numel() for p in made.parameters())
-    if not fake:
-        row["left_out"] = shorten(made, shape) if row["parameters"] > LARGE else 0
-        made = randomise(made, x)
-    row["input"] = list(shape)
-    spec = analyse(made, x, row)
-    record(row)
-    if "permute" in steps:
-        record({"permutation_error": permutation_error(made, x[:2], spec)})
-    if "mutate" in steps:
-        tried = min(MUTATIONS, sum(len(space.sites) for space in spec.spaces if space.size > 1))
-        missed = mutations_missed(spec.permute(made), x[:1], spec, most=MUTATIONS)
-        record({"mutations": tried, "caught": tried - len(missed), "missed": [repr(site) for site in missed]})
-    if "merge" in steps:
-        errors = self_zip_errors(made, x, spec)
-        record({"self_zip_error": max(errors["permute"], errors["zip"]), "ensemble_error": errors["ensemble"]})
-    record({"status": "done"})
-
-
-def analyse(model: nn.Module, x: Tensor, row: Row) -> ChannelSpec:
-    """Trace and analyse a model; what was found and how long it took goes into the row."""
-    start = time.perf_counter()
-    graph = trace(model, (x[:2],))  # not compared with a model that has no values
-    row["seconds_trace"] = time.perf_counter() - start
-    row["traced_by"], row["nodes"] = graph.meta["traced_by"], len(graph.graph.nodes)
-    kinds = {node.meta["val"].dtype for node in graph.graph.nodes if isinstance(node.meta.get("val"), Tensor)}
-    row["float32_inside"] = torch.float32 in kinds and x.dtype == torch.float64
-    start = time.perf_counter()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", FrozenSpaceWarning)
-        spec = analyse_graph(canonicalise(graph), (x[:2],), {})
-    row["seconds_analyse"] = time.perf_counter() - start
-    row["spaces"], row["coverage"] = len(spec.spaces), spec.coverage
-    row["frozen"] = [f"{space.name} ({space.size}): {space.reason}" for space in spec.frozen]
-    row["warnings"] = list(dict.fromkeys(str(w.message) for w in caught if w.category is FrozenSpaceWarning))
-    return spec
-
-
-def check_to_file(name: str, steps: Sequence[str], out: Path, errors: Path | None = None) -> None:
-    """Check a model in this process; the row goes to a file, and what is said on stderr, too."""
-    if errors is not None:
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    torch.set_num_threads(1)
-    torch.backends.mha.set_fastpath_enabled(False)  # it rounds otherwise than the operations that a graph has
-    start = time.perf_counter()
-    row: Row = {"name": name}
-
-    def record(found: Row) -> None:
-        row.update(found)
-        row["seconds"] = time.perf_counter() - start
-        row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        out.write_text(json.dumps(row))
-
-    try:
-        check(name, steps, record)
-    except Exception as error:
-        traceback.print_exc()
-        record({"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]})
+from benchmarks.lib.command import CommandLine
+from benchmarks.lib.zoo_check import STEPS, WITH_WEIGHTS, check_to_file
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name")
-    parser.add_argument("--out", type=Path, default=Path("row.json"))
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=[step for step in STEPS if step != "fake"])
-    options = parser.parse_args()
+    """Check the model, and print its row."""
+    line = CommandLine(__doc__)
+    line.parser.add_argument("name", help="such as timm:resnet18")
+    line.parser.add_argument("--out", type=Path, default=Path("row.json"), help="default: %(default)s")
+    line.parser.add_argument("--steps", nargs="+", choices=STEPS, default=WITH_WEIGHTS, help="default: all but fake")
+    options = line.read()
     check_to_file(options.name, options.steps, options.out)
     print(options.out.read_text())
 

@@ -16,7 +16,7 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS / "examples")]
 
 from run import OUTPUTS, cells, examples
 
-from benchmarks.tables import fill
+from benchmarks.lib.tables import fill
 
 
 def on_config(config: Any) -> Any:

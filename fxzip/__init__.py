@@ -67,7 +67,7 @@ _HOMES = {
     "RefitOptions": "fxzip.settings",
     "Sweep": "fxzip.sweep",
 }
-_MODULES = ("channels", "errors", "matching", "rules", "zoo")
+_MODULES = ("channels", "errors", "matching", "rules", "testing", "zoo")
 
 __all__ = [
     "AlignmentError",

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
-from tests.oracles import call, difference, randomise
+from tests.oracles import randomise
 
 
 class Net(nn.Module):
@@ -94,18 +94,6 @@ def places(prepared: fxzip.Prepared) -> dict[str, int]:
     """The place of every valid cut, by module and by node."""
     cuts = prepared.places.cuts
     return {name: at for name, at in cuts.named.items() if at in cuts.valid and at <= cuts.default}
-
-
-def self_zip_errors(model: nn.Module, x: Any, method: str = "permute", step: int = 1) -> dict[str, float]:
-    """Oracle 4 at every place (or each ``step``-th): how much either output of a self-zip is off, by cut."""
-    prepared = fxzip.prepare(model, permuted_copy(model, x), example_inputs=x).observe([x], progress=False)
-    expected = call(model, x)
-    found = {}
-    for cut in prepared.cuts[::step]:  # one name for each place
-        zipped = prepared.convert(cut=cut, method=method, refit=False, reset_batch_norm=False, progress=False)
-        outputs = call(zipped, x)
-        found[cut] = max(difference(expected, out) for out in outputs)
-    return found
 
 
 @contextmanager

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
+import re
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablations, datasets, generate, mixed
-from benchmarks.data import Split, load_digits, load_letters, load_mnist
-from benchmarks.models import Autoencoder
-from benchmarks.runs import Kept, Row, in_order, shown, side_by_side
-from benchmarks.training import augment
+from benchmarks import ablations, datasets, generate
+from benchmarks.lib import mixed
+from benchmarks.lib.data import Split, load_digits, load_letters, load_mnist
+from benchmarks.lib.machine import Bounds, in_fresh_process
+from benchmarks.lib.merges import in_order
+from benchmarks.lib.models import Autoencoder
+from benchmarks.lib.runs import BENCHMARKS, RESULTS, Kept, Row, side_by_side
+from benchmarks.lib.tables import shown
+from benchmarks.lib.training import augment
 from fxzip.matching import match
 
 # ---- data
@@ -81,6 +89,7 @@ def test_kept_rows_are_there_again(tmp_path: Path) -> None:
     assert ("full", "zip") in again
     assert ("full", "permute") not in again
     again.extend([{"cut": "full", "method": "permute", "average": 2.5}])
+    assert Kept(path, {"command": "do it"}, keys=("cut", "method"), same=("command",)).rows == []  # another one did it
     found = json.loads(path.read_text())
     assert found["command"] == "do it again"
     assert [row["method"] for row in found["rows"]] == ["zip", "permute"]
@@ -176,6 +185,57 @@ def test_the_picture_of_generate(tiny: dict[str, mixed.Source]) -> None:
     assert sheet.height > len(rows) * 32
     assert sheet.width > 6 * 32
     assert len(sheet.getcolors(sheet.width * sheet.height) or []) > 100
+
+
+# ---- commands
+
+COMMANDS = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_what_it_does(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        module.main()
+    said = capsys.readouterr().out
+    assert str(module.__doc__).splitlines()[0] in said
+    if (RESULTS / f"{name}.json").exists() and "--json" in said:
+        assert f"results/{name}.json" in "".join(said.split())
+
+
+def test_benchmarks_stand_without_the_tests() -> None:
+    paths = list(BENCHMARKS.rglob("*.py"))
+    assert len(paths) > len(COMMANDS)
+    assert [
+        path.name for path in paths if re.search(r"^\s*(from|import) tests\b", path.read_text(), re.MULTILINE)
+    ] == []
+
+
+# ---- processes
+
+
+def test_a_fresh_process_gives_the_value_and_its_peak_memory() -> None:
+    ended = in_fresh_process(math.factorial, 5)
+    assert ended.result() == 120
+    assert ended.peak_bytes > 2**20
+    assert not ended.stopped
+
+
+def test_what_goes_wrong_in_a_fresh_process_is_told() -> None:
+    ended = in_fresh_process(math.factorial, -5)
+    assert "not defined for negative values" in (ended.error or "")
+    with pytest.raises(RuntimeError, match="exit status 1"):
+        ended.result()
+
+
+def test_a_process_that_exceeds_a_bound_is_stopped() -> None:
+    for bounds, why in ((Bounds(seconds=0.2), "more than 0.2 s"), (Bounds(mebibytes=1), "more than 1 MiB")):
+        ended = in_fresh_process(time.sleep, 60, bounds=bounds)
+        assert ended.stopped
+        assert ended.error == why
 
 
 def squares(first: int, count: int) -> Iterator[Row]:

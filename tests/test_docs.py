@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import tables
+from benchmarks.lib import tables
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -79,6 +79,8 @@ def test_own_architecture(ran: dict[str, Any]) -> None:
 
     unregister_rule(ran["torch"].ops.mine.scaled_relu.default)
     assert ran["difference"] < 1e-10
+    assert ran["error"] < 1e-4
+    assert ran["missed"] == []
     assert [space.size for space in ran["spec"].spaces] == [24]  # stem, value and gate share one
     assert min(ran["kept"].values()) > 80
     assert any("scaled_relu" in str(warning.message) for warning in ran["caught"])

@@ -44,6 +44,15 @@ def model_inputs(batch: object) -> Inputs:
     )
 
 
+def given_inputs(given: Any) -> Inputs:
+    """The inputs that a user gives as an example: a tensor, a tuple or list of positional inputs, or a dict by keyword.
+
+    Raises:
+        CalibrationError: It is anything else.
+    """
+    return (tuple(given), {}) if isinstance(given, (tuple, list)) else model_inputs(given)
+
+
 def _keyword_inputs(batch: Mapping[Any, Any]) -> dict[str, Any]:
     if not batch:
         raise CalibrationError("the loader gave an empty dict; it must hold the model's keyword inputs")

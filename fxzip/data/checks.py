@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
-from fxzip.data.batches import Inputs, describe_value, map_tensors, model_inputs
+from fxzip.data.batches import Inputs, describe_value, given_inputs, map_tensors, model_inputs
 from fxzip.data.loaders import as_one_loader
 from fxzip.errors import CalibrationError, DroppedInputWarning, OptionError
 
@@ -80,8 +80,7 @@ def ready_example(given: Any, models: Sequence[nn.Module]) -> Inputs:
     Raises:
         CalibrationError: As `Ready`.
     """
-    inputs: Inputs = (tuple(given), {}) if isinstance(given, tuple | list) else model_inputs(given)
-    return Ready((), models).ready(*inputs)
+    return Ready((), models).ready(*given_inputs(given))
 
 
 class Ready:

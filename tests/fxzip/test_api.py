@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxzip
-from tests.nets import Net, Residual, chain, conv, pair, permuted_copy, places, self_zip_errors, untouched
-from tests.oracles import TOLERANCE, call, difference, images, randomise
+from tests.nets import Net, Residual, chain, conv, pair, permuted_copy, places, untouched
+from tests.oracles import TOLERANCE, call, difference, images, randomise, self_zip_errors
 
 X = images(12, 12)
 
@@ -264,7 +264,7 @@ def test_class_counts_part_at_the_classifier() -> None:
 
 @pytest.mark.parametrize("method", ["permute", "zip"])
 def test_any_node_is_a_cut(method: str) -> None:
-    errors = self_zip_errors(randomise(Residual(), X), X, method)
+    errors = self_zip_errors(randomise(Residual(), X), X, methods=(method,))
     assert len(errors) == 34  # all nodes but the image
     assert {cut: error for cut, error in errors.items() if error > TOLERANCE} == {}
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.errors import AlignmentError, CalibrationError, CutError, OptionError, TraceError
-from tests.nets import Net, Residual, chain, conv, pair, permuted_copy, self_zip_errors, untouched
-from tests.oracles import TOLERANCE, call, difference, images, randomise
+from tests.nets import Net, Residual, chain, conv, pair, permuted_copy, untouched
+from tests.oracles import TOLERANCE, call, difference, images, randomise, self_zip_errors
 
 X = images(8, 8)
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.errors import AlignmentError, CalibrationError, TraceError
-from tests.nets import Net, Residual, chain, conv, pair, self_zip_errors, untouched
-from tests.oracles import TOLERANCE, call, difference, images, permutation_error, randomise
+from tests.nets import Net, Residual, chain, conv, pair, untouched
+from tests.oracles import TOLERANCE, call, difference, images, permutation_error, randomise, self_zip_errors
 
 X = images(8, 8)
 

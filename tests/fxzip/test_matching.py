@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.lib.reference_zip import reference_zip_merges
 from fxzip.errors import OptionError
 from fxzip.matching import MergeMap, Setting, chosen_options, match, matcher, methods, settings_of, zip_merges
 from fxzip.matching.registry import unregister
 from fxzip.matching.similarity import as_similarity
 from fxzip.settings import MATCHING
-from tests.fxzip.reference_zip import reference_zip_merges
 
 METHODS = ("average", "permute", "zip", "optimal")
 

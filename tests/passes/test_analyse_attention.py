@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
-from tests.nets import Net, self_zip_errors
-from tests.oracles import TOLERANCE, call, difference, mutations_missed, randomise
+from tests.nets import Net
+from tests.oracles import TOLERANCE, call, difference, mutations_missed, randomise, self_zip_errors
 
 HEADS, DIM, WIDTH, TOKENS = 4, 4, 16, 16
 LINEAR = nn.Linear

@@ -10,15 +10,15 @@ from torch.nn import functional as F
 import fxzip
 from fxzip.errors import OptionError
 from fxzip.passes.points import Which, merge_points
-from tests.nets import Net, Residual, chain, conv, self_zip_errors
-from tests.oracles import TOLERANCE, images, randomise
+from tests.nets import Net, Residual, chain, conv
+from tests.oracles import TOLERANCE, images, randomise, self_zip_errors
 
 X = images(6, 8)
 
 
 def points(model: nn.Module, which: Which = "last", until: str | None = None) -> dict[str, list[str]]:
     """The nodes that each space is observed at, in the trunk before a cut."""
-    randomise(model, X)
+    model = randomise(model, X)
     prepared = fxzip.prepare(model, model, example_inputs=X)
     nodes = prepared.alignment.trunk_names(0)[: prepared.place(until)]
     found = merge_points(prepared.alignment.modules[0], prepared.spec, nodes, which)
@@ -74,6 +74,7 @@ def test_copies_after_a_flatten_are_samples_of_the_activation() -> None:
         return m.head(F.relu(m.a(x).flatten(1)))
 
     net = Net(flat, a=conv(3, 8), head=nn.Linear(8 * 64, 3))
+    net = randomise(net, X)
     assert points(net) == {"a": ["relu"]}
     prepared = fxzip.prepare(net, net, example_inputs=X).observe([X], progress=False)
     assert prepared.moments["a"].count == 6 * 64

@@ -11,8 +11,8 @@ import fxzip
 from fxzip.passes.cut import MergePlan, crossing
 from fxzip.passes.match import match_spaces
 from fxzip.passes.split import split
-from tests.nets import Net, Residual, chain, conv, pair, self_zip_errors
-from tests.oracles import TOLERANCE, call, difference, images, randomise
+from tests.nets import Net, Residual, chain, conv, pair
+from tests.oracles import TOLERANCE, call, difference, images, randomise, self_zip_errors
 
 X = images(8, 8)
 LINEAR = nn.Linear

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import fxzip
-from benchmarks.cifar import METHODS
-from benchmarks.data import Split
-from benchmarks.runs import CHECKPOINTS, RESULTS, Kept, Row, facts, timed_merge
-from benchmarks.training import Loss, Vary, classification, train
+from benchmarks.lib.data import Split
+from benchmarks.lib.machine import facts, timed
+from benchmarks.lib.merges import METHODS, timed_merge
+from benchmarks.lib.runs import CHECKPOINTS, RESULTS, Kept, Row
+from benchmarks.lib.training import Loss, Vary, classification, train
 
 Answer = Callable[[Tensor], Tensor]
 BATCH = 128
@@ -62,8 +62,7 @@ class Source:
 
 def begin(benchmark: str, networks: str, options: Namespace) -> tuple[Setting, Row, Kept]:
     """What a command starts with: its setting, what its results say of themselves, and the rows that there are."""
-    torch.set_num_threads(options.threads)
-    setting, about = Setting.of(options), facts(benchmark, options.threads)
+    setting, about = Setting.of(options), facts(benchmark, options.threads, "fxzip")
     about["setting"] = f"{networks} {setting.trained}, {setting.images} images, {setting.test} test images of each"
     kept = Kept(RESULTS / f"{benchmark}_{setting.key}.json", about, keys=("models", "cut", "method"))
     return setting, about, kept
@@ -122,7 +121,7 @@ def measure(
         chosen: The data sets, by name.
         images: How many the merges see, in all.
         cuts: Where the heads begin, by what to call it.
-        names: Of the methods in `benchmarks.cifar.METHODS`.
+        names: Of the methods in `benchmarks.lib.merges.METHODS`.
         score: How good the answers to a split's images are.
         done: The rows that there are, by ``models``, ``cut`` and ``method``.
     """
@@ -138,9 +137,7 @@ def measure(
     wanted = [(cut, name) for cut in cuts for name in names if (group, cut, name) not in done]
     if not wanted:
         return
-    start = time.perf_counter()
-    prepared = prepare(chosen, images)
-    observing = time.perf_counter() - start
+    observing, _, prepared = timed(lambda: prepare(chosen, images))
     for cut, name in wanted:
         zipped, flops, seconds = timed_merge(prepared, cut=cuts[cut], **METHODS[name])
         yield row(cut, name, flops, seconds + observing, answers_of(zipped))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-FAMILIES = Path(__file__).parent / "results" / "zoo_families.json"
+from benchmarks.lib.runs import RESULTS, write
+
+FAMILIES = RESULTS / "zoo_families.json"
 BACKBONES = (
     "fasterrcnn_resnet50_fpn",
     "fasterrcnn_mobilenet_v3_large_fpn",
@@ -51,7 +52,7 @@ def families() -> dict[str, str]:
                 model = timm.create_model(name)
             sizes.setdefault(family, []).append((sum(p.numel() for p in model.parameters()), name))
     found = {family: min(counted)[1] for family, counted in sizes.items()}
-    FAMILIES.write_text(json.dumps({"timm": timm.__version__, "families": found}, indent=1) + "\n")
+    write(FAMILIES, {"timm": timm.__version__, "families": found})
     return found
 
 
@@ -204,7 +205,3 @@ def _takes(model: nn.Module, shape: tuple[int, ...]) -> bool:
     except (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivisionError):
         return False
     return not isinstance(output, Tensor) or bool(output.isfinite().all())
-
-
-if __name__ == "__main__":
-    print("\n".join(zoo()))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torchvision
 from torch import Tensor, nn
 
 
@@ -54,6 +57,14 @@ class CifarResNet(nn.Module):
 def resnet20(width: int = 4, classes: int = 10) -> CifarResNet:
     """ResNet-20 of ``16 * width`` channels in its first stage: ×4 is the paper's."""
     return CifarResNet(3, width, classes)
+
+
+RESNETS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet18": lambda classes: torchvision.models.resnet18(num_classes=classes),
+    "resnet50": lambda classes: torchvision.models.resnet50(num_classes=classes),
+    "resnet20x4": lambda classes: resnet20(4, classes),
+}
+"""Networks of some classes whose speed is measured, with random weights."""
 
 
 def stage(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:

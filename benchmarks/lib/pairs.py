@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.data import Split
-from benchmarks.models import resnet20
-from benchmarks.runs import CHECKPOINTS
-from benchmarks.training import train
+from benchmarks.lib.data import Split
+from benchmarks.lib.merges import percent
+from benchmarks.lib.models import resnet20
+from benchmarks.lib.runs import CHECKPOINTS
+from benchmarks.lib.training import train
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,18 @@ def models(
             )
         )
     return found[0], found[1]
+
+
+@torch.no_grad()
+def accuracies(network: Callable[[Tensor], Any], test: Split, classes: tuple[list[int], list[int]]) -> dict[str, float]:
+    """Joint accuracy, each task's and their average, in percent."""
+    outputs = [network(images) for images in test.images.split(1000)]
+    heads = [torch.cat(parts) for parts in zip(*outputs, strict=True)]
+    place = torch.empty(10, dtype=torch.int64)
+    place[torch.tensor(classes[0] + classes[1])] = torch.arange(10)
+    labels = place[test.labels]
+    found = {"joint": percent(torch.cat(heads, 1).argmax(1) == labels)}
+    for task, logits in enumerate(heads):
+        mine = labels // 5 == task
+        found[f"task{task}"] = percent(logits.argmax(1)[mine] == labels[mine] % 5)
+    return found | {"average": (found["task0"] + found["task1"]) / 2}

@@ -1,0 +1,45 @@
+"""The ways to merge that are compared, and one merge with what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+import fxzip
+from benchmarks.lib.machine import timed
+from benchmarks.lib.runs import Row
+
+METHODS: dict[str, dict[str, Any]] = {
+    "average": {"method": "average", "refit": False},
+    "Git Re-Basin (weights)": {"method": "weights", "refit": False},
+    "permute": {"method": "permute", "refit": False},
+    "MuDSC (dual)": {"method": "dual", "refit": False},
+    "CCA-Merge": {"method": "cca", "refit": False},
+    "ZipIt!": {"method": "zip", "refit": False, "alpha": 1e-4, "beta": 0.05},
+    "zip, α = β = 1": {"method": "zip", "refit": False},
+    "select, no refit": {"method": "select", "refit": False},
+    "average + refit": {"method": "average"},
+    "permute + refit": {"method": "permute"},
+    "select + refit": {"method": "select"},
+    "zip + refit (default)": {},
+}
+"""The ways to merge, by what tables call them; without refit every merge has its BatchNorm statistics reset."""
+
+
+def timed_merge(prepared: fxzip.Prepared, **options: Any) -> tuple[fxzip.ZippedModel, float, float]:
+    """A merge, its FLOPs in networks, and the seconds that it took."""
+    seconds, _, zipped = timed(lambda: prepared.convert(progress=False, **options))
+    return zipped, zipped.report.flops_after / zipped.report.before[0].flops, seconds
+
+
+def in_order(rows: Sequence[Row], cuts: Iterable[str], names: Iterable[str]) -> list[Row]:
+    """The rows by cut and method in these orders, the ensembles first, in whatever order they were measured."""
+    cuts, names = ["none", *cuts], ["ensemble", *names]
+    return sorted(rows, key=lambda row: (cuts.index(row["cut"]), names.index(row["method"])))
+
+
+def percent(right: Tensor) -> float:
+    """The share of true values in percent."""
+    return 100 * right.double().mean().item()
