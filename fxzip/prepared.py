@@ -18,6 +18,7 @@ from fxzip.flops import flop_counter
 from fxzip.matching import MergeMap, evidence, match, options
 from fxzip.merged import ZippedModel
 from fxzip.moments import Moments
+from fxzip.names import bad_name
 from fxzip.passes.align import Alignment
 from fxzip.passes.cut import Cut, Cuts, crossing
 from fxzip.passes.cut.budget import cost_of_cuts, cost_of_joins, cut_within, parse_budget
@@ -326,9 +327,9 @@ def task_names(names: Iterable[str] | None, count: int) -> tuple[str, ...]:
     found = (names,) if isinstance(names, str) else tuple(names)
     if len(found) != count or len(set(found)) != count:
         raise OptionError(f"names={found}: give one name for each of the {count} models, all different")
-    for name in found:
-        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
-            raise OptionError(f"{name!r} cannot be the name of a task; use a word without dots")
+    wrong = bad_name(found)
+    if wrong is not None:
+        raise OptionError(wrong)
     return found
 
 
