@@ -39,24 +39,27 @@ def safe_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def _packet(node: fx.Node) -> str:
-    """The name of the operation of ATen that a node calls; empty for any other node."""
-    if node.op != "call_function":
-        return ""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target._schema.name).removeprefix("aten::")
-    name = getattr(node.target, "__name__", "")
-    return name if name in _FORMS and getattr(torch, name, None) is node.target else ""
+    """The name of the operation that a node calls, if it has a checked form; empty otherwise."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        name = str(target._schema.name)
+    elif isinstance(target, torch._ops.OpOverloadPacket):
+        name = target._qualified_op_name
+    else:
+        plain = getattr(target, "__name__", "")
+        name = f"aten::{plain}" if getattr(torch, plain, None) is target else ""
+    return name if node.op == "call_function" and name in _FORMS else ""
 
 
 def _replace(node: fx.Node) -> None:
-    """Put the checked operation in a node's place; its users take the first of the native one's results."""
-    users = list(node.users)
-    if not all(user.target is operator.getitem and user.args[1] == 0 for user in users):
-        raise SaveError(
-            f"node {node.name} cannot be saved: it gives the statistics of {_packet(node)}; use torch.nn.functional's"
-        )
-    target, args = _FORMS[_packet(node)](node)
+    """Put the checked operation in a node's place; users of a norm take the first of the native one's results."""
+    name, users = _packet(node), list(node.users)
+    target, args = _FORMS[name](node)
     node.target, node.args, node.kwargs = target, args, {}
+    if name == _NATIVE_DEFORM:
+        return
+    if not all(user.target is operator.getitem and user.args[1] == 0 for user in users):
+        raise SaveError(f"node {node.name} cannot be saved: it gives statistics, too; use torch.nn.functional's norms")
     for user in users:
         user.replace_all_uses_with(node)
         node.graph.erase_node(user)
@@ -66,7 +69,8 @@ def _arguments(node: fx.Node) -> list[Any]:
     """A node's arguments in the order of the operation."""
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        target = getattr(torch.ops.aten, target.__name__).default
+        space, _, name = _packet(node).partition("::")
+        target = getattr(getattr(torch.ops, space), name).default
     places = target._schema.arguments
     given = dict(zip((place.name for place in places), node.args, strict=False)) | dict(node.kwargs)
     return [given.get(place.name, place.default_value) for place in places]
@@ -83,7 +87,7 @@ def _batch_norm_in_eval(node: fx.Node) -> _Call:
 
 
 def _batch_norm_of_batch(node: fx.Node) -> _Call:
-    if node.target._overloadname != "no_stats":  # type: ignore[union-attr]
+    if getattr(node.target, "_overloadname", "") != "no_stats":
         return _batch_norm(node)
     x, weight, bias, training, momentum, eps = _arguments(node)
     return functional.batch_norm, (x, None, None, weight, bias, training, momentum, eps)
@@ -94,11 +98,19 @@ def _group_norm(node: fx.Node) -> _Call:
     return functional.group_norm, (x, groups, weight, bias, eps)
 
 
+def _deform(node: fx.Node) -> _Call:
+    x, weight, offset, mask, bias, *numbers = _arguments(node)
+    stride, padding, dilation = (tuple(numbers[place : place + 2]) for place in (0, 2, 4))
+    return deform_conv2d, (x, offset, weight, bias, stride, padding, dilation, mask if numbers[8] else None)
+
+
+_NATIVE_DEFORM = "torchvision::deform_conv2d"
 _FORMS: dict[str, Callable[[fx.Node], _Call]] = {
-    "native_batch_norm": _batch_norm,
-    "_native_batch_norm_legit": _batch_norm_of_batch,
-    "_native_batch_norm_legit_no_training": _batch_norm_in_eval,
-    "native_group_norm": _group_norm,
+    "aten::native_batch_norm": _batch_norm,
+    "aten::_native_batch_norm_legit": _batch_norm_of_batch,
+    "aten::_native_batch_norm_legit_no_training": _batch_norm_in_eval,
+    "aten::native_group_norm": _group_norm,
+    _NATIVE_DEFORM: _deform,
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -174,7 +174,7 @@ class _Trial(fx.Interpreter):
             return _UNKNOWN
         try:
             result = super().run_node(n)
-        except DynamicOutputShapeException as error:
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
             result = _largest(_name(n), args, error)
         for leaf in pytree.tree_leaves(result):
             _check_number(leaf)
@@ -262,7 +262,7 @@ def _largest(name: str, args: tuple[Any, ...], error: Exception) -> Any:
         places = args[1] if isinstance(args[1], (tuple, list)) else (args[1],)
         return operator.getitem(x, tuple(part for place in places for part in _all_of(place)))
     raise FileFormatError(
-        f"the size of what {name} gives depends on values: give it as a number (num_classes, output_size)"
+        f"what {name} gives depends on values: give its size as a number (num_classes, output_size)"
     ) from error
 
 
