@@ -8,8 +8,8 @@ import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from fxzip.errors import SaveError
 
@@ -98,7 +98,7 @@ def write_file(path: Path, content: bytes, error: type[Exception] = SaveError) -
 
 
 @contextmanager
-def open_regular(path: Path, most: int) -> Iterator[BinaryIO]:
+def open_regular(path: Path, most: int) -> Iterator[BufferedReader]:
     """A file open for reading, if it is a regular one of a bounded size; links are followed, as hubs keep files so.
 
     Args:

@@ -37,7 +37,7 @@ _REMOTE = "hf-hub:"
 _LOCAL = "local-dir:"
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML without what grows while it is read."""
 
     depth = 0

@@ -84,4 +84,5 @@ class _Maker:
         if not (isinstance(limits, tuple) and len(limits) == 2 and all(type(limit) is int for limit in limits)):
             raise FileFormatError(f"an example input with the range {limits!r}")
         low, high = limits
-        return (torch.arange(math.prod(shape)).reshape(shape) % (max(high - low, 0) + 1) + low).to(dtype)
+        whole: Tensor = torch.arange(math.prod(shape)).reshape(shape) % (max(high - low, 0) + 1) + low
+        return whole.to(dtype)

@@ -1,13 +1,14 @@
 """A trial of a network on tensors without memory: how much it would take, before anything takes it.
 
 A plan may ask for a tensor of any size (``zeros(10**12)``, ``x.repeat(10**6)``) or a number of any length
-(``10 ** 10 ** 10``). So trunk and heads are run once on fake tensors of the example's shapes, and no operation may
+(``10 ** 10 ** 10``). So trunk and heads are run once on the meta device, on the example's shapes, and no operation may
 make more, and no more may be needed at once, than `ALLOWED` bytes and `FACTOR` times what weights and example have.
 For other inputs a network takes what it takes: like any program, in proportion to what it is given, or faster.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,7 +53,7 @@ _UNKNOWN = _Unknown()
 def check_run(
     trunk: fx.GraphModule, heads: Mapping[str, fx.GraphModule], example: Inputs | None, own: Sequence[Tensor]
 ) -> None:
-    """Run a network on fake tensors.
+    """Run a network on the meta device.
 
     Args:
         trunk: The shared part.
@@ -67,24 +67,28 @@ def check_run(
     args, kwargs = pytree.tree_map_only(Tensor, partial(_as_used, own=own), example or ((), {}))
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     limit = ALLOWED + FACTOR * sum(tensor.nbytes for tensor in (*own, *inputs))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-    device = own[0].device if own else torch.device("cpu")
-    with torch.no_grad(), mode, _Watch(limit):
-        crossing = _Trial(trunk, limit, device).run(*_bound(trunk, args, kwargs, example is not None))
+    shells = {id(tensor): _shell(tensor) for tensor in own}
+    with torch.no_grad(), _Watch(limit):
+        crossing = _Trial(trunk, limit, shells).run(*_bound(trunk, args, kwargs, example is not None))
         for name, head in heads.items():
             wanted = len(head.graph.find_nodes(op="placeholder"))
             parts = [_UNKNOWN] * wanted if isinstance(crossing, _Unknown) else list(crossing)
             if len(parts) != wanted:
                 raise FileFormatError(f"the head {name} takes {wanted} values, and the trunk gives {len(parts)}")
-            _Trial(head, limit, device).run(*parts)
+            _Trial(head, limit, shells).run(*parts)
 
 
 def _as_used(tensor: Tensor, own: Sequence[Tensor]) -> Tensor:
-    """An input where the network is, and in its type if it has one."""
+    """An input without memory, in the network's type if it has one."""
     types = {other.dtype for other in own if other.is_floating_point()}
     dtype = next(iter(types)) if tensor.is_floating_point() and len(types) == 1 else tensor.dtype
-    return tensor.to(own[0].device if own else "cpu", dtype)
+    return _shell(tensor.to("meta", dtype))
+
+
+def _shell(tensor: Tensor) -> Tensor:
+    """A tensor or parameter like another, without memory."""
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _bound(trunk: fx.GraphModule, args: Any, kwargs: Any, known: bool) -> list[Any]:
@@ -98,14 +102,19 @@ def _bound(trunk: fx.GraphModule, args: Any, kwargs: Any, known: bool) -> list[A
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every operation, also those inside of others."""
+    """Sees every operation, also those inside of others, and lets none make a tensor that has memory."""
 
     def __init__(self, limit: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limit = limit
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if any(argument.name == "device" for argument in func._schema.arguments):
+            kwargs["device"] = torch.device("meta")
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and not result.is_meta:  # of numbers in the plan
+            result = torch.empty_like(result, device="meta")
         for leaf in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(leaf, Tensor) and leaf.numel() * leaf.element_size() > self.limit:
                 _refuse(leaf.numel() * leaf.element_size(), self.limit)
@@ -121,10 +130,10 @@ def _refuse(size: int, limit: int) -> None:
 class _Trial(fx.Interpreter):
     """Runs the nodes whose values are known, and counts the memory that is held at once."""
 
-    def __init__(self, module: fx.GraphModule, limit: int, device: torch.device) -> None:
+    def __init__(self, module: fx.GraphModule, limit: int, shells: Mapping[int, Tensor]) -> None:
         super().__init__(module)
         self.limit = limit
-        self.device = device
+        self.shells = shells
         self.extra_traceback = False
         self.held: dict[fx.Node, int] = {}
         self.total = 0
@@ -151,17 +160,22 @@ class _Trial(fx.Interpreter):
         return result
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A node's arguments, with one device for all: which devices there are says nothing of a plan's harm."""
-        found: tuple[tuple[Any, ...], dict[str, Any]] = super().fetch_args_kwargs_from_env(n)
-        return pytree.tree_map_only((torch.device, str), self._device_for, found)
+        """A node's arguments, with the meta device for all others."""
+        found = super().fetch_args_kwargs_from_env(n)
+        moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only((torch.device, str), _meta_for, found)
+        return moved
+
+    def fetch_attr(self, target: str) -> Any:
+        """A tensor or layer of the network, without memory."""
+        return copy.deepcopy(super().fetch_attr(target), dict(self.shells))
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a layer."""
+        return self.fetch_attr(target)(*args, **kwargs)
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a method; those that only move a tensor leave it where it is."""
         return args[0] if target in ("cpu", "cuda") else super().call_method(target, args, kwargs)
-
-    def _device_for(self, value: torch.device | str) -> torch.device | str:
-        named = isinstance(value, torch.device) or DEVICE.fullmatch(value)
-        return self.device if named else value
 
     def _result(self, n: fx.Node) -> Any:
         if n.op in ("placeholder", "output", "get_attr"):
@@ -174,11 +188,16 @@ class _Trial(fx.Interpreter):
             return _UNKNOWN
         try:
             result = super().run_node(n)
-        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+        except (NotImplementedError, RuntimeError) as error:
             result = _largest(_name(n), args, error)
         for leaf in pytree.tree_leaves(result):
             _check_number(leaf)
         return result
+
+
+def _meta_for(value: torch.device | str) -> torch.device | str:
+    named = isinstance(value, torch.device) or DEVICE.fullmatch(value)
+    return torch.device("meta") if named else value
 
 
 def _name(node: fx.Node) -> str:
@@ -254,16 +273,22 @@ def _check_number(value: Any) -> None:
 
 
 def _largest(name: str, args: tuple[Any, ...], error: Exception) -> Any:
-    """The largest result that an operation can have whose size depends on values."""
-    x = args[0]
+    """The largest result that an operation can have that does not run, as its size depends on values.
+
+    Raises:
+        Exception: ``error``, where it is another that does not run.
+    """
+    x = args[0] if args else None
     if name == "nonzero" and isinstance(x, Tensor):
         return x.new_zeros((x.numel(), x.dim()), dtype=torch.int64)
-    if name in ("getitem", "index"):
+    if name in ("getitem", "index") and len(args) > 1 and isinstance(x, Tensor):
         places = args[1] if isinstance(args[1], (tuple, list)) else (args[1],)
         return operator.getitem(x, tuple(part for place in places for part in _all_of(place)))
-    raise FileFormatError(
-        f"what {name} gives depends on values: give its size as a number (num_classes, output_size)"
-    ) from error
+    if name in ("one_hot", "repeat_interleave"):
+        raise FileFormatError(
+            f"how much {name} gives depends on values: say it as a number (num_classes, output_size)"
+        ) from error
+    raise error
 
 
 def _all_of(place: Any) -> list[Any]:

@@ -108,7 +108,8 @@ def _text(place: Path, draw: random.Random, _: Path) -> None:
     colon = text.find(": ", at)
     deep = draw.choice((70, 900, 50_000))
     inserted = draw.choice((
-        '"version": 1, ', "[" * deep + "]" * deep, '{"a":' * deep, "1" * 5000, "1e999", "NaN", "-Infinity", "\\ud800", "\x00",
+        '"version": 1, ', "[" * deep + "]" * deep, '{"a":' * deep, "1" * 5000, "1e999", "NaN", "-Infinity",
+        "\\ud800", "\x00",
     ))  # fmt: skip
     where = draw.choice((at, colon + 2, 1))
     (place / io.PLAN).write_text(text[:where] + inserted + text[where:], errors="replace")
@@ -267,8 +268,8 @@ def _nodes(plan: Plan) -> list[Plan]:
 # ---- what hostile files hold
 
 NUMBERS: tuple[Any, ...] = (
-    0, 1, -1, 2, 3, 5, 7, 64, 1000, 10**6, 10**9, 10**12, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -(2**63), 2**63, 10**30,
-    0.0, -1.5, 1e-30, 1e30, 1e308, True, None,
+    0, 1, -1, 2, 3, 5, 7, 64, 1000, 10**6, 10**9, 10**12, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -(2**63), 2**63,
+    10**30, 0.0, -1.5, 1e-30, 1e30, 1e308, True, None,
 )  # fmt: skip
 
 
@@ -288,10 +289,12 @@ def _values() -> list[Any]:
     for _ in range(40):
         deep = [deep]
     return [
-        *(make() for make in maker), deep, [1, 2], [0], [10**6, 10**6], [-1], {"tuple": [1, 2]}, {"slice": [0, None, 2]},
+        *(make() for make in maker), deep, [1, 2], [0], [10**6, 10**6], [-1], {"tuple": [1, 2]},
+        {"slice": [0, None, 2]},
         {"dtype": "int64"}, {"dtype": "float16"}, {"dtype": "complex64"}, {"dtype": "qint8"}, {"device": "cuda:7"},
         {"device": "meta"}, {"memory_format": "channels_last"}, {"layout": "strided"}, {"ellipsis": True},
-        {"float": "nan"}, {"float": "inf"}, {"node": "x"}, {"node": "conv1"}, {"dict": [["a", 1]]}, "same", "trunc", "mean",
+        {"float": "nan"}, {"float": "inf"}, {"node": "x"}, {"node": "conv1"}, {"dict": [["a", 1]]}, "same",
+        "trunc", "mean",
     ]  # fmt: skip
 
 
@@ -300,6 +303,7 @@ def _strings(folder: Path) -> list[str]:
     code = f"__import__('pathlib').Path({str(folder / 'canary')!r}).touch()"
     return [
         code, f"x = {code}", f'"); {code}; ("', f"'); {code}; ('", f'")]\n    {code}\n#', f"a\n{code}\n", f"{{{code}}}",
-        f'a"""\n{code}\n"""', f"\\'); {code} #", "os.system", "builtins.eval", "__class__", "__reduce__", "forward", "self",
-        "torch", "lambda", "", "a.b", "%1000000000d", "x" * 300, "\uff41", "\u2028", "trunk", "task0", "weight", "node", "-",
+        f'a"""\n{code}\n"""', f"\\'); {code} #", "os.system", "builtins.eval", "__class__", "__reduce__", "forward",
+        "self", "torch", "lambda", "", "a.b", "%1000000000d", "x" * 300, "\uff41", "\u2028", "trunk", "task0",
+        "weight", "node", "-",
     ]  # fmt: skip

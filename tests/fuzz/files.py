@@ -136,9 +136,9 @@ def watch(folder: Path) -> list[str]:
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event in _EVENTS:
             seen.append(f"{event} {args[:2]!r}")
-        elif event == "open" and isinstance(args[0], str) and isinstance(args[1], str) and set(args[1]) & set("wax+"):
-            if not args[0].startswith((str(folder), "/dev/null")):
-                seen.append(f"open {args[:2]!r}")
+        writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+        if writes and not str(args[0]).startswith((str(folder), os.devnull)):
+            seen.append(f"open {args[:2]!r}")
 
     sys.addaudithook(hook)
     return seen
