@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -224,7 +225,9 @@ def _shape(plan: Plan, draw: random.Random, _: Path) -> None:
         part for graph in _graphs(plan) for part in graph["modules"] if isinstance(part, dict) and "class" in part
     ]
     if not layers or draw.random() < 0.2:
-        plan["example"] = json.loads(json.dumps(plan.get("example")).replace("12", str(draw.choice(NUMBERS))))
+        size = json.dumps(draw.choice(NUMBERS))
+        text = json.dumps(plan.get("example"))
+        plan["example"] = json.loads(re.sub(r"(?<=[\[ ])\d+(?=[,\]])", size, text, count=3))
         return
     entry = draw.choice(layers)
     layer = draw.choice(sorted(layer_classes()))

@@ -108,6 +108,7 @@ def _work(sources: list[Path], numbers: list[int], folder: Path, until: float, o
     def say(number: int, stage: str, outcome: str = "") -> None:
         os.write(out, f"{number}\t{stage}\t{' '.join(outcome.split())[:500]}\n".encode())
 
+    number = numbers[0]
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of torch
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -125,7 +126,7 @@ def _work(sources: list[Path], numbers: list[int], folder: Path, until: float, o
             signal.alarm(0)
             say(number, "done", outcome)
     except BaseException as error:
-        os.write(out, f"{numbers[0]}\tload\tBROKEN: {error!r}\n".encode())
+        os.write(out, f"{number}\tload\tBROKEN: {error!r}\n".encode())
     os._exit(0)
 
 
