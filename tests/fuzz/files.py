@@ -109,6 +109,8 @@ def _work(sources: list[Path], numbers: list[int], folder: Path, until: float, o
         os.write(out, f"{number}\t{stage}\t{' '.join(outcome.split())[:500]}\n".encode())
 
     number = numbers[0]
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's is inherited
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of torch
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -156,6 +158,7 @@ def check(place: Path, seen: list[str], folder: Path, stage: Callable[[str], Non
         outcome = f"RAW: {type(error).__name__}: {error}"
     if (folder / "canary").exists() or len(seen) > before:
         outcome = f"CODE: {seen[before:]} ({outcome})"
+        (folder / "canary").unlink(missing_ok=True)
     return outcome
 
 
