@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import faulthandler
 import json
 import os
 import resource
@@ -109,6 +110,7 @@ def _work(sources: list[Path], numbers: list[int], folder: Path, until: float, o
         os.write(out, f"{number}\t{stage}\t{' '.join(outcome.split())[:500]}\n".encode())
 
     number = numbers[0]
+    faulthandler.disable()  # its report of a death is long
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's is inherited
     try:
