@@ -13,6 +13,7 @@ from torch import nn
 
 from fxzip.errors import AlignmentError, OptionError
 from fxzip.matching import chosen_options, match, settings_of
+from fxzip.names import bad_name
 from fxzip.passes.cut import check_span
 from fxzip.passes.points import check_points
 from fxzip.settings import RefitOptions, refit_settings
@@ -131,9 +132,9 @@ def task_names(names: Iterable[str] | None, count: int) -> tuple[str, ...]:
     found = (names,) if isinstance(names, str) else tuple(names)
     if len(found) != count or len(set(found)) != count:
         raise OptionError(f"names={found}: give one name for each of the {count} models, all different")
-    for name in found:
-        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
-            raise OptionError(f"{name!r} cannot be the name of a task; use a word without dots")
+    wrong = bad_name(found)
+    if wrong is not None:
+        raise OptionError(wrong)
     return found
 
 

@@ -1,12 +1,14 @@
-"""Writing files that appear whole or not at all."""
+"""Writing files that appear whole or not at all, and reading files that a stranger may have made."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 from fxzip.errors import SaveError
@@ -99,3 +101,37 @@ def write_file(path: Path, content: bytes, error: type[Exception] = SaveError) -
         (scratch / "file").write_bytes(content)
         os.replace(scratch / "file", path)
     return path
+
+
+@contextmanager
+def open_regular(path: Path, most: int) -> Iterator[BufferedReader]:
+    """A file open for reading, if it is a regular one of a bounded size; links are followed, as hubs keep files so.
+
+    Args:
+        path: The file.
+        most: The largest size in bytes.
+
+    Raises:
+        OSError: It cannot be opened, is a pipe, a device or a folder (it is never waited for), or is too large.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(f"{path.name} is no regular file")
+        if found.st_size > most:
+            raise OSError(f"{path.name} has {found.st_size:,} bytes, more than the {most:,} that are read")
+        yield file
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The content of a regular file of a bounded size, also if it grows meanwhile.
+
+    Raises:
+        OSError: As for `open_regular`.
+    """
+    with open_regular(path, most) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(f"{path.name} has more than the {most:,} bytes that are read")
+    return content

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fxzip.errors import FileFormatError, SaveError
-from fxzip.folders import new_folder
-from fxzip.graphs import placeholders
+from fxzip.card import model_card
+from fxzip.errors import FileFormatError, OptionError, SaveError
+from fxzip.folders import new_folder, open_regular, read_regular
 from fxzip.merged import ZippedModel
+from fxzip.names import bad_name
 from fxzip.plan import read_graph, read_record, read_state, write_graph, write_record, write_state
 from fxzip.plan.examples import read_example, write_example
+from fxzip.plan.graphs import tensors_of
+from fxzip.plan.text import MOST_BYTES, parse
+from fxzip.plan.trial import check_run
 from fxzip.report import Report
 from fxzip.surroundings import undisturbed
 
@@ -30,6 +36,9 @@ if TYPE_CHECKING:
 
 VERSION = 1
 PLAN, WEIGHTS, CARD = "fxzip.json", "model.safetensors", "README.md"
+MOST_WEIGHTS = 1 << 38
+"""Bytes of the largest file of weights that is read."""
+
 _AGAIN = "copy the folder again, or save the network again"
 
 
@@ -48,22 +57,24 @@ def save(zipped: ZippedModel, folder: str | PathLike[str], *, overwrite: bool = 
     Raises:
         SaveError: The folder holds other things or cannot be written to, or the network has something that
             cannot be loaded without its classes: a function of the user's own, a layer that is not
-            torch.nn's. The node or layer is named.
+            torch.nn's; or one that `load` would refuse. The node or layer is named.
     """
     path = Path(folder)
     if path.is_dir() and any(path.iterdir()) and not overwrite and not (path / PLAN).exists():
         raise SaveError(f"{path} holds other files: choose another folder, or give overwrite=True")
     with new_folder(path) as fresh:
         plan = _plan(zipped)
+        try:
+            _check_run(zipped)
+        except FileFormatError as error:
+            raise SaveError(
+                f"the network cannot be saved, as it could not be loaded: {_one_line(str(error))}"
+            ) from error
         tensors, plan["state"] = write_state(zipped)
         _write_tensors(fresh / WEIGHTS, tensors)
-        plan["weights"] = {
-            "bytes": (fresh / WEIGHTS).stat().st_size,
-            "sha256": _hash_of_file(fresh / WEIGHTS),
-        }
+        plan["weights"] = dict(zip(("bytes", "sha256"), _measure(fresh / WEIGHTS), strict=True))
         plan["sha256"] = plan_hash(plan)
-        text = json.dumps(plan, indent=1, allow_nan=False)
-        (fresh / PLAN).write_text(text + "\n", encoding="utf-8")
+        (fresh / PLAN).write_bytes(_text(plan))
         (fresh / CARD).write_text(model_card(zipped), encoding="utf-8")
         shutil.copymode(fresh / PLAN, fresh / WEIGHTS)  # safetensors lets only the owner read it
     return path
@@ -84,12 +95,29 @@ def load(folder: str | PathLike[str], *, device: torch.device | str = "cpu") -> 
     path = Path(folder)
     plan = _read_plan(path / PLAN)
     tensors = _read_tensors(path / WEIGHTS, plan.get("weights"))
-    try:
+    with _as_format_error(path / PLAN):
         zipped = _built(plan, tensors)
+    zipped = zipped.to(device).eval()
+    with _as_format_error(path / PLAN):
+        _check_run(zipped)
+    return zipped
+
+
+@contextmanager
+def _as_format_error(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with what a file says, in one line."""
+    try:
+        yield
     except Exception as error:
-        reason = str(error) if isinstance(error, FileFormatError) else f"{type(error).__name__}: {error}"
-        raise FileFormatError(f"{path / PLAN}: {_one_line(reason)}; {_AGAIN}") from error
-    return zipped.to(device).eval()
+        known = isinstance(error, (FileFormatError, OptionError))
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        raise FileFormatError(f"{path}: {_one_line(reason)}; {_AGAIN}") from error
+
+
+def _check_run(zipped: ZippedModel) -> None:
+    """Run a network on tensors without memory: see `fxzip.plan.trial`."""
+    heads = {name: zipped.head(name) for name in zipped.names}
+    check_run(zipped.trunk, heads, zipped.example, list(tensors_of(zipped).values()))
 
 
 # ---- the plan
@@ -110,6 +138,22 @@ def _plan(zipped: ZippedModel) -> dict[str, Any]:
     }
 
 
+def _text(plan: Mapping[str, Any]) -> bytes:
+    """A plan as it is written.
+
+    Raises:
+        SaveError: `load` would not read it.
+    """
+    text = (json.dumps(plan, indent=1, allow_nan=False) + "\n").encode()
+    if len(text) > MOST_BYTES:
+        raise SaveError(f"the plan of the network has {len(text):,} bytes, more than the {MOST_BYTES:,} that are read")
+    try:
+        parse(text)
+    except ValueError as error:
+        raise SaveError(f"the network cannot be saved: {_one_line(str(error))}") from error
+    return text
+
+
 def plan_hash(plan: Mapping[str, Any]) -> str:
     """The SHA-256 of a plan without its own; it tells damage, not intent."""
     rest = {key: value for key, value in plan.items() if key != "sha256"}
@@ -118,12 +162,12 @@ def plan_hash(plan: Mapping[str, Any]) -> str:
 
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = parse(read_regular(path, MOST_BYTES))
         whole = isinstance(plan, dict) and plan.get("sha256") == plan_hash(plan)
     except (FileNotFoundError, NotADirectoryError):
         raise FileFormatError(f"there is no {path}: give a folder that zipped.save(folder) made") from None
-    except (OSError, RecursionError) as error:
-        raise FileFormatError(f"{path} cannot be read: {type(error).__name__}: {_one_line(str(error))}") from error
+    except OSError as error:
+        raise FileFormatError(f"{path} cannot be read: {_one_line(str(error))}") from error
     except ValueError as error:
         raise FileFormatError(f"{path} was cut short or altered ({_one_line(str(error))}): {_AGAIN}") from error
     if not isinstance(plan, dict) or plan.get("format") != "fxzip":
@@ -144,11 +188,14 @@ def _built(plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ZippedMode
     names, heads = plan["names"], plan["heads"]
     if not isinstance(names, list) or not isinstance(heads, list) or len(names) != len(heads):
         raise FileFormatError("the tasks and the heads are not as many")
-    if not all(isinstance(name, str) and name and "." not in name for name in names) or len(set(names)) != len(names):
-        raise FileFormatError(f"the tasks cannot be called {names!r}")
+    wrong = bad_name(names)
+    if wrong is not None or not names or len(set(names)) != len(names):
+        raise FileFormatError(wrong or f"the tasks are {names!r}: there must be some, all different")
+    tied = plan["state"].get("tied") if isinstance(plan["state"], dict) else None
+    most = len(tensors) + (len(tied) if isinstance(tied, dict) else 0)
     zipped = ZippedModel(
-        read_graph(plan["trunk"], "Trunk"),
-        {name: read_graph(head, "Head") for name, head in zip(names, heads, strict=True)},
+        read_graph(plan["trunk"], "Trunk", most),
+        {name: read_graph(head, "Head", most) for name, head in zip(names, heads, strict=True)},
         read_record(Report, plan["report"]),
         read_example(plan["example"]),
     )
@@ -175,10 +222,10 @@ def _read_tensors(path: Path, expected: Any) -> dict[str, Tensor]:
 
     size, digest = (expected.get(key) if isinstance(expected, dict) else None for key in ("bytes", "sha256"))
     try:
-        found = path.stat().st_size
+        found, actual = _measure(path)
         if isinstance(size, int) and found < size:
             raise FileFormatError(f"{path} was cut short: it has {found:,} bytes of {size:,}; {_AGAIN}")
-        if found != size or _hash_of_file(path) != digest:
+        if found != size or actual != digest:
             raise FileFormatError(f"{path} was altered, its SHA-256 is not the one in {PLAN}: {_AGAIN}")
         return load_file(path)
     except FileNotFoundError:
@@ -187,55 +234,12 @@ def _read_tensors(path: Path, expected: Any) -> dict[str, Tensor]:
         raise FileFormatError(f"{path} cannot be read: {_one_line(str(error))}; {_AGAIN}") from error
 
 
-def _hash_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _measure(path: Path) -> tuple[int, str]:
+    """The size and the SHA-256 of a regular file."""
+    with open_regular(path, MOST_WEIGHTS) as file:
+        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _one_line(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) < 300 else f"{line[:300]}..."
-
-
-# ---- the model card
-
-
-def model_card(zipped: ZippedModel) -> str:
-    """A README in Markdown with the tasks, how to load the network, and the report."""
-    report = zipped.report
-    ratio = f"{report.flops_after / report.flops_before:.1%}" if report.flops_before else "-"
-    inputs = "\n".join(f"- `{node.target}`" for node in placeholders(zipped.trunk))
-    tasks = "\n".join(f"- `{name}`" for name in zipped.names)
-    return f"""---
-library_name: fxzip
-tags: [fxzip, model-merging, pytorch]
----
-
-# {" + ".join(zipped.names)}
-
-{len(zipped.names)} networks, merged without training by [fxzip](https://pypi.org/project/fxzip/) into one
-with a shared trunk and a head for each task, {report.where}. It takes {ratio} of the floating-point
-operations that they took together.
-
-```python
-import fxzip
-
-zipped = fxzip.load("this folder")  # needs neither the models' code nor pickle
-outputs = zipped(*inputs)           # one for each task
-one = zipped(*inputs, task={zipped.names[0]!r})
-```
-
-Tasks:
-
-{tasks}
-
-Inputs, prepared as for the networks that were merged:
-
-{inputs}
-
-## Report
-
-```text
-{str(report).strip()}
-```
-"""

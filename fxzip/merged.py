@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxzip.data.batches import Inputs
 from fxzip.errors import OptionError
+from fxzip.names import bad_name
 from fxzip.report import Report
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ class ZippedModel(nn.Module):
         names: The tasks, in the order of the models.
         report: What was merged, and what it costs.
         example: Inputs (args, kwargs) of the right shapes, of two samples or more; None if nobody gave any.
+
+    Raises:
+        OptionError: A task has a name that is no plain word (`fxzip.names`).
     """
 
     trunk: fx.GraphModule
@@ -39,6 +43,9 @@ class ZippedModel(nn.Module):
         example: Inputs | None = None,
     ) -> None:
         super().__init__()
+        wrong = bad_name(heads)
+        if wrong is not None:
+            raise OptionError(wrong)
         self.trunk = trunk
         self.heads = nn.ModuleDict(heads)
         self.report = report

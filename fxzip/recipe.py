@@ -7,6 +7,7 @@
     options: {gamma: 0.5}
 
 The names are those of the command line's options, with ``_`` for ``-``. Paths are relative to the recipe's folder.
+A recipe is read as plain YAML: no classes, no deep nesting, no anchors and aliases (a few lines can be gigabytes).
 """
 
 from __future__ import annotations
@@ -21,14 +22,71 @@ from typing import Any
 import yaml
 
 from fxzip.errors import OptionError
+from fxzip.folders import read_regular
 
 NAME = "recipe.yaml"
 PATHS = frozenset({"checkpoints", "data", "json_path", "out"})
 """The options that are paths, or may be."""
 
 _EXPONENT = re.compile(r"[-+]?\d+e[-+]?\d+", re.IGNORECASE)
+MOST_BYTES = 1 << 18
+"""The largest recipe."""
+DEEPEST = 16
+"""The most lists and mappings inside each other."""
+
+_LONGEST_NUMBER = 64
 _REMOTE = "hf-hub:"
 _LOCAL = "local-dir:"
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML without what grows while it is read."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """One value.
+
+        Raises:
+            YAMLError: It is an alias, has an anchor, or lies too deep.
+        """
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise yaml.YAMLError(f"anchors and aliases are not read: {_mark(event)}")
+        if self.depth >= DEEPEST:
+            raise yaml.YAMLError(f"it nests deeper than {DEEPEST} levels: {_mark(event)}")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """The value of a node.
+
+        Raises:
+            YAMLError: It is a number without an end.
+        """
+        number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if number and len(node.value) > _LONGEST_NUMBER:
+            raise yaml.YAMLError(f"a number of {len(node.value):,} digits: {_mark(node)}")
+        return super().construct_object(node, deep)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping.
+
+        Raises:
+            YAMLError: It says a key twice.
+        """
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((name for name in names if names.count(name) > 1), None) if len(names) > len({*names}) else None
+        if twice is not None:
+            raise yaml.YAMLError(f"{twice!r} stands there twice: {_mark(node)}")
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def _mark(place: Any) -> str:
+    return f"line {place.start_mark.line + 1}"
 
 
 def read_recipe(path: Path, known: Collection[str] | None = None) -> dict[str, Any]:
@@ -39,14 +97,15 @@ def read_recipe(path: Path, known: Collection[str] | None = None) -> dict[str, A
         known: The options that there are; None: any.
 
     Raises:
-        OptionError: The file cannot be read, is no mapping, or has an unknown option (near ones are named).
+        OptionError: The file cannot be read, is no mapping, is larger or deeper than any recipe, or has an unknown
+            option (near ones are named).
     """
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.load(read_regular(path, MOST_BYTES).decode("utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"the recipe {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise OptionError(f"the recipe {path} is not YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError, LookupError, RecursionError) as error:
+        raise OptionError(f"the recipe {path} is not YAML of plain options: {error}") from error
     if not isinstance(found, dict):
         raise OptionError(f"the recipe {path} holds no options: write lines like 'cut: layer3'")
     for name in found:

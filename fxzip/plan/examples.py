@@ -13,7 +13,8 @@ from fxzip.data.batches import Inputs
 from fxzip.errors import FileFormatError
 from fxzip.plan.values import decode, encode
 
-_LARGEST = 1 << 29
+_LARGEST = 1 << 27
+"""The most elements of all inputs together: a gigabyte of the largest type."""
 
 
 def write_example(example: Inputs | None) -> Any:
@@ -45,7 +46,7 @@ def read_example(entry: Any) -> Inputs | None:
     """
     if entry is None:
         return None
-    example = _made(decode(entry), torch.Generator().manual_seed(0))
+    example = _Maker().made(decode(entry))
     if not (isinstance(example, tuple) and len(example) == 2 and isinstance(example[0], tuple)):
         raise FileFormatError("the example is no pair of inputs and keyword inputs")
     args, kwargs = example
@@ -54,21 +55,34 @@ def read_example(entry: Any) -> Inputs | None:
     return args, kwargs
 
 
-def _made(value: Any, generator: torch.Generator) -> Any:
-    if isinstance(value, dict) and "fxzip.shape" in value:
-        return _tensor(value["fxzip.shape"], value.get("dtype"), value.get("range", (0, 0)), generator)
-    if isinstance(value, dict):
-        return {key: _made(part, generator) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_made(part, generator) for part in value)
-    return value
+class _Maker:
+    """Makes inputs up, of a bounded number of elements in total."""
 
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._left = _LARGEST
 
-def _tensor(shape: Any, dtype: Any, limits: Any, generator: torch.Generator) -> Tensor:
-    sizes = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
-    if not sizes or math.prod(shape) > _LARGEST or not isinstance(dtype, torch.dtype):
-        raise FileFormatError(f"an example input of shape {shape!r} and type {dtype!r}")
-    if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
-    low, high = limits
-    return (torch.arange(math.prod(shape)).reshape(shape) % (int(high) - int(low) + 1) + int(low)).to(dtype)
+    def made(self, value: Any) -> Any:
+        """A structure in which every description is a tensor."""
+        if isinstance(value, dict) and "fxzip.shape" in value:
+            return self._tensor(value["fxzip.shape"], value.get("dtype"), value.get("range", (0, 0)))
+        if isinstance(value, dict):
+            return {key: self.made(part) for key, part in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.made(part) for part in value)
+        return value
+
+    def _tensor(self, shape: Any, dtype: Any, limits: Any) -> Tensor:
+        sizes = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
+        if not sizes or not isinstance(dtype, torch.dtype):
+            raise FileFormatError(f"an example input of shape {shape!r} and type {dtype!r}")
+        self._left -= math.prod(shape)
+        if self._left < 0:
+            raise FileFormatError(f"the example inputs have more than {_LARGEST:,} elements")
+        if dtype.is_floating_point or dtype.is_complex:
+            return torch.randn(shape, generator=self._generator, dtype=torch.float32).to(dtype)
+        if not (isinstance(limits, tuple) and len(limits) == 2 and all(type(limit) is int for limit in limits)):
+            raise FileFormatError(f"an example input with the range {limits!r}")
+        low, high = limits
+        whole: Tensor = torch.arange(math.prod(shape)).reshape(shape) % (max(high - low, 0) + 1) + low
+        return whole.to(dtype)

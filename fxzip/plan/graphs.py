@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from fxzip.errors import FileFormatError, SaveError
 from fxzip.plan import targets
 from fxzip.plan.layers import layer_classes, make_layer, write_layer
+from fxzip.plan.safe import safe_graph
 from fxzip.plan.values import decode, encode, words
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
@@ -39,25 +40,28 @@ def write_graph(module: fx.GraphModule) -> dict[str, Any]:
         modules = list(_write_modules(module))
     except FileFormatError as error:
         raise SaveError(f"the network cannot be saved: {error}") from error
-    return {"nodes": [_write_node(node) for node in module.graph.nodes], "modules": modules}
+    return {"nodes": [_write_node(node) for node in safe_graph(module.graph).nodes], "modules": modules}
 
 
-def read_graph(entry: Any, name: str) -> fx.GraphModule:
+def read_graph(entry: Any, name: str, most: int) -> fx.GraphModule:
     """The GraphModule that `write_graph` wrote, in eval mode; its tensors are on the meta device.
 
     Args:
         entry: What was written.
         name: The name of its class.
+        most: The most tensors that it can have, as no more are saved.
 
     Raises:
-        FileFormatError: It is not what `write_graph` writes, or it calls what it may not.
+        FileFormatError: It has more tensors, is not what `write_graph` writes, or it calls what it may not.
     """
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), list) for key in ("nodes", "modules")):
         raise FileFormatError("a graph has no nodes or no modules")
     module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=name)
     modules: dict[str, nn.Module] = {"": module}
     for part in entry["modules"]:
-        _read_module(modules, part)
+        most -= _read_module(modules, part)
+        if most < 0:
+            raise FileFormatError("its modules have more tensors than were saved")
     graph = _read_nodes(_Known.of(modules), entry["nodes"])
     try:
         graph.lint()
@@ -192,20 +196,20 @@ def _write_modules(module: fx.GraphModule) -> Iterator[dict[str, Any]]:
             }
 
 
-def _read_module(modules: dict[str, nn.Module], entry: Any) -> None:
-    """Add one module to the tree."""
+def _read_module(modules: dict[str, nn.Module], entry: Any) -> int:
+    """Add one module to the tree, and give the number of its tensors."""
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
         raise FileFormatError("a module has no path")
     path = entry["path"]
     try:
         if path == "":
-            _add_tensors(modules[""], entry)
-            return
+            return len(tensors_of(_add_tensors(modules[""], entry)))
         owner, _, name = _checked_path(path).rpartition(".")
         if owner not in modules or hasattr(modules[owner], name):
             raise FileFormatError("it has no parent, or stands there twice")
         modules[path] = make_layer(entry) if "class" in entry else _add_tensors(nn.Module(), entry)
         modules[owner].add_module(name, modules[path])
+        return len(tensors_of(modules[path]))
     except FileFormatError as error:
         raise FileFormatError(f"module {path!r}: {error}") from error
 

@@ -1,9 +1,15 @@
-"""The layers of torch.nn as the arguments that make them: read off a layer, checked, and made again."""
+"""The layers of torch.nn as the arguments that make them: read off a layer, checked, and made again.
+
+What was changed after a layer was made is kept beside the arguments: plain settings under ``set``, the shapes of
+parameters that were replaced under ``shapes``. Recurrent layers are made from their arguments only: their kernels
+rely on settings and weights that fit together.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +35,11 @@ ZeroPad1d ZeroPad2d ZeroPad3d
 """)
 _RECURRENT = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
 _INTERNAL = frozenset((*vars(nn.Module()), "training"))
+_DEEPEST = 1024
+"""The most layers in a recurrent one: each is made in Python, before its weights are looked for."""
+_FIXED = (nn.RNNBase, nn.RNNCellBase)
+"""Classes of which nothing can be changed."""
+_MOST_AXES = 16
 
 
 @functools.cache
@@ -67,10 +78,9 @@ def write_layer(path: str, layer: nn.Module) -> dict[str, Any]:
     values = {name: value for name, value in values.items() if not _same(value, defaults.get(name))}
     try:
         entry = {"class": kind.__name__, "config": {name: encode(value) for name, value in values.items()}}
-        _check(layer, make_layer(entry))
+        return {**entry, **_changes(layer, make_layer(entry))}
     except (SaveError, FileFormatError) as error:
         raise SaveError(f"{path} ({kind.__name__}) cannot be saved: {error}") from error
-    return entry
 
 
 def _value(layer: nn.Module, name: str) -> Any:
@@ -80,16 +90,39 @@ def _value(layer: nn.Module, name: str) -> Any:
     return getattr(layer, name)
 
 
-def _check(layer: nn.Module, again: nn.Module) -> None:
-    """Compare a layer with the one that its arguments make."""
+def _changes(layer: nn.Module, again: nn.Module) -> dict[str, Any]:
+    """What a layer has otherwise than the one that its arguments make.
+
+    Raises:
+        SaveError: It has what no setting and no shape says.
+    """
     if "forward" in vars(layer):
-        raise SaveError("its forward was replaced")
-    for name, value in vars(again).items():
-        if name not in _INTERNAL and _is_plain(value) and vars(layer).get(name) != value:
-            raise SaveError(f"its {name} was changed after it was made")
+        raise SaveError("its forward was replaced; write what it computes in the forward of the model")
+    settings = {}
+    for name in _settings(again):
+        if name not in vars(layer) or not _is_plain(vars(layer)[name]):
+            raise SaveError(f"its {name} was removed or replaced after it was made; make the layer anew")
+        if vars(layer)[name] != vars(again)[name]:
+            settings[name] = encode(vars(layer)[name])
     ours, others = (_state(module) for module in (layer, again))
-    if ours != others or layer._non_persistent_buffers_set != again._non_persistent_buffers_set:
-        raise SaveError("its parameters and buffers are not those of a new one")
+    missing = [name for name in {**ours, **others} if (ours.get(name) is None) != (others.get(name) is None)]
+    if missing or layer._non_persistent_buffers_set != again._non_persistent_buffers_set:
+        raise SaveError(
+            f"its tensors are not those of a new one ({', '.join(missing) or 'buffers'}): put what was added into a "
+            "module of its own"
+        )
+    shapes = {name: list(shape) for name, shape in ours.items() if shape is not None and shape != others[name]}
+    changed = {key: found for key, found in (("set", settings), ("shapes", shapes)) if found}
+    if changed and isinstance(layer, _FIXED):
+        raise SaveError(
+            f"its {', '.join((*settings, *shapes))} changed after it was made: make a new layer of that size"
+        )
+    return changed
+
+
+def _settings(layer: nn.Module) -> list[str]:
+    """The names of a layer's plain attributes."""
+    return [name for name, value in vars(layer).items() if name not in _INTERNAL and _is_plain(value)]
 
 
 def _same(value: Any, default: Any) -> bool:
@@ -112,7 +145,7 @@ def make_layer(entry: Mapping[str, Any]) -> nn.Module:
     """The layer of a plan's entry, in eval mode, on the meta device: no memory, no random numbers.
 
     Raises:
-        FileFormatError: The class is not listed, or does not take these arguments.
+        FileFormatError: The class is not listed, or does not take these arguments or changes.
     """
     name, config = entry.get("class"), entry.get("config")
     kind = layer_classes().get(name) if isinstance(name, str) else None
@@ -121,8 +154,40 @@ def make_layer(entry: Mapping[str, Any]) -> nn.Module:
     if not isinstance(config, dict) or not set(config) <= set(_arguments(kind)):
         raise FileFormatError(f"{name} does not take the arguments {config!r}")
     values = {key: decode(value) for key, value in config.items()}
+    count = values.get("num_layers", 1)
+    if not isinstance(count, int) or count > _DEEPEST:
+        raise FileFormatError(f"{name} has {count!r} layers, more than {_DEEPEST:,}")
     try:
         with torch.device("meta"):
-            return kind(**values).eval()
+            layer = kind(**values).eval()
     except Exception as error:
         raise FileFormatError(f"{name} cannot be made of {config!r}: {error}") from error
+    _change(layer, entry)
+    return layer
+
+
+def _change(layer: nn.Module, entry: Mapping[str, Any]) -> None:
+    """Set on a layer what was changed since it was made.
+
+    Raises:
+        FileFormatError: It has no such setting or parameter, or they cannot be so.
+    """
+    settings, shapes = entry.get("set", {}), entry.get("shapes", {})
+    name = type(layer).__name__
+    if not isinstance(settings, dict) or not isinstance(shapes, dict):
+        raise FileFormatError(f"what was changed of the {name} cannot be read")
+    if (settings or shapes) and isinstance(layer, _FIXED):
+        raise FileFormatError(f"a {name} cannot be changed")
+    known = set(_settings(layer))
+    for key, value in settings.items():
+        plain = decode(value)
+        if key not in known or not _is_plain(plain):
+            raise FileFormatError(f"a {name} cannot have {key[:60]!r} set to {value!r}")
+        setattr(layer, key, plain)
+    for key, shape in shapes.items():
+        sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        old = {**layer._parameters, **layer._buffers}.get(key)
+        if old is None or not sizes or len(shape) > _MOST_AXES or math.prod(shape) >= 1 << 63:
+            raise FileFormatError(f"a {name} cannot have a {key[:60]!r} of the shape {shape!r}")
+        empty = torch.empty(shape, dtype=old.dtype, device="meta")
+        setattr(layer, key, nn.Parameter(empty) if key in layer._parameters else empty)

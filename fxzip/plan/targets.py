@@ -1,7 +1,9 @@
 """Which functions and methods a saved graph may call, by qualified name: a closed list, and no import.
 
 Left out on purpose: what reads or writes files or other memory (``load``, ``from_file``, ``as_strided``,
-``set_``, ``empty``), what takes a callable (``apply_``, ``compile``), what leaves tensors (``numpy``).
+``set_``, ``empty``), what takes a callable (``apply_``, ``compile``), what leaves tensors (``numpy``), and what
+trusts its arguments: the ``native_`` norms read beyond statistics that are too short (`fxzip.plan.safe` writes the
+checked functions instead).
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, Modul
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional
 
 from fxzip.errors import FileFormatError
+from fxzip.plan.safe import DEFORM, deform_conv2d, is_deform
 from fxzip.plan.values import words
 
 _NAMES = words("""
@@ -39,9 +42,10 @@ logical_and logical_not logical_or logical_xor logit logsigmoid logsumexp lp_poo
 masked_fill masked_scatter matmul matrix_norm matrix_power max max_pool1d max_pool2d max_pool3d
 max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices max_unpool1d max_unpool2d
 max_unpool3d maximum mean median meshgrid min minimum mish mm movedim moveaxis msort mul multi_dot multiply
-mv nan_to_num nanmean nansum narrow native_batch_norm native_group_norm native_layer_norm ne neg negative
-nonzero norm normalize numel one_hot ones ones_like outer pad pairwise_distance permute pixel_shuffle
-pixel_unshuffle polar positive pow prelu prod quantile rad2deg ravel real reciprocal relu relu6 remainder
+mv nan_to_num nanmean nansum narrow native_layer_norm ne neg negative
+nonzero norm normal normalize numel one_hot ones ones_like outer pad pairwise_distance permute pixel_shuffle
+pixel_unshuffle polar positive pow prelu prod quantile rad2deg rand rand_like randint
+randint_like randn randn_like randperm ravel real reciprocal relu relu6 remainder
 renorm repeat_interleave reshape rfft rfft2 rfftn rms_norm roll rot90 round rrelu rsqrt rsub scalar_tensor
 scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select select_scatter selu sgn
 sigmoid sign signbit silu sin sinc sinh slice_scatter softmax softmin softplus softshrink softsign sort
@@ -70,8 +74,7 @@ _MATH = words("ceil exp floor log log2 prod sqrt trunc")
 
 # Operators of ATen, which torch.export writes, besides those that share a name with a function or method.
 _ATEN = words("""
-_adaptive_avg_pool2d _adaptive_avg_pool3d _conj _log_softmax _native_batch_norm_legit
-_native_batch_norm_legit_no_training _softmax _to_copy _unsafe_index _unsafe_view alias col2im
+_adaptive_avg_pool2d _adaptive_avg_pool3d _conj _log_softmax _softmax _to_copy _unsafe_index _unsafe_view alias col2im
 constant_pad_nd convolution copy fill im2col index layer_norm leaky_relu lift_fresh lift_fresh_copy
 linalg_vector_norm max_pool2d_with_indices mean pixel_shuffle reflection_pad1d reflection_pad2d
 reflection_pad3d replication_pad1d replication_pad2d replication_pad3d slice split_with_sizes squeeze_copy
@@ -96,7 +99,7 @@ _PREFIX = "torch.ops.aten."
 @functools.cache
 def functions() -> Mapping[str, Any]:
     """The functions that a graph may call, by qualified name; those of ATen are found by `find_function`."""
-    table: dict[str, Any] = {"builtins.getattr": getattr}
+    table: dict[str, Any] = {"builtins.getattr": getattr, DEFORM: deform_conv2d}
     for prefix, namespace in _NAMESPACES:
         for name in _NAMES:
             for variant in (name, f"{name}_"):
@@ -132,10 +135,18 @@ def name_of(target: object) -> str | None:
     """The qualified name of a function that a saved graph may call; None for any other."""
     if isinstance(target, torch._ops.OpOverload):
         namespace, _, packet = target._schema.name.partition("::")
-        known = namespace == "aten" and packet in _aten()
+        known = namespace == "aten" and packet in _aten() and _takes_tensors(target)
         return f"{_PREFIX}{packet}.{target._overloadname}" if known else None
+    if is_deform(target):
+        return DEFORM
     name = _qualified().get(id(target))
     return name if name is not None and functions()[name] is target else None
+
+
+def _takes_tensors(target: torch._ops.OpOverload) -> bool:
+    """Whether an operator takes or gives tensors: those of numbers only check nothing, ``remainder.int`` not even 0."""
+    schema = target._schema
+    return any("Tensor" in str(part.type) for part in (*schema.arguments, *schema.returns))
 
 
 def find_function(name: str) -> Any:
@@ -150,16 +161,33 @@ def find_function(name: str) -> Any:
         if packet in _aten() and hasattr(torch.ops.aten, packet):
             operators = getattr(torch.ops.aten, packet)
             found = getattr(operators, overload) if overload in operators.overloads() else None
+            found = found if found is None or _takes_tensors(found) else None
     if found is None:
         raise FileFormatError(f"it calls {name!r}, which a saved graph may not")
     return found
 
 
+_ENUMERATIONS = {"ScalarType": torch.dtype, "Layout": torch.layout, "MemoryFormat": torch.memory_format}
+
+
 def check_arguments(target: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise what is wrong with the arguments of a function; only ``getattr`` has limits of its own.
+    """Raise what is wrong with the arguments of a function: of ``getattr``, and of operators of ATen.
 
     Raises:
-        FileFormatError: It reads an attribute that it may not.
+        FileFormatError: It reads an attribute that it may not, or gives a number for a dtype, a layout or a memory
+            format: an operator of ATen looks such a number up in a table without a look at the table's length.
     """
     if target is getattr and (len(args) != 2 or kwargs or args[1] not in ATTRIBUTES):
         raise FileFormatError(f"it reads the attribute {args[1:]!r}, which a saved graph may not")
+    if isinstance(target, torch._ops.OpOverload):
+        for place, argument in enumerate(target._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            kind = _ENUMERATIONS.get(str(argument.real_type).removeprefix("Optional[").removesuffix("]"))
+            if kind is not None and value is not None and not isinstance(value, kind) and not _reads_attribute(value):
+                raise FileFormatError(f"its {argument.name} is {value!r}, which is no {kind.__name__}")
+
+
+def _reads_attribute(value: object) -> bool:
+    """Whether a value is a node like ``x.dtype``."""
+    kinds = ("dtype", "layout")
+    return isinstance(value, fx.Node) and value.target is getattr and len(value.args) == 2 and value.args[1] in kinds

@@ -19,7 +19,7 @@ from fxzip.errors import FileFormatError, SaveError
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _FORMATS = {name: getattr(torch, name) for name in ("contiguous_format", "channels_last", "channels_last_3d")}
 _FORMATS["preserve_format"] = torch.preserve_format
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d{1,3})?")
+DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d{1,3})?")
 _FLOATS = ("inf", "-inf", "nan")
 
 Nodes = Mapping[str, fx.Node]
@@ -59,7 +59,7 @@ def _encode_atom(value: Any) -> dict[str, Any]:
         return {"node": value.name}
     if value is Ellipsis:
         return {"ellipsis": True}
-    if isinstance(value, torch.device) and _DEVICE.fullmatch(str(value)):
+    if isinstance(value, torch.device) and DEVICE.fullmatch(str(value)):
         return {"device": str(value)}
     if isinstance(value, torch.layout) and value is torch.strided:
         return {"layout": "strided"}
@@ -121,7 +121,7 @@ def _dict(content: Any, nodes: Nodes) -> dict[str | int, Any]:
 
 
 def _device(content: Any, _: Nodes) -> torch.device:
-    if not isinstance(content, str) or not _DEVICE.fullmatch(content):
+    if not isinstance(content, str) or not DEVICE.fullmatch(content):
         raise FileFormatError(f"{_shown(content)} is no device")
     return torch.device(content)
 

@@ -7,20 +7,28 @@ import inspect
 import json
 import math
 import operator
-from collections.abc import Callable
+import os
+import re
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxzip
 from fxzip import io
+from fxzip.card import model_card
 from fxzip.errors import FileFormatError, SaveError
 from fxzip.passes.trace.export import export
 from fxzip.plan import decode, encode, layers, targets
+from fxzip.plan.safe import DEFORM
 from fxzip.rules import registry
 from tests.fxzip.served import Small, hand_made, zipped_small
 
@@ -231,17 +239,117 @@ def test_layers_with_options(layer: nn.Module) -> None:
     assert [*again.state_dict()] == [*layer.state_dict()]
 
 
-def test_a_layer_that_was_changed_is_refused() -> None:
-    padded = nn.Conv2d(3, 4, 3)
-    padded._reversed_padding_repeated_twice = [1, 1, 1, 1]
-    fewer = nn.Conv2d(3, 4, 3)
-    fewer.weight = nn.Parameter(torch.zeros(5, 3, 3, 3))
-    other = nn.ReLU()
-    other.forward = torch.sigmoid  # type: ignore[method-assign]
-    cases = ((padded, "_reversed"), (fewer, "parameters"), (other, "forward"), (Small(), "only layers"))
+def changed(layer: nn.Module, **values: Any) -> nn.Module:
+    """A layer with attributes set after it was made."""
+    for name, value in values.items():
+        setattr(layer, name, value)
+    return layer
+
+
+CHANGED: list[tuple[nn.Module, tuple[int, ...]]] = [
+    (changed(nn.Conv2d(3, 4, 3), padding=2, stride=2), (2, 3, 9, 9)),
+    (changed(nn.Conv2d(3, 4, 3), padding=(1, 2), dilation=(2, 1)), (2, 3, 9, 9)),
+    (changed(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), padding=(2, 2)), (2, 3, 9, 9)),
+    (changed(nn.Conv2d(3, 4, 3), weight=nn.Parameter(torch.randn(5, 2, 5, 1)), bias=None), (2, 2, 9, 9)),
+    (changed(nn.Conv2d(4, 4, 3), groups=2, weight=nn.Parameter(torch.randn(6, 2, 3, 3)), bias=None), (2, 4, 9, 9)),
+    (changed(nn.Linear(3, 4), weight=nn.Parameter(torch.randn(6, 5)), bias=nn.Parameter(torch.randn(6))), (2, 5)),
+    (changed(nn.BatchNorm2d(3, affine=False), running_mean=torch.randn(5), running_var=torch.rand(5)), (2, 5, 3, 3)),
+    (changed(nn.LayerNorm(3, bias=False), normalized_shape=(2, 3), weight=nn.Parameter(torch.randn(2, 3))), (4, 2, 3)),
+    (changed(nn.MaxPool2d(2), stride=1, padding=1, ceil_mode=True), (2, 3, 5, 5)),
+    (changed(nn.AdaptiveAvgPool2d(2), output_size=(3, 1)), (2, 3, 5, 5)),
+    (changed(nn.LeakyReLU(0.1), negative_slope=0.3), (2, 3)),
+    (changed(nn.Embedding(3, 4), weight=nn.Parameter(torch.randn(9, 2)), num_embeddings=9), ()),
+    (changed(nn.Upsample(scale_factor=2), scale_factor=None, size=7), (2, 3, 5, 5)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "shape"), CHANGED, ids=lambda value: type(value).__name__)
+def test_a_layer_that_was_changed_after_it_was_made(layer: nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_module("it", (graph.placeholder("x"),)))
+    x = torch.randn(shape) if shape else torch.tensor([8, 0])
+    made = hand_made(fx.GraphModule({"it": layer}, graph), x=x)
+    again = fxzip.load(made.save(tmp_path / "saved"))
+    assert same(made, again, x)
+    assert again.save(tmp_path / "twice")
+    assert plan_of(tmp_path / "twice")["heads"] == plan_of(tmp_path / "saved")["heads"]
+
+
+def test_changes_that_cannot_be_saved_are_refused() -> None:
+    more = nn.Conv2d(3, 4, 3)
+    more.register_buffer("scale", torch.ones(1))
+    wider = changed(nn.LSTM(3, 4), weight_ih_l0=nn.Parameter(torch.zeros(16, 5)))
+    other = changed(nn.ReLU(), forward=torch.sigmoid)
+    cases = [(more, r"\(scale\).*a module of its own"), (wider, "weight_ih_l0 changed.*make a new layer")]
+    cases += [
+        (other, "forward was replaced"),
+        (Small(), "only layers"),
+        (changed(nn.ReLU(), inplace=print), "an argument is a builtin"),
+    ]
     for layer, why in cases:
         with pytest.raises(SaveError, match=rf"stem.*{why}"):
             layers.write_layer("stem", layer)
+
+
+class Deformed(nn.Module):
+    """A deformable convolution, and noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset, self.conv = nn.Conv2d(3, 18, 3, padding=1), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torchvision.ops.deform_conv2d(x, self.offset(x), self.conv.weight, self.conv.bias, padding=(1, 1))
+        return y + 0 * torch.randn_like(y)
+
+
+def test_deformable_convolutions_and_noise(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    made = hand_made(record(Deformed().eval(), x), x=x)
+    again = fxzip.load(made.save(tmp_path / "saved"))
+    assert same(made, again, x)
+    assert again.save(tmp_path / "twice")
+    again.head("task0").get_parameter("offset.bias").data.fill_(math.nan)  # torchvision reads foreign memory then
+    assert again(x)[0].isfinite().all()
+
+
+def plan_of(folder: Path) -> Plan:
+    """What is written in a saved folder."""
+    plan: Plan = json.loads((folder / io.PLAN).read_text())
+    return plan
+
+
+def record(model: nn.Module, x: Tensor) -> fx.GraphModule:
+    from fxzip.passes.trace import trace
+
+    return trace(model, (x,))
+
+
+NATIVE: list[Callable[[Any, Any], Any]] = [
+    lambda x, s: torch.native_batch_norm(x, s, s, s, s.exp(), False, 0.1, 1e-5)[0],
+    lambda x, s: torch.ops.aten.native_batch_norm.default(x, s, None, s, s.exp(), False, 0.1, 1e-5)[0],
+    lambda x, s: torch.ops.aten._native_batch_norm_legit.default(x, s, None, s, s.exp(), False, 0.1, 1e-5)[0],
+    lambda x, s: torch.ops.aten._native_batch_norm_legit.no_stats(x, s, None, True, 0.1, 1e-5)[0],
+    lambda x, s: torch.ops.aten._native_batch_norm_legit_no_training.default(x, s, s, s, s.exp(), 0.1, 1e-5)[0],
+    lambda x, s: torch.ops.aten.native_group_norm.default(x, s, s, 3, 4, 25, 2, 1e-5)[0],
+]
+
+
+@pytest.mark.parametrize("number", range(len(NATIVE)))
+def test_native_norms_are_saved_as_the_checked_ones(number: int, tmp_path: Path) -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Any:
+            return NATIVE[number](x, self.scale)
+
+    x = torch.randn(3, 4, 5, 5)
+    made = hand_made(Norm(), x=x)
+    again = fxzip.load(made.save(tmp_path / "saved"))
+    assert same(made, again, x)
+    assert "native_" not in str([node["target"] for node in plan_of(tmp_path / "saved")["heads"][0]["nodes"]])
 
 
 def test_functions_with_a_rule_can_be_saved() -> None:
@@ -264,7 +372,8 @@ def test_the_list_of_functions_is_harmless() -> None:
     names = [name.rsplit(".", 1)[1] for name in table] + [*targets.methods(), *targets._aten()]
     assert [name for name in names if any(word in name for word in bad.split())] == []
     homes = {str(getattr(found, "__module__", None) or "torch").split(".")[0] for found in table.values()}
-    assert homes <= {"torch", "_operator", "math", "builtins"}
+    assert homes <= {"torch", "_operator", "math", "builtins", "fxzip"}
+    assert [name for name, found in table.items() if "fxzip" in str(found.__module__)] == [DEFORM]
     assert all(targets.find_function(targets.name_of(found) or "") is found for found in table.values())
 
 
@@ -453,7 +562,10 @@ FUNCTIONS = [
     "torch.ops.aten.add.Tensor.__call__", "torch.ops.aten.add.__class__", "torch.ops.fbgemm.x.default",
     "torch.nn.functional.torch.load", "torch.Tensor.apply_", "torch.relu\n", "", "torch", "getattr",
     "subprocess.Popen", "torch.utils.cpp_extension.load", "torch.ops.aten.__init__.default",
-    "torch.ops.aten.add.", "math.__loader__",
+    "torch.ops.aten.add.", "math.__loader__", "torch.native_batch_norm", "torch.ops.aten.native_batch_norm.default",
+    "torch.ops.aten._native_batch_norm_legit.no_stats", "torch.ops.aten._native_batch_norm_legit_no_training.default",
+    "torch.ops.aten.native_group_norm.default", "torch.native_group_norm", "torch.ops.aten.remainder.int",
+    "torchvision.io.read_file", "torchvision.ops.nms",
 ]  # fmt: skip
 NAMES = [
     "x = __import__('os')", 'a"); import os; ("', "a\nimport os", "a.b", "lambda", "", "1a", "\uff41", "a b",
@@ -570,6 +682,7 @@ def test_a_layer_of_another_shape_takes_no_memory(saved: Path) -> None:
     assert "is of shape" in refused(saved, huge)
 
 
+SIZES = {"input_size": 1, "hidden_size": 1}
 STRUCTURES: list[Callable[[Plan], Any]] = [
     lambda plan: plan.pop("trunk"),
     lambda plan: plan.update(trunk=[]),
@@ -577,6 +690,26 @@ STRUCTURES: list[Callable[[Plan], Any]] = [
     lambda plan: plan.update(names=["a", "a"]),
     lambda plan: plan.update(names=["a", "keys"]),
     lambda plan: plan.update(names=["a", "b.c"]),
+    lambda plan: plan.update(names=["a", 'b");print("']),
+    lambda plan: plan.update(names=["a", "b'"]),
+    lambda plan: plan.update(names=["a", "\uff42"]),
+    lambda plan: plan.update(names=[], heads=[]),
+    lambda plan: layer(plan).update(set={"forward": 1}),
+    lambda plan: layer(plan).update(set={"training": True}),
+    lambda plan: layer(plan).update(set={"stride": {"dtype": "float32"}}),
+    lambda plan: layer(plan).update(set=[]),
+    lambda plan: layer(plan).update(shapes={"weight": [-1]}),
+    lambda plan: layer(plan).update(shapes={"stride": [1]}),
+    lambda plan: layer(plan).update(shapes={"weight": [1 << 62, 1 << 62]}),
+    lambda plan: layer(plan).update(
+        {"class": "LSTM", "config": {"input_size": 1, "hidden_size": 1, "num_layers": 10**9}}
+    ),
+    lambda plan: layer(plan).update(
+        {"class": "LSTM", "config": {"input_size": 1, "hidden_size": 1, "num_layers": 900}}
+    ),
+    lambda plan: layer(plan).update(
+        {"class": "GRU", "config": {"input_size": 1, "hidden_size": 1}, "set": {"hidden_size": 9}}
+    ),
     lambda plan: plan.update(report={}),
     lambda plan: plan["report"].update(trunk={"params": "many", "flops": 1}),
     lambda plan: plan.update(state={}),
@@ -603,6 +736,155 @@ STRUCTURES: list[Callable[[Plan], Any]] = [
     lambda plan: first(plan, "call_function").update(args=[{"dict": [[None, 1]]}]),
     lambda plan: first(plan, "call_function").update(args=None),
 ]
+
+
+def big(size: Any) -> Plan:
+    """An example of a size."""
+    return {"dict": [["fxzip.shape", {"tuple": [size]}], ["dtype", {"dtype": "float32"}]]}
+
+
+def call(target: str, *args: Any, **kwargs: Any) -> Callable[[Plan], Any]:
+    """What puts another call in the place of the first function's."""
+
+    def change(plan: Plan) -> None:
+        node = first(plan, "call_function")
+        kept = node["args"][0]
+        node.update(target=target, args=[kept if arg == "x" else arg for arg in args], kwargs=kwargs)
+
+    return change
+
+
+LARGE: list[Callable[[Plan], Any]] = [
+    lambda plan: plan.update(example={"tuple": [{"tuple": [big(1 << 26)] * 30}, {"dict": []}]}),
+    call("torch.zeros", 10**12),
+    call("torch.zeros", [10**6, 10**6]),
+    call("torch.ops.aten.zeros.default", [10**6, 10**6]),
+    call("torch.eye", 10**6),
+    call("torch.arange", 10**12),
+    call("torch.linspace", 0, 1, 10**12),
+    call("torch.randn", [10**12]),
+    call("torch.tril_indices", 10**6, 10**6),
+    call("torch.tile", "x", [10**9]),
+    call("torch.nn.functional.pad", "x", [10**9, 10**9]),
+    call("torch.nn.functional.interpolate", "x", [10**6, 10**6]),
+    call("torch.nn.functional.interpolate", "x", scale_factor=1e5),
+    call("torch.repeat_interleave", "x", 10**9),
+    call("torch.nn.functional.one_hot", "x", 10**9),
+    call("torch.full", [10**12], 1.0),
+    call("operator.pow", 10**9, 10**9),
+    call("operator.lshift", 1, 10**12),
+    call("operator.mul", [1], 10**10),
+    call("operator.mod", "%1000000000d", 5),
+    call("torch.diag_embed", "x", 10**9),
+    call("torch.ops.aten._to_copy.default", "x", dtype=1000),
+    call("torch.ops.aten.arange.default", 4, dtype=1 << 31),
+    call("torch.ops.aten.clone.default", "x", memory_format=99),
+]
+
+
+@pytest.mark.parametrize("number", range(len(LARGE)))
+def test_plans_that_take_too_much(saved: Path, number: int) -> None:
+    with limited(6 << 30):
+        refused(saved, LARGE[number])
+
+
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """No more memory than this beyond what the process has."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_an_expanded_tensor_cannot_be_written_out(saved: Path) -> None:
+    """A view of any size takes no memory; what is made of it does."""
+
+    def change(plan: Plan) -> None:
+        node = first(plan, "call_function")
+        place = plan["trunk"]["nodes"].index(node)
+        view: Plan = {"name": "view_", "op": "call_method", "target": "expand", "kwargs": {}}
+        view["args"] = [node["args"][0], 10**6, -1, -1, -1, -1]
+        node.update(target="torch.relu", args=[{"node": "view_"}], kwargs={})
+        plan["trunk"]["nodes"].insert(place, view)
+
+    assert "GB at once" in refused(saved, change)
+
+
+def test_sizes_that_depend_on_values(tmp_path: Path) -> None:
+    """What picks is counted as if it picked all; what makes as many as a value says needs a number."""
+
+    class Picks(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x[x > 0], torch.nonzero(x).sum(0), x[:, x.sum(0) > 0].amax(1)
+
+    class Makes(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return F.one_hot(x.long())
+
+    x = torch.randn(3, 5)
+    made = hand_made(Picks(), x=x)
+    assert same(made, fxzip.load(made.save(tmp_path / "saved")), x)
+    with pytest.raises(SaveError, match=r"node one_hot: .*num_classes"):
+        hand_made(Makes(), x=x.abs()).save(tmp_path / "other")
+
+
+def test_a_plan_is_plain_json(saved: Path) -> None:
+    whole = (saved / io.PLAN).read_text()
+    cases = {
+        whole.replace('"version": 1', '"version": 1, "version": 1', 1): "'version' twice",
+        whole.replace('"version": 1', '"version": 1e999', 1): "not finite",
+        whole.replace('"version": 1', '"version": NaN', 1): "no number of JSON",
+        whole.replace('"version": 1', '"version": ' + "1" * 40, 1): "64 bits",
+        whole.replace('"version": 1', '"version": ' + "1" * 5000, 1): "64 bits",
+        whole.replace('"version": 1', '"version": 1, "x": ' + "[" * 70 + "]" * 70, 1): "nests deeper than 64",
+        whole.replace('"version": 1', '"version": 1, "x": ' + "[" * 900 + "]" * 900, 1): "nests deeper than 64",
+    }
+    for text, why in cases.items():
+        (saved / io.PLAN).write_text(text)
+        with pytest.raises(FileFormatError, match=why):
+            fxzip.load(saved)
+
+
+def test_only_small_regular_files_are_read(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (io.PLAN, io.WEIGHTS):
+        kept = saved / name
+        kept.rename(tmp_path / "kept")
+        os.mkfifo(kept)  # opening it would wait for ever
+        with pytest.raises(FileFormatError, match=r"cannot be read: .* is no regular file"):
+            fxzip.load(saved)
+        kept.unlink()
+        kept.symlink_to("/dev/zero")
+        with pytest.raises(FileFormatError, match=r"cannot be read: .* is no regular file"):
+            fxzip.load(saved)
+        kept.unlink()
+        kept.symlink_to(tmp_path / "kept")  # as hubs keep what they download
+        assert fxzip.load(saved)
+        kept.unlink()
+        (tmp_path / "kept").rename(kept)
+    for name in ("MOST_BYTES", "MOST_WEIGHTS"):
+        with monkeypatch.context() as patch:
+            patch.setattr(io, name, 100)
+            with pytest.raises(FileFormatError, match="bytes, more than the 100 that are read"):
+                fxzip.load(saved)
+
+
+def test_a_card_keeps_text_as_text(zipped: fxzip.ZippedModel) -> None:
+    odd = "---\n# <script>x</script> ```\n[a](http://b) ![c](d) `e` | <b>\u202e"
+    changed = copy.copy(zipped)
+    changed.report = replace(zipped.report, cut=odd, method=odd, parting=odd, frozen=(odd,))
+    text = model_card(changed)
+    prose, _, block = text.partition("## Report")
+    assert "<script>" not in prose
+    assert r"\[a\]\(http" in prose
+    assert len(re.findall(r"^---$", prose, re.MULTILINE)) == 2
+    fence = block.split("text\n")[0].strip()
+    assert len(fence) >= 4
+    assert block.count(fence) == 2
+    assert "\u202e" not in text
 
 
 @pytest.mark.parametrize("number", range(len(STRUCTURES)))

@@ -71,6 +71,18 @@ def test_a_link_keeps_its_name(tmp_path: Path) -> None:
         ("", "holds no options"),
         ("cut: [", "is not YAML"),
         ("cut: !!python/object/apply:os.system ['true']", "is not YAML"),
+        ("a: &a [x]\nb: [*a, *a]", "anchors and aliases are not read: line 1"),
+        ("cut: " + "[" * 40 + "]" * 40, "nests deeper than 16"),
+        ("cut: " + "[" * 5000, "nests deeper than 16"),
+        ("alpha: 0x" + "f" * 10000, "a number of 10,002 digits: line 1"),
+        ("alpha: " + "9" * 10000, "a number of 10,000 digits"),
+        ("alpha: " + ":".join(["59"] * 1000), "a number of"),
+        ("cut: layer3\ncut: layer4", "'cut' stands there twice"),
+        ("cut: 2026-99-99", "is not YAML of plain options"),
+        ("cut: !!int {}", "is not YAML of plain options"),
+        ("cut: !!int ''", "is not YAML of plain options"),
+        ("? [a]\n: 1", "is not YAML of plain options"),
+        ("cut: \x00", "is not YAML of plain options"),
     ],
 )
 def test_bad_recipes(tmp_path: Path, text: str, says: str) -> None:
@@ -82,3 +94,14 @@ def test_bad_recipes(tmp_path: Path, text: str, says: str) -> None:
 def test_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="cannot be read"):
         read_recipe(tmp_path / "r.yaml", KNOWN)
+
+
+def test_only_small_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
+    (tmp_path / "large").write_text("#" * (1 << 20) + "\ncut: layer3")
+    for name, why in (("pipe", "no regular file"), ("large", "more than the 262,144"), (".", "cannot be read")):
+        with pytest.raises(OptionError, match=why):
+            read_recipe(tmp_path / name, KNOWN)
+    (tmp_path / "r.yaml").write_text("cut: layer3")
+    (tmp_path / "link").symlink_to(tmp_path / "r.yaml")
+    assert read_recipe(tmp_path / "link", KNOWN) == {"cut": "layer3"}
