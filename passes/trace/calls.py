@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-_OPERATORS: dict[str, Callable[..., Any]] = {
+OPERATORS: dict[str, Callable[..., Any]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
@@ -74,8 +74,8 @@ def call_of(
     if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return "call_function", func, args
     if getattr(func, "__qualname__", "").startswith(("Tensor.", "TensorBase.")):
-        if name in _OPERATORS and not kwargs:
-            return "call_function", _OPERATORS[name], args
+        if name in OPERATORS and not kwargs:
+            return "call_function", OPERATORS[name], args
         if name in _REFLECTED and not kwargs:
             return "call_function", _REFLECTED[name], (args[1], args[0])
         return "call_method", name, args
@@ -107,14 +107,6 @@ def with_free_axis(name: str, args: tuple[Any, ...], result: Any) -> tuple[Any, 
 def is_symbolic(size: Any) -> bool:
     """Whether a size depends on the batch."""
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
-
-
-def mutates(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a call writes to one of its arguments."""
-    name = getattr(func, "__name__", "")
-    if isinstance(func, torch._ops.OpOverload):
-        return bool(func._schema.is_mutable)
-    return (name.endswith("_") and not name.endswith("__")) or bool(kwargs.get("inplace")) or "out" in kwargs
 
 
 def is_constant(value: object) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+
+from fxzip.passes.trace.functional import functionalise, has_writes
 
 _DROPOUTS = (
     nn.Dropout,
@@ -30,10 +32,12 @@ _DROPOUT_FUNCTIONS: set[Any] = {
 }
 
 
-def clean(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """``graph_module`` in eval mode, without what does nothing there and without dead code.
+def clean(graph_module: fx.GraphModule, values: Callable[[fx.GraphModule], dict[fx.Node, Any]]) -> fx.GraphModule:
+    """``graph_module`` in eval mode, without what does nothing there, without writes to memory, without dead code.
 
-    Dropouts and identities go, then nodes whose result nobody uses; inputs and nodes that work in place stay.
+    Args:
+        graph_module: A fresh graph, which is changed.
+        values: Gives what each node gives, as fake tensors; asked for only where a node writes to memory.
     """
     graph_module.eval()
     graph = graph_module.graph
@@ -41,8 +45,10 @@ def clean(graph_module: fx.GraphModule) -> fx.GraphModule:
         if _does_nothing(graph_module, node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
+    if has_writes(graph_module):
+        functionalise(graph_module, values(graph_module))
     for node in reversed(list(graph.nodes)):
-        if not node.users and not _has_effect(graph_module, node):
+        if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
     attributes = {
         str(node.target): attribute(graph_module, str(node.target))
@@ -110,19 +116,3 @@ def _does_nothing(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 def _rate(node: fx.Node) -> Any:
     return node.args[1] if len(node.args) > 1 else node.kwargs.get("p")
-
-
-def _has_effect(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node does more than give a result: it is part of the signature, or it works in place."""
-    if node.op in {"placeholder", "output"}:
-        return True
-    if node.op == "call_module":
-        return getattr(graph_module.get_submodule(str(node.target)), "inplace", False) is True
-    if node.op == "get_attr":
-        return False
-    if node.target is operator.setitem or node.kwargs.get("inplace") is True or "out" in node.kwargs:
-        return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in {"iadd", "isub", "imul", "itruediv"}

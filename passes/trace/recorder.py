@@ -28,11 +28,11 @@ from fxzip.passes.trace.calls import (
     call_of,
     is_constant,
     is_symbolic,
-    mutates,
     with_free_axis,
 )
 from fxzip.passes.trace.constants import constant_value
 from fxzip.passes.trace.sizes import BatchSizes
+from fxzip.passes.trace.writes import changes_shape, mutates
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -67,8 +67,6 @@ class GraphRecorder(TorchFunctionMode):
         self._stack: list[tuple[str, type]] = []
         self._wrapped: list[tuple[nn.Module, object]] = []
         self._inputs: list[Tensor] = []
-        self._memory: dict[int, set[int]] = {}
-        self._must_stay_in_place: set[str] = set()
 
     # ---- modules
 
@@ -93,9 +91,6 @@ class GraphRecorder(TorchFunctionMode):
             else:
                 module.__dict__["forward"] = before
         self._wrapped.clear()
-        for name, module in self.attributes.items():
-            if getattr(module, "inplace", False) is True and name not in self._must_stay_in_place:
-                module.inplace = False  # same result, and later passes keep every node's value
 
     def _inner_forward(self, name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
@@ -126,8 +121,6 @@ class GraphRecorder(TorchFunctionMode):
             self._stack.append((name, type(module)))
             node = self._create("call_module", name, node_args, node_kwargs)
             self._stack.pop()
-            if in_place and (not isinstance(result, Tensor) or self._is_shared(result)):
-                self._must_stay_in_place.add(name)
             return self._bind(result, node, in_place)
 
         return run
@@ -162,6 +155,8 @@ class GraphRecorder(TorchFunctionMode):
             raise DataDependentOutputException(func)  # type: ignore[arg-type]
         if name == "__setitem__":
             return self._set_item(func, args)
+        if changes_shape(func) or "out" in kwargs:
+            self._keep_values([*args[:1], kwargs.get("out")])
         result = func(*args, **kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             self._sizes.note(args, result)
@@ -169,9 +164,7 @@ class GraphRecorder(TorchFunctionMode):
         return self._record(func, args, kwargs, result)
 
     def _record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        in_place = mutates(func, kwargs)
-        if in_place:
-            func, kwargs = self._out_of_place(func, args, kwargs, result)
+        in_place = mutates(func, args, kwargs) or changes_shape(func)
         args = with_free_axis(getattr(func, "__name__", ""), args, result)
         near = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         op, target, args = call_of(func, args, kwargs)
@@ -184,30 +177,17 @@ class GraphRecorder(TorchFunctionMode):
         func(*args)
         self._create("call_function", operator.setitem, node_args, {})
 
-    def _out_of_place(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """``x + y`` for ``x += y`` where nobody can tell: later passes keep all nodes' values."""
-        if "out" in kwargs or not args or result is not args[0] or self._is_shared(args[0]):
-            return func, kwargs
-        if kwargs.get("inplace"):
-            return func, {**kwargs, "inplace": False}
-        plain = getattr(Tensor, getattr(func, "__name__", "_")[:-1], None)
-        is_method = getattr(func, "__qualname__", "").startswith(("Tensor.", "TensorBase."))
-        operands = [leaf for leaf in pytree.tree_leaves(args[1:]) if isinstance(leaf, (Tensor, int, float))]
-        promotes = any(torch.result_type(args[0], operand) != args[0].dtype for operand in operands)
-        if is_method and callable(plain) and args[0].is_floating_point() and not promotes:
-            return plain, kwargs
-        return func, kwargs
-
-    def _is_shared(self, tensor: Tensor) -> bool:
-        """Whether another tensor of the graph looks at ``tensor``'s memory."""
-        return len(self._memory.get(tensor.untyped_storage()._cdata, {id(tensor)}) - {id(tensor)}) > 0
+    def _keep_values(self, tensors: list[Any]) -> None:
+        """These may get another shape: what nodes gave until now is kept as it is, in the same memory."""
+        for node in self.graph.nodes:
+            if any(node.meta.get("val") is tensor for tensor in tensors if isinstance(tensor, Tensor)):
+                node.meta["val"] = torch.ops.aten.alias.default(node.meta["val"])
 
     # ---- nodes
 
     def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        node = self.graph.create_node(op, target, tuple(args), dict(kwargs))
+        plain = target.strip("_") if op == "call_method" else None  # the name of what `functional` makes of it
+        node = self.graph.create_node(op, target, tuple(args), dict(kwargs), plain)
         node.meta["nn_module_stack"] = {name: (name, kind) for name, kind in self._stack if name}
         return node
 
@@ -265,7 +245,6 @@ class GraphRecorder(TorchFunctionMode):
 
     def _know(self, tensor: Tensor, node: fx.Node) -> None:
         self._nodes[id(tensor)] = (tensor, node)
-        self._memory.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
 
     def _constant_name(self, tensor: Tensor) -> str:
         if isinstance(tensor, FakeTensor):

@@ -63,7 +63,7 @@ def trace(
     failures: list[tuple[str, Exception]] = []
     for name, way in _ways(model):
         try:
-            graph_module = clean(way(without_some_values(eval_copy(model)), inputs))
+            graph_module = clean(way(without_some_values(eval_copy(model)), inputs), _values(name, inputs))
             graph_module.meta["traced_by"] = name
             graph_module.meta["passed_over"] = tuple(f"{other}: {_first_line(error)}" for other, error in failures)
             graph_module.meta["unused"] = _unused(model, graph_module)
@@ -116,6 +116,19 @@ def _ways(model: nn.Module) -> Iterator[tuple[str, Way]]:
         yield "given", lambda copied, _: copied if isinstance(copied, fx.GraphModule) else _unreachable()
     yield "symbolic", _by_recording
     yield "export", _by_export
+
+
+def _values(way: str, inputs: Inputs) -> Callable[[fx.GraphModule], dict[fx.Node, Any]]:
+    """What gives the values of a graph's nodes: those that were recorded, or those of a run on fake inputs."""
+
+    def values(graph_module: fx.GraphModule) -> dict[fx.Node, Any]:
+        from fxzip.passes.trace.record import run_on_fakes
+
+        if way == "symbolic":
+            return {node: node.meta["val"] for node in graph_module.graph.nodes if "val" in node.meta}
+        return run_on_fakes(graph_module, inputs)
+
+    return values
 
 
 def _unreachable() -> fx.GraphModule:
