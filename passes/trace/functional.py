@@ -96,7 +96,6 @@ class Functionaliser:
 
     def run(self) -> None:
         """Rewrite the graph."""
-        written_out: list[fx.Node] = []
         for node in list(self.graph.nodes):
             self._current = node
             without_shape_changes(node)
@@ -105,11 +104,12 @@ class Functionaliser:
                 inputs = self._bring_up_to_date(node)
             if writes(node, self.module):
                 with self.graph.inserting_before(node.next):
-                    written_out += [] if self._write(node, inputs) is node else [node]
+                    self._write(node, inputs)
             else:
                 self._look(node, inputs)
-        for node in reversed(written_out):
-            self.graph.erase_node(node)
+        for node in reversed(list(self.graph.nodes)):
+            if node.op != "call_module" and writes(node, self.module):
+                self.graph.erase_node(node)  # what it wrote is computed by others
         for part in self.module.modules():
             if getattr(part, "inplace", False) is True:
                 part.inplace = False  # type: ignore[assignment]
@@ -168,17 +168,16 @@ class Functionaliser:
 
     # ---- writing
 
-    def _write(self, node: fx.Node, inputs: dict[fx.Node, _Alias]) -> fx.Node:
-        """Compute what a node writes and put it where it belongs; the node that computes it, often this one."""
+    def _write(self, node: fx.Node, inputs: dict[fx.Node, _Alias]) -> None:
+        """Compute what a node writes, and put it where it belongs."""
         target = written(node)
         if not isinstance(self.value(target), Tensor):  # a number: x += 1
-            return self._become(node, plain_call(node))
-        if target not in inputs:
+            self._become(node, plain_call(node))
+        elif target in inputs:
+            self._put(inputs[target], self._result(node, target))
+            self._aliases[node] = inputs[target]
+        else:
             raise TraceError(f"{node.name} writes to {target.name}, whose memory is not known; write to a copy (clone())")
-        value = self._result(node, target)
-        self._put(inputs[target], value)
-        self._aliases[node] = inputs[target]
-        return value
 
     def _result(self, node: fx.Node, target: fx.Node) -> fx.Node:
         """What the node leaves in its target: of the target's shape and dtype."""

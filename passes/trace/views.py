@@ -80,6 +80,8 @@ def steps_of(key: Any, rank: int) -> Iterator[Step]:
 
 def overwritten(writer: Writer, old: fx.Node, steps: Sequence[Step], new: fx.Node) -> fx.Node:
     """``old`` with the part that ``steps`` lead to replaced by ``new``, which has that part's shape and dtype."""
+    if not steps:
+        return new
     values = [old]
     for kind, axis, key in steps[:-1]:
         if kind == "new":
@@ -148,7 +150,7 @@ def _name(view: fx.Node, writer: Writer) -> str:
         assert owner is not None
         return type(owner.get_submodule(str(view.target))).__name__.lower()
     name = name_of(view)
-    return {"_to_copy": "to_copy"}.get(name, name)
+    return {"_to_copy": "to_copy", "linalg_diagonal": "diagonal"}.get(name, name)
 
 
 def _sizes(value: Any) -> list[str]:
@@ -179,7 +181,7 @@ def _step(writer: Writer, view: fx.Node, name: str) -> Step:
 
 def _inverse(view: fx.Node, rank: int) -> list[int]:
     """The axes of the inverse permutation, read off what the view does to a tensor whose sizes all differ."""
-    probe = torch.empty(range(2, rank + 2), device="meta")
+    probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
     seen = call_with(view, probe).shape
     return [list(seen).index(size) for size in probe.shape]
 
