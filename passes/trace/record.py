@@ -23,11 +23,11 @@ from fxzip.passes.trace.writes import without_shape_changes
 BATCH_HINT = 13
 
 
-def record(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, dict[str, Any]]:
+def record(model: nn.Module, inputs: Inputs) -> GraphRecorder:
     """Runs ``model`` (a copy in eval mode that has never run) on fake inputs, and gives its graph.
 
     Returns:
-        The graph and what its ``get_attr`` and ``call_module`` targets stand for.
+        What was recorded: the graph, and what its ``get_attr`` and ``call_module`` targets stand for.
 
     Raises:
         TraceError: The batch size became a constant.
@@ -47,7 +47,7 @@ def record(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, dict[str, Any]]:
     recorder.add_output(output)
     if not recorder.knows_batch():
         raise TraceError("the model fixes the batch size: it loops over the samples or compares their number")
-    return recorder.graph, recorder.attributes
+    return recorder
 
 
 def bound_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

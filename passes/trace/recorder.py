@@ -31,16 +31,21 @@ from fxzip.passes.trace.calls import (
     with_free_axis,
 )
 from fxzip.passes.trace.constants import constant_value
+from fxzip.passes.trace.copies import is_torchs, title_of
 from fxzip.passes.trace.sizes import BatchSizes
 from fxzip.passes.trace.writes import changes_shape, mutates
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether ``module`` is torch's own, has no parts, and computes its forward and nothing besides."""
-    own = type(module).__module__.startswith("torch.nn.")
-    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether ``module`` is torch's own layer, has no parts, and no tensors besides its parameters and buffers.
+
+    Weights that a parametrization or a hook computes (weight_norm) are no leaf's: they belong in the graph.
+    """
+    home = type(module).__module__
+    own = home.startswith("torch.nn.") and not home.startswith("torch.nn.utils.")
+    computed = any(isinstance(value, Tensor) for value in module.__dict__.values())
     container = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-    return own and not hooked and not container and next(module.children(), None) is None
+    return own and not computed and not container and next(module.children(), None) is None
 
 
 class GraphRecorder(TorchFunctionMode):
@@ -52,6 +57,7 @@ class GraphRecorder(TorchFunctionMode):
     Attributes:
         graph: The graph so far.
         attributes: What its ``get_attr`` and ``call_module`` targets stand for.
+        ignored: The hooks that could not be recorded, and why.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -67,6 +73,8 @@ class GraphRecorder(TorchFunctionMode):
         self._stack: list[tuple[str, type]] = []
         self._wrapped: list[tuple[nn.Module, object]] = []
         self._inputs: list[Tensor] = []
+        self._changed: set[int] = set()
+        self.ignored: dict[str, str] = {}
 
     # ---- modules
 
@@ -82,15 +90,31 @@ class GraphRecorder(TorchFunctionMode):
                 forward = self._inner_forward(name, module, module.forward)
             self._wrapped.append((module, before))
             module.__dict__["forward"] = forward
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                hooks.update({key: self._guarded(name, hook) for key, hook in hooks.items() if not is_torchs(hook)})
 
     def release(self) -> None:
-        """Takes back what `wrap` did."""
+        """Takes back what `wrap` did, and takes off the hooks: what they compute is in the graph."""
         for module, before in self._wrapped:
             if before is None:
                 del module.__dict__["forward"]
             else:
                 module.__dict__["forward"] = before
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
         self._wrapped.clear()
+
+    def _guarded(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook that may fail on tensors without values: then it is taken to only watch, which `trace` verifies."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return hook(*args, **kwargs)
+            except Exception as error:
+                self.ignored[f"{title_of(hook)} of {name or 'the model'}"] = f"{type(error).__name__}: {error}"
+                return None
+
+        return run
 
     def _inner_forward(self, name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
@@ -104,10 +128,12 @@ class GraphRecorder(TorchFunctionMode):
         return run
 
     def _leaf_forward(self, name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        inside = self._inner_forward(name, module, forward)
+
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
-            if not self._recording:
-                return forward(*args, **kwargs)
+            if not self._recording or self._is_made(module):
+                return inside(*args, **kwargs)
             node_args, node_kwargs = self._lower(args), self._lower(kwargs)
             self._recording = False
             try:
@@ -124,6 +150,12 @@ class GraphRecorder(TorchFunctionMode):
             return self._bind(result, node, in_place)
 
         return run
+
+    def _is_made(self, module: nn.Module) -> bool:
+        """Whether a tensor of a leaf was set or written to during the run, by a hook for one: then it is no leaf."""
+        with torch._C.DisableTorchFunction():
+            tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+            return any(isinstance(t, FakeTensor) or t.untyped_storage()._cdata in self._changed for t in tensors)
 
     # ---- functions
 
@@ -165,6 +197,8 @@ class GraphRecorder(TorchFunctionMode):
 
     def _record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         in_place = mutates(func, args, kwargs) or changes_shape(func)
+        if in_place and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
+            self._changed.add(args[0].untyped_storage()._cdata)
         args = with_free_axis(getattr(func, "__name__", ""), args, result)
         near = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         op, target, args = call_of(func, args, kwargs)

@@ -120,7 +120,7 @@ def undone(writer: Writer, view: fx.Node, old: fx.Node, new: fx.Node) -> fx.Node
     parts = _parts_of(view)
     if parts is not None:
         return _part_undone(writer, parts, view, old, new)
-    if name in _SAME and _sizes(before) == _sizes(after) and before.dtype == after.dtype:
+    if name in _SAME | {"slice", "narrow"} and _sizes(before) == _sizes(after) and before.dtype == after.dtype:
         return new
     if name == "getitem":
         return overwritten(writer, old, list(steps_of(view.args[1], before.dim())), new)

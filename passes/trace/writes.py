@@ -69,7 +69,7 @@ def mutates(func: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | N
     name = func if isinstance(func, str) else getattr(func, "__name__", "")
     if name in _NOTHING or name in _SHAPES_ONLY:
         return False
-    if name.strip("_") in _AUGMENTED_METHODS and name.startswith("__") or name == "__setitem__":
+    if (name.strip("_") in _AUGMENTED_METHODS and name.startswith("__")) or name == "__setitem__":
         return True
     return (name.endswith("_") and not name.endswith("__")) or bool(_in_place_flag(func, args, kwargs))
 

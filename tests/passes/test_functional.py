@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxzip.errors import TraceError
 from fxzip.passes.trace import trace
 from fxzip.passes.trace.functional import has_writes
 
