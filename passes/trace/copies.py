@@ -57,6 +57,16 @@ def eval_copy(model: nn.Module, shared: bool = False) -> nn.Module:
     return copied.train().eval()
 
 
+def has_hooks(model: nn.Module) -> bool:
+    """Whether hooks that are not PyTorch's own run with the model."""
+    return any(
+        not is_torchs(hook)
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in hooks.values()
+    )
+
+
 def title_of(hook: object) -> str:
     """What to call a hook."""
     return getattr(hook, "__qualname__", type(hook).__qualname__)
@@ -121,8 +131,12 @@ def _look_through(name: str, module: nn.Module, memo: dict[int, Any]) -> None:
     forward = module.__dict__.get("forward")
     if forward is None:
         return
-    forward = copy.deepcopy(getattr(forward, "_torchdynamo_orig_callable", forward), memo)
-    if getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward:
+    inner = getattr(forward, "_torchdynamo_orig_callable", None)
+    if inner is not None:  # a bound method is kept in the closure only
+        kept = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or () if _is_filled(cell)]
+        forward = next((f for f in kept if isinstance(f, types.MethodType) and f.__func__ is inner), inner)
+    forward = copy.deepcopy(forward, memo)
+    if getattr(forward, "__func__", forward) is type(module).forward and getattr(forward, "__self__", module) is module:
         del module.__dict__["forward"]
     else:
         module.__dict__["forward"] = own_function(forward, memo, f"the forward of {name or 'the model'}")

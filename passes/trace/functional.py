@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from fxzip.errors import TraceError
 from fxzip.passes.trace.views import is_basic, overwritten, steps_of, undone
-from fxzip.passes.trace.writes import Call, name_of, plain_call, without_shape_changes, writes, written
+from fxzip.passes.trace.writes import Call, memory_of, name_of, plain_call, without_shape_changes, writes, written
 
 _EMPTY: dict[Any, Any] = {
     "empty": torch.zeros,
@@ -143,7 +143,7 @@ class Functionaliser:
 
     def _look(self, node: fx.Node, inputs: dict[fx.Node, _Alias]) -> None:
         """Note which memory a node looks at."""
-        keys = [self._key(leaf) for leaf in pytree.tree_leaves(self._values.get(node)) if isinstance(leaf, Tensor)]
+        keys = [memory_of(leaf, self._mode) for leaf in pytree.tree_leaves(self._values.get(node)) if isinstance(leaf, Tensor)]
         if not keys or node.op == "output":
             return
         for source, alias in inputs.items():
@@ -159,12 +159,6 @@ class Functionaliser:
         elif not _alike(self._values[known.made], self._values[node]):  # type: ignore[index]
             known = _Alias(known.memory, known, None, None, node, 0)
         self._aliases[node] = known
-
-    def _key(self, tensor: Tensor) -> int:
-        """Tells memory apart; a parameter's is that of its fake tensor."""
-        if not isinstance(tensor, FakeTensor):
-            tensor = self._mode.fake_tensor_converter.from_real_tensor(self._mode, tensor)
-        return tensor.untyped_storage()._cdata
 
     # ---- writing
 

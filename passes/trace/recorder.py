@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxzip.errors import TraceError
+from fxzip.passes.trace.autocast import is_on, without_autocast
 from fxzip.passes.trace.calls import (
     LOOKED_INTO,
     READS_ARRAYS,
@@ -33,7 +34,7 @@ from fxzip.passes.trace.calls import (
 from fxzip.passes.trace.constants import constant_value
 from fxzip.passes.trace.copies import is_torchs, title_of
 from fxzip.passes.trace.sizes import BatchSizes
-from fxzip.passes.trace.writes import changes_shape, mutates
+from fxzip.passes.trace.writes import changes_shape, memory_of, mutates
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -73,6 +74,7 @@ class GraphRecorder(TorchFunctionMode):
         self._stack: list[tuple[str, type]] = []
         self._wrapped: list[tuple[nn.Module, object]] = []
         self._inputs: list[Tensor] = []
+        self._device_type = "cpu"
         self._changed: set[int] = set()
         self.ignored: dict[str, str] = {}
 
@@ -132,7 +134,7 @@ class GraphRecorder(TorchFunctionMode):
 
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
-            if not self._recording or self._is_made(module):
+            if not self._recording or is_on(self._device_type) or self._is_made(module):
                 return inside(*args, **kwargs)
             node_args, node_kwargs = self._lower(args), self._lower(kwargs)
             self._recording = False
@@ -153,9 +155,14 @@ class GraphRecorder(TorchFunctionMode):
 
     def _is_made(self, module: nn.Module) -> bool:
         """Whether a tensor of a leaf was set or written to during the run, by a hook for one: then it is no leaf."""
-        with torch._C.DisableTorchFunction():
-            tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-            return any(isinstance(t, FakeTensor) or t.untyped_storage()._cdata in self._changed for t in tensors)
+        tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        if any(isinstance(t, FakeTensor) for t in tensors):
+            return True
+        fakes = [leaf for leaf in self._inputs if isinstance(leaf, FakeTensor)]
+        if not self._changed or not fakes:
+            return False
+        mode = fakes[0].fake_mode
+        return any(memory_of(t, mode) in self._changed for t in tensors)
 
     # ---- functions
 
@@ -187,6 +194,8 @@ class GraphRecorder(TorchFunctionMode):
             raise DataDependentOutputException(func)  # type: ignore[arg-type]
         if name == "__setitem__":
             return self._set_item(func, args)
+        if is_on(self._device_type) and not mutates(func, args, kwargs):
+            return without_autocast(self._device_type, func, args, kwargs, self._call)
         if changes_shape(func) or "out" in kwargs:
             self._keep_values([*args[:1], kwargs.get("out")])
         result = func(*args, **kwargs)
@@ -195,9 +204,12 @@ class GraphRecorder(TorchFunctionMode):
             return result
         return self._record(func, args, kwargs, result)
 
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.__torch_function__(func, (), args, kwargs)
+
     def _record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         in_place = mutates(func, args, kwargs) or changes_shape(func)
-        if in_place and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
+        if in_place and args and isinstance(args[0], FakeTensor):
             self._changed.add(args[0].untyped_storage()._cdata)
         args = with_free_axis(getattr(func, "__name__", ""), args, result)
         near = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -229,6 +241,8 @@ class GraphRecorder(TorchFunctionMode):
         """Adds a placeholder for ``value``, whose tensors are fake."""
         node = self.graph.placeholder(name)
         self._inputs += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        if self._inputs:
+            self._device_type = self._inputs[0].device.type
         self._bind(value, node, True)
 
     def add_output(self, value: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fxzip.errors import TraceError
 from fxzip.passes.trace.calls import OPERATORS
@@ -103,6 +104,14 @@ def written(node: fx.Node) -> fx.Node:
     if not isinstance(target, fx.Node):
         raise TraceError(f"{node.name} writes to several tensors at once ({name_of(node)}); write to one after another")
     return target
+
+
+def memory_of(tensor: Tensor, mode: FakeTensorMode) -> int:
+    """Tells memory apart: views of one tensor share it; a parameter's is that of its fake tensor."""
+    with torch._C.DisableTorchFunction():
+        if not isinstance(tensor, FakeTensor):
+            tensor = mode.fake_tensor_converter.from_real_tensor(mode, tensor)
+        return tensor.untyped_storage()._cdata
 
 
 def without_shape_changes(node: fx.Node) -> None:
