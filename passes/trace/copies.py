@@ -51,7 +51,7 @@ def eval_copy(model: nn.Module, shared: bool = False) -> nn.Module:
     copied = copy.deepcopy(model, memo)
     for name, module in copied.named_modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in hooks.items():
+            for key, hook in [(key, hook) for key, hook in hooks.items() if not is_torchs(hook)]:
                 hooks[key] = own_function(hook, memo, f"the hook {title_of(hook)} of {name or 'the model'}")
         _look_through(name, module, memo)
     return copied.train().eval()
@@ -92,7 +92,7 @@ def own_function(function: Any, memo: dict[int, Any], what: str) -> Any:
     Raises:
         TraceError: It refers to something that cannot be copied.
     """
-    if not isinstance(function, types.FunctionType) or is_torchs(function):
+    if not isinstance(function, types.FunctionType):
         return function
 
     def own(value: Any) -> Any:
@@ -131,11 +131,7 @@ def _look_through(name: str, module: nn.Module, memo: dict[int, Any]) -> None:
     forward = module.__dict__.get("forward")
     if forward is None:
         return
-    inner = getattr(forward, "_torchdynamo_orig_callable", None)
-    if inner is not None:  # a bound method is kept in the closure only
-        kept = [cell.cell_contents for cell in getattr(forward, "__closure__", None) or () if _is_filled(cell)]
-        forward = next((f for f in kept if isinstance(f, types.MethodType) and f.__func__ is inner), inner)
-    forward = copy.deepcopy(forward, memo)
+    forward = copy.deepcopy(getattr(forward, "_torchdynamo_orig_callable", forward), memo)
     if getattr(forward, "__func__", forward) is type(module).forward and getattr(forward, "__self__", module) is module:
         del module.__dict__["forward"]
     else:
