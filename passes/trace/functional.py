@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from fxzip.errors import TraceError
 from fxzip.passes.trace.views import is_basic, overwritten, steps_of, undone
-from fxzip.passes.trace.writes import Call, memory_of, name_of, plain_call, without_shape_changes, writes, written
+from fxzip.passes.trace.writes import Call, Memories, name_of, plain_call, without_shape_changes, writes, written
 
 _EMPTY: dict[Any, Any] = {
     "empty": torch.zeros,
@@ -91,6 +91,7 @@ class Functionaliser:
         self._memories: dict[int, _Alias] = {}
         fakes = [leaf for value in values.values() for leaf in pytree.tree_leaves(value) if isinstance(leaf, FakeTensor)]
         self._mode = fakes[0].fake_mode if fakes else FakeTensorMode(allow_non_fake_inputs=True)
+        self._memory_of = Memories(self._mode).of
         self._recorded = all("val" in node.meta for node in module.graph.find_nodes(op="placeholder"))
         self._current: fx.Node | None = None
 
@@ -143,7 +144,7 @@ class Functionaliser:
 
     def _look(self, node: fx.Node, inputs: dict[fx.Node, _Alias]) -> None:
         """Note which memory a node looks at."""
-        keys = [memory_of(leaf, self._mode) for leaf in pytree.tree_leaves(self._values.get(node)) if isinstance(leaf, Tensor)]
+        keys = [self._memory_of(leaf) for leaf in pytree.tree_leaves(self._values.get(node)) if isinstance(leaf, Tensor)]
         if not keys or node.op == "output":
             return
         for source, alias in inputs.items():

@@ -34,7 +34,7 @@ from fxzip.passes.trace.calls import (
 from fxzip.passes.trace.constants import constant_value
 from fxzip.passes.trace.copies import is_torchs, title_of
 from fxzip.passes.trace.sizes import BatchSizes
-from fxzip.passes.trace.writes import changes_shape, memory_of, mutates
+from fxzip.passes.trace.writes import Memories, changes_shape, mutates
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -75,6 +75,7 @@ class GraphRecorder(TorchFunctionMode):
         self._wrapped: list[tuple[nn.Module, object]] = []
         self._inputs: list[Tensor] = []
         self._device_type = "cpu"
+        self._memories: Memories | None = None
         self._changed: set[int] = set()
         self.ignored: dict[str, str] = {}
 
@@ -158,11 +159,8 @@ class GraphRecorder(TorchFunctionMode):
         tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
         if any(isinstance(t, FakeTensor) for t in tensors):
             return True
-        fakes = [leaf for leaf in self._inputs if isinstance(leaf, FakeTensor)]
-        if not self._changed or not fakes:
-            return False
-        mode = fakes[0].fake_mode
-        return any(memory_of(t, mode) in self._changed for t in tensors)
+        memory = self._memories
+        return memory is not None and bool(self._changed) and any(memory.of(t) in self._changed for t in tensors)
 
     # ---- functions
 
@@ -209,8 +207,8 @@ class GraphRecorder(TorchFunctionMode):
 
     def _record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         in_place = mutates(func, args, kwargs) or changes_shape(func)
-        if in_place and args and isinstance(args[0], FakeTensor):
-            self._changed.add(args[0].untyped_storage()._cdata)
+        if in_place and self._memories is not None and args and isinstance(args[0], Tensor):
+            self._changed.add(self._memories.of(args[0]))
         args = with_free_axis(getattr(func, "__name__", ""), args, result)
         near = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         op, target, args = call_of(func, args, kwargs)
@@ -243,6 +241,8 @@ class GraphRecorder(TorchFunctionMode):
         self._inputs += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
         if self._inputs:
             self._device_type = self._inputs[0].device.type
+            if self._memories is None and isinstance(self._inputs[0], FakeTensor):
+                self._memories = Memories(self._inputs[0].fake_mode)
         self._bind(value, node, True)
 
     def add_output(self, value: Any) -> None:

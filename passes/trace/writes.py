@@ -106,12 +106,22 @@ def written(node: fx.Node) -> fx.Node:
     return target
 
 
-def memory_of(tensor: Tensor, mode: FakeTensorMode) -> int:
-    """Tells memory apart: views of one tensor share it; a parameter's is that of its fake tensor."""
-    with torch._C.DisableTorchFunction():
-        if not isinstance(tensor, FakeTensor):
-            tensor = mode.fake_tensor_converter.from_real_tensor(mode, tensor)
-        return tensor.untyped_storage()._cdata
+class Memories:
+    """Tells the memory of tensors apart; what it was asked about stays alive, so that no address is used again."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode = mode
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, tensor: Tensor) -> int:
+        """A number that views of one tensor share; a parameter's is that of its fake tensor."""
+        with torch._C.DisableTorchFunction():
+            if id(tensor) not in self._kept:
+                fake = tensor
+                if not isinstance(tensor, FakeTensor):
+                    fake = self._mode.fake_tensor_converter.from_real_tensor(self._mode, tensor)
+                self._kept[id(tensor)] = (tensor, fake)
+            return self._kept[id(tensor)][1].untyped_storage()._cdata
 
 
 def without_shape_changes(node: fx.Node) -> None:
