@@ -129,7 +129,9 @@ def overwrite(ctx: RuleContext, input: Labelled, src: Labelled, *args: Any, **kw
 
 
 @register_rule("index_put", kind="passive")
-def overwrite_indexed(ctx: RuleContext, input: Labelled, indices: Any, values: Labelled, accumulate: bool = False) -> Any:
+def overwrite_indexed(
+    ctx: RuleContext, input: Labelled, indices: Any, values: Labelled, accumulate: bool = False
+) -> Any:
     """Elements at constant indices are overwritten."""
     if accumulate or any(isinstance(index, Labelled) for index in indices):
         raise Unsupported("writes at places that depend on the input, or adds to what is there")

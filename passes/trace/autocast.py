@@ -62,8 +62,12 @@ def without_autocast(
 
         args, kwargs = pytree.tree_map_only(Tensor, cast, (args, kwargs))
         result = call(func, args, kwargs)
-    before, after = ([leaf.dtype for leaf in pytree.tree_leaves(r) if isinstance(leaf, Tensor)] for r in (expected, result))
+    before, after = (
+        [leaf.dtype for leaf in pytree.tree_leaves(r) if isinstance(leaf, Tensor)] for r in (expected, result)
+    )
     if before != after or (casts.others and func is not Tensor.to):
         name = getattr(func, "__name__", func)
-        raise TraceError(f"autocast inside forward changes what {name} computes on the way; take it out of the autocast")
+        raise TraceError(
+            f"autocast inside forward changes what {name} computes on the way; take it out of the autocast"
+        )
     return result

@@ -102,12 +102,14 @@ def own_function(function: Any, memo: dict[int, Any], what: str) -> Any:
             return copy.deepcopy(value, memo)
         except Exception as error:
             raise TraceError(
-                f"{what} refers to a {type(value).__name__}, which cannot be copied ({error}), and the model's own must "
-                "not be used; take the hook off (handle.remove()) if it does not change what the model computes"
+                f"{what} refers to a {type(value).__name__}, which cannot be copied ({error}), and the model's own "
+                "must not be used; take the hook off (handle.remove()) if it does not change what the model computes"
             ) from error
 
     seen = {id(function)}
-    cells = [types.CellType(own(cell.cell_contents)) if _is_filled(cell) else cell for cell in function.__closure__ or ()]
+    cells = [
+        types.CellType(own(cell.cell_contents)) if _is_filled(cell) else cell for cell in function.__closure__ or ()
+    ]
     names = [name for name in function.__code__.co_names if isinstance(function.__globals__.get(name), _CHANGEABLE)]
     variables = {**function.__globals__, **{name: own(function.__globals__[name]) for name in names}}
     defaults = own(function.__defaults__)

@@ -89,7 +89,9 @@ class Functionaliser:
         self._values = values
         self._aliases: dict[fx.Node, _Alias] = {}
         self._memories: dict[int, _Alias] = {}
-        fakes = [leaf for value in values.values() for leaf in pytree.tree_leaves(value) if isinstance(leaf, FakeTensor)]
+        fakes = [
+            leaf for value in values.values() for leaf in pytree.tree_leaves(value) if isinstance(leaf, FakeTensor)
+        ]
         self._mode = fakes[0].fake_mode if fakes else FakeTensorMode(allow_non_fake_inputs=True)
         self._memory_of = Memories(self._mode).of
         self._recorded = all("val" in node.meta for node in module.graph.find_nodes(op="placeholder"))
@@ -144,7 +146,9 @@ class Functionaliser:
 
     def _look(self, node: fx.Node, inputs: dict[fx.Node, _Alias]) -> None:
         """Note which memory a node looks at."""
-        keys = [self._memory_of(leaf) for leaf in pytree.tree_leaves(self._values.get(node)) if isinstance(leaf, Tensor)]
+        keys = [
+            self._memory_of(leaf) for leaf in pytree.tree_leaves(self._values.get(node)) if isinstance(leaf, Tensor)
+        ]
         if not keys or node.op == "output":
             return
         for source, alias in inputs.items():
@@ -172,7 +176,9 @@ class Functionaliser:
             self._put(inputs[target], self._result(node, target))
             self._aliases[node] = inputs[target]
         else:
-            raise TraceError(f"{node.name} writes to {target.name}, whose memory is not known; write to a copy (clone())")
+            raise TraceError(
+                f"{node.name} writes to {target.name}, whose memory is not known; write to a copy (clone())"
+            )
 
     def _result(self, node: fx.Node, target: fx.Node) -> fx.Node:
         """What the node leaves in its target: of the target's shape and dtype."""
@@ -206,7 +212,9 @@ class Functionaliser:
             raise TraceError(f"{node.name}: fill_diagonal_ is known for matrices without wrap only")
         fill = node.args[1] if len(node.args) > 1 else node.kwargs["fill_value"]
         diagonal = self.emit(Call("call_function", torch.diagonal, (target,), {}))
-        return self.emit(Call("call_function", torch.diagonal_scatter, (target, self._fitted(fill, diagonal)), {}), target)
+        return self.emit(
+            Call("call_function", torch.diagonal_scatter, (target, self._fitted(fill, diagonal)), {}), target
+        )
 
     def _assigned(self, target: fx.Node, key: Any, value: Any) -> fx.Node:
         """``target`` after ``target[key] = value``."""

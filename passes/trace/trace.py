@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from fxzip.data.batches import Inputs, batch_size, to_device
 from fxzip.errors import TraceError
+from fxzip.passes.trace.chance import warn_of_chance
 from fxzip.passes.trace.clean import clean, rebuild
 from fxzip.passes.trace.copies import as_written, eval_copy, unwrap, without_some_values
 from fxzip.passes.trace.verify import Reference
@@ -72,6 +73,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
             graph_module.meta["passed_over"] = tuple(f"{other}: {_first_line(error)}" for other, error in failures)
             graph_module.meta["unused"] = _unused(model, graph_module)
             _warn_of_constants(graph_module)
+            warn_of_chance(graph_module)
             _check(graph_module, reference)
             return graph_module
         except Exception as error:  # the next way may do

@@ -17,7 +17,8 @@ from fxzip.errors import TraceError
 from fxzip.passes.trace.writes import Call, name_of
 
 _SAME = {
-    "alias", "detach", "data", "contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "lift_fresh",
+    "alias", "detach", "data", "contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16",
+    "lift_fresh",
     "requires_grad_", "share_memory_", "detach_", "positive", "dropout", "to_copy", "real", "identity", "cpu", "cuda",
     "long", "int", "bool", "resolve_conj", "resolve_neg", "expand", "expand_as", "broadcast_to", "setitem", "pad",
 }  # fmt: skip
@@ -25,7 +26,20 @@ _REGROUPED = {
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel", "_unsafe_view",
     "atleast_1d", "atleast_2d", "atleast_3d", "expand", "expand_as", "broadcast_to",
 }  # fmt: skip
-_PERMUTED = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "H", "mH", "adjoint"}
+_PERMUTED = {
+    "permute",
+    "transpose",
+    "swapaxes",
+    "swapdims",
+    "movedim",
+    "moveaxis",
+    "t",
+    "T",
+    "mT",
+    "H",
+    "mH",
+    "adjoint",
+}
 _SPLIT = {
     "split", "chunk", "tensor_split", "split_with_sizes", "hsplit", "vsplit", "dsplit", "unsafe_split", "unsafe_chunk",
     "unsafe_split_with_sizes",
@@ -95,7 +109,7 @@ def overwritten(writer: Writer, old: fx.Node, steps: Sequence[Step], new: fx.Nod
         elif kind == "select":
             call = Call("call_function", torch.select_scatter, (before, new, axis, key), {})
         else:
-            bounds = [bound for bound in (key.start, key.stop, key.step)]
+            bounds = [key.start, key.stop, key.step]
             while bounds and bounds[-1] is None:
                 bounds.pop()
             call = Call("call_function", torch.slice_scatter, (before, new, axis, *bounds), {})
@@ -128,7 +142,11 @@ def undone(writer: Writer, view: fx.Node, old: fx.Node, new: fx.Node) -> fx.Node
         return overwritten(writer, old, [_step(writer, view, name)], new)
     if name == "diagonal":
         ends = (-2, -1) if view.target is torch.linalg.diagonal else (0, 1)
-        where = [_argument(view, 1, "offset", 0), _argument(view, 2, "dim1", ends[0]), _argument(view, 3, "dim2", ends[1])]
+        where = [
+            _argument(view, 1, "offset", 0),
+            _argument(view, 2, "dim1", ends[0]),
+            _argument(view, 3, "dim2", ends[1]),
+        ]
         return writer.emit(Call("call_function", torch.diagonal_scatter, (old, new, *where), {}), like=old)
     if name in _PERMUTED and not before.is_complex():
         return writer.emit(Call("call_method", "permute", (new, *_inverse(view, before.dim())), {}), like=old)
@@ -139,8 +157,8 @@ def undone(writer: Writer, view: fx.Node, old: fx.Node, new: fx.Node) -> fx.Node
     if name in _COMPLEX:
         return writer.emit(Call("call_function", _COMPLEX[name], (new,), {}), like=old)
     raise TraceError(
-        f"a tensor is written to through {view.name} ({name}), a view that cannot be followed back to what it was taken "
-        "of; write to the tensor itself, or to a copy (clone())"
+        f"a tensor is written to through {view.name} ({name}), a view that cannot be followed back to what it was "
+        "taken of; write to the tensor itself, or to a copy (clone())"
     )
 
 

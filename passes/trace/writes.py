@@ -179,11 +179,12 @@ def _plain_overload(node: fx.Node) -> Call:
         candidate = getattr(packet, name)
         arguments = candidate._schema.arguments
         needed = {a.name for a in arguments if not a.has_default_value()}
-        if not candidate._schema.is_mutable and needed <= given.keys() <= {a.name for a in arguments}:
-            if out or [str(a.type) for a in arguments] == [str(a.type) for a in known]:
-                positional = tuple(given[a.name] for a in arguments if a.name in given and not a.kwarg_only)
-                keywords = {a.name: given[a.name] for a in arguments if a.name in given and a.kwarg_only}
-                return Call("call_function", candidate, positional, keywords)
+        fits = needed <= given.keys() <= {a.name for a in arguments}
+        same = bool(out) or [str(a.type) for a in arguments] == [str(a.type) for a in known]
+        if fits and same and not candidate._schema.is_mutable:
+            positional = tuple(given[a.name] for a in arguments if a.name in given and not a.kwarg_only)
+            keywords = {a.name: given[a.name] for a in arguments if a.name in given and a.kwarg_only}
+            return Call("call_function", candidate, positional, keywords)
     raise TraceError(f"{node.name} writes in place ({overload}) what no plain operation computes")
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxzip.errors import TraceError
 from fxzip.passes.trace import trace
 from fxzip.passes.trace.functional import has_writes
 
@@ -79,7 +80,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
     "[...] =": lambda v: v.__setitem__(Ellipsis, 1.5),
     "[0] =": lambda v: v.__setitem__(0, v[0] * 3),
     "[mask] =": lambda v: v.__setitem__(v > 0, -1.0),
-    "[mask] = tensor": lambda v: v.__setitem__(v > 0, v[v > 0] * 2) if False else v.masked_fill_(v > 0, 7.0),
+    "masked_fill_": lambda v: v.masked_fill_(v > 0, 7.0),
     "[..., list] =": lambda v: v.__setitem__((Ellipsis, [0]), 5.0),
     "[..., tensor] =": lambda v: v.__setitem__((Ellipsis, torch.tensor([0])), v[..., :1] + 1),
     "index_fill_": lambda v: v.index_fill_(-1, torch.tensor([0]), 9.0),
@@ -123,29 +124,44 @@ def check(function: Callable[[Tensor], Any], x: Tensor = X) -> fx.GraphModule:
     return graph_module
 
 
-@pytest.mark.parametrize("view", VIEWS)
-def test_every_way_to_write_through_every_view(view: str) -> None:
-    def written(y: Tensor) -> list[Tensor]:
-        results = []
-        for write in WRITES.values():
+def results(y: Tensor, view: Callable[[Tensor], Tensor], write: Callable[[Tensor], Any]) -> tuple[Tensor, ...]:
+    """What all that looks at one memory gives after it was written to through a view, and what was read before."""
+    z = y * 1
+    before, other, v = z + 0, z.view(z.shape[0], -1), view(z)
+    write(v)
+    return z, before, other * 2, v + 1, view(z)
+
+
+@pytest.mark.parametrize("write", ["mul_", "copy_", "[mask] ="])
+def test_every_view_is_written_through(write: str) -> None:
+    check(lambda y: [results(y, view, WRITES[write]) for view in VIEWS.values()])
+
+
+@pytest.mark.parametrize("view", ["itself", "slice", "two steps"])
+def test_every_way_to_write(view: str) -> None:
+    check(lambda y: [results(y, VIEWS[view], write) for write in WRITES.values()])
+
+
+def test_two_views_of_one_tensor_see_each_other() -> None:
+    def written(y: Tensor) -> list[tuple[Tensor, ...]]:
+        found = []
+        for first, second in itertools.pairwise(VIEWS.values()):
             z = y * 1
-            before, other = z + 0, z.view(z.shape[0], -1)
-            v = VIEWS[view](z)
-            write(v)
-            results += [z, before, other * 2, v + 1, VIEWS[view](z)]
-        return results
+            one, two = first(z), second(z)
+            one.mul_(3)
+            two.add_(1)
+            one.sub_(y.mean())
+            found.append((z, one, two))
+        return found
 
     check(written)
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.pairwise(VIEWS))
-def test_two_views_of_one_tensor_see_each_other(first: str, second: str) -> None:
-    def written(y: Tensor) -> tuple[Tensor, ...]:
-        y = y * 1
-        one, two = VIEWS[first](y), VIEWS[second](y)
-        one.mul_(3)
-        two.add_(1)
-        one.sub_(y.mean())
-        return y, one, two
+def test_a_graph_without_writes_is_left_as_it_is() -> None:
+    graph_module = check(lambda y: y.view(y.shape[0], -1)[:, :3] + 1)
+    assert [n.name for n in graph_module.graph.nodes] == ["x", "fc", "size", "view", "getitem", "add", "output"]
 
-    check(written)
+
+def test_a_view_that_is_not_known_is_named() -> None:
+    with pytest.raises(TraceError, match="unfold"):
+        trace(Net(lambda y: (y.unfold(2, 2, 2).mul_(2), y)[1]).eval(), (X,))
