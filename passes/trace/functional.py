@@ -304,10 +304,20 @@ class Functionaliser:
             value = undone(self, alias.made, self._now(parent), value)
             alias = parent
             fresh.append((alias, value))
+        if not self._laid_out_alike(alias, value):
+            value = self.emit(Call("call_method", "contiguous", (value,), {}))
         memory.now = value
         memory.version += 1
+        alias.now, alias.version = value, memory.version
         for known, node in fresh:
-            known.now, known.version = node, memory.version
+            if known is not alias and self._laid_out_alike(known, node):  # else the view is taken again
+                known.now, known.version = node, memory.version
+
+    def _laid_out_alike(self, alias: _Alias, value: fx.Node) -> bool:
+        """Whether views can be taken of ``value`` as they can of what was there before."""
+        before = self._values[alias.made] if alias.made is not None else None
+        after = self.value(value)
+        return before is None or [str(s) for s in before.stride()] == [str(s) for s in after.stride()]
 
     # ---- the writer of `views`
 
