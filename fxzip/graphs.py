@@ -17,11 +17,32 @@ from fxzip.rules.registry import key_of, kind_of, target_of
 _IN_PLACE_OPERATORS = frozenset(
     {
         *(operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
-        *(operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul),
+        *(
+            operator.imod,
+            operator.ipow,
+            operator.ilshift,
+            operator.irshift,
+            operator.iand,
+            operator.ior,
+            operator.ixor,
+            operator.imatmul,
+        ),
     }
 )
 _IN_PLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS)
 _CALLS = frozenset({"call_function", "call_method", "call_module"})
+SHAPE_CHANGES = frozenset({"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_"})
+"""Methods that change what a tensor looks like, and none of its elements."""
+_RANDOM = frozenset(
+    "rand randn randint randperm rand_like randn_like randint_like normal bernoulli multinomial poisson gumbel_softmax "
+    "fractional_max_pool2d fractional_max_pool3d uniform random exponential geometric cauchy log_normal".split()
+)
+_RANDOM_IN_TRAINING = {
+    "dropout": (2, True), "dropout1d": (2, True), "dropout2d": (2, True), "dropout3d": (2, True), "rrelu": (3, False),
+    "alpha_dropout": (2, False), "feature_alpha_dropout": (2, False), "feature_dropout": (2, True),
+}  # fmt: skip
+"""Where these take ``training``, and what it is if it is not given."""
+_NO_WRITES = SHAPE_CHANGES | {"requires_grad_", "share_memory_", "detach_", "rename_"}
 
 
 # ---- what a node does
@@ -35,7 +56,7 @@ def call_writes(target: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
     if target in _IN_PLACE_OPERATORS or kwargs.get("out") is not None:
         return True
     name = target if isinstance(target, str) else str(getattr(target, "__name__", ""))
-    if name in _IN_PLACE_METHODS or (name.endswith("_") and not name.endswith("__")):
+    if name in _IN_PLACE_METHODS or (name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES):
         return True
     place = _place_of_inplace(target)
     given = args[place] if place is not None and place < len(args) else kwargs.get("inplace")
@@ -58,16 +79,21 @@ def writes_in_place(node: fx.Node, module: nn.Module) -> bool:
     return node.op in ("call_function", "call_method") and call_writes(node.target, node.args, node.kwargs)
 
 
-@cache
-def is_random(target: Any) -> bool:
-    """Whether a function, or the method of that name, draws random numbers (as PyTorch's own operators say)."""
-    if isinstance(target, torch._ops.OpOverload):
-        return torch.Tag.nondeterministic_seeded in target.tags
-    key = key_of(target)
-    packet = getattr(torch.ops.aten, key, None) if isinstance(key, str) else None
-    return isinstance(packet, torch._ops.OpOverloadPacket) and any(
-        torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags for overload in packet.overloads()
-    )
+def is_random(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node draws random numbers, in eval mode too."""
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), (nn.FractionalMaxPool2d, nn.FractionalMaxPool3d))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(key_of(node.target)).removesuffix("_with_indices")
+    if name in _RANDOM_IN_TRAINING:
+        place, default = _RANDOM_IN_TRAINING[name]
+        default = default or node.target is torch.dropout
+        named = node.kwargs.get("training", node.kwargs.get("train", default))
+        return (node.args[place] if len(node.args) > place else named) is True
+    if name == "scaled_dot_product_attention":
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0))
+    return name in _RANDOM
 
 
 def is_relu(module: nn.Module, node: fx.Node) -> bool:
@@ -113,7 +139,7 @@ def learned(module: fx.GraphModule) -> dict[fx.Node, frozenset[str]]:
         if node.op == "get_attr":
             found[node] = frozenset({str(node.target)})
         elif node.op in _CALLS and all(n in found for n in node.all_input_nodes):
-            if writes_in_place(node, module) or (node.op != "call_module" and is_random(node.target)):
+            if writes_in_place(node, module) or is_random(node, module):
                 continue
             found[node] = frozenset().union(*(found[n] for n in node.all_input_nodes))
     return found

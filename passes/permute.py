@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from fxzip.channels import ChannelSpec, Site
 from fxzip.passes.canonicalise import canonicalise
-from fxzip.passes.trace import trace
+from fxzip.passes.trace.trace import trace
 
 
 def random_permutations(spec: ChannelSpec, generator: Generator | None = None) -> dict[str, Tensor]:

@@ -31,7 +31,8 @@ atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bernou
 bitwise_not bitwise_or bitwise_xor block_diag bmm broadcast_tensors broadcast_to bucketize cat cdist ceil
 celu channel_shuffle chunk clamp clamp_max clamp_min clip clone column_stack complex concat concatenate conj
 constant_pad_nd conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d copysign cos cosh
-cosine_similarity cross cummax cummin cumprod cumsum deg2rad detach diag diag_embed diagonal diff div divide
+cosine_similarity cross cummax cummin cumprod cumsum deg2rad detach diag diag_embed diagonal diagonal_scatter
+diff div divide
 dot dropout dropout1d dropout2d dropout3d dsplit dstack einsum elu embedding eq erf erfc exp exp2 expm1 eye
 feature_alpha_dropout feature_dropout fft fft2 fftn flatten flip fliplr flipud floor floor_divide fmax fmin
 fmod fold frac full full_like gather ge gelu glu grid_sample group_norm gt hardshrink hardsigmoid hardswish

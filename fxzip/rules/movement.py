@@ -115,13 +115,29 @@ def _slots(values: list[Labelled]) -> list[dict[int, Tensor]]:
     return [found[key] for key in keys if key in found]
 
 
-def write(ctx: RuleContext, old: Labelled, index: Any, value: Labelled) -> Labelled:
-    """The labels of a tensor after part of it was overwritten."""
-    slot = {id(v): v.factors[0] for v in (old, value) if v.factors}
-    before, after = _dense(old, slot).clone(), _dense(value, slot)
-    before[index] = after
-    factor = compress(before)
-    return Labelled(old.shape, () if factor is None else (factor,), uniform=old.uniform and value.uniform)
+@register_rule("slice_scatter", "select_scatter", "diagonal_scatter", kind="passive")
+def overwrite(ctx: RuleContext, input: Labelled, src: Labelled, *args: Any, **kwargs: Any) -> Any:
+    """A part of a tensor is overwritten: the result has the labels that the same writing gives.
+
+    The part may be treated otherwise than the rest, in positions that labels do not show: each is one set of channels.
+    """
+    for value in (input, src):
+        ctx.use(ctx.graph.opened(value))
+    target = ctx.node.target
+    assert callable(target)
+    return run(ctx, lambda a, k: target(*a, **k), (input, src, *args), kwargs)
+
+
+@register_rule("index_put", kind="passive")
+def overwrite_indexed(
+    ctx: RuleContext, input: Labelled, indices: Any, values: Labelled, accumulate: bool = False
+) -> Any:
+    """Elements at constant indices are overwritten."""
+    if accumulate or any(isinstance(index, Labelled) for index in indices):
+        raise Unsupported("writes at places that depend on the input, or adds to what is there")
+    for value in (input, values):
+        ctx.use(ctx.graph.opened(value))
+    return run(ctx, lambda a, k: torch.ops.aten.index_put(a[0], indices, a[1]), (input, values), {})
 
 
 def _dense_argument(value: Any, slot: dict[int, Tensor]) -> Any:

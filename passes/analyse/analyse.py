@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,8 +26,8 @@ from fxzip.graphs import attribute, run_call
 from fxzip.labelling.labels import LabelGraph, Labelled, simplified
 from fxzip.labelling.partition import partition
 from fxzip.passes.analyse.shapes import propagate_shapes
-from fxzip.rules import RuleContext, Unsupported, find_rule, kind_of, target_of
-from fxzip.rules.movement import move, move_module, write
+from fxzip.rules import RuleContext, Unsupported, find_rule, target_of
+from fxzip.rules.movement import move, move_module
 from fxzip.rules.probe import probe
 from fxzip.rules.registry import as_labelled, mapped
 
@@ -97,8 +96,6 @@ class Flow:
 
     def _visit(self, node: fx.Node) -> Any:
         out = self.shapes[node.name]
-        if node.target is operator.setitem:
-            return self._set_item(node)
         if node.op == "placeholder":
             return _positional(out)
         if node.op == "get_attr":
@@ -159,24 +156,6 @@ class Flow:
         mapped(result, ctx.use)
         self.probed.append(f"{_title(ctx)}: {found}")
         return result
-
-    def _set_item(self, node: fx.Node) -> None:
-        """Part of a tensor is overwritten: from here on it has the labels that the same writing gives."""
-        target = node.args[0]
-        assert isinstance(target, fx.Node)
-        arguments: Any = fx.node.map_arg(node.args, self.values.__getitem__)
-        old, key, value = arguments
-        if not isinstance(old, Labelled):
-            old = as_labelled(old) if isinstance(old, Tensor) else Labelled(())
-        value = as_labelled(value) if isinstance(value, Labelled | Tensor) else Labelled((), uniform=True)
-        ctx = RuleContext(self.graph, node, self.shapes[target.name])
-        is_view = target.op in ("call_function", "call_method") and kind_of(target.target) == "passive"
-        if is_view or _any(key, {}, Labelled) or max(len(old.factors), len(value.factors)) > 1:
-            self._freeze(ctx, (old, value), {}, "writes into a tensor in a way that is not followed")
-            return
-        for part in (old, value):
-            ctx.use(part)
-        self.values[target] = write(ctx, old, key, value)
 
     def _freeze(self, ctx: RuleContext, args: Any, kwargs: Any, why: str) -> Any:
         node = ctx.node

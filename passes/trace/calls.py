@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-_OPERATORS: dict[str, Callable[..., Any]] = {
+OPERATORS: dict[str, Callable[..., Any]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
@@ -74,8 +74,8 @@ def call_of(
     if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return "call_function", func, args
     if getattr(func, "__qualname__", "").startswith(("Tensor.", "TensorBase.")):
-        if name in _OPERATORS and not kwargs:
-            return "call_function", _OPERATORS[name], args
+        if name in OPERATORS and not kwargs:
+            return "call_function", OPERATORS[name], args
         if name in _REFLECTED and not kwargs:
             return "call_function", _REFLECTED[name], (args[1], args[0])
         return "call_method", name, args

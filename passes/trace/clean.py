@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxzip.graphs import attribute, drop_dead_code
+from fxzip.passes.trace.functional import functionalise, has_writes
 
 _DROPOUTS = (
     nn.Dropout,
@@ -30,10 +32,12 @@ _DROPOUT_FUNCTIONS: set[Any] = {
 }
 
 
-def clean(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """``graph_module`` in eval mode, without what does nothing there and without dead code.
+def clean(graph_module: fx.GraphModule, values: Callable[[fx.GraphModule], dict[fx.Node, Any]]) -> fx.GraphModule:
+    """``graph_module`` in eval mode, without what does nothing there, without writes to memory, without dead code.
 
-    Dropouts and identities go, then nodes whose result nobody uses; inputs and nodes that work in place stay.
+    Args:
+        graph_module: A fresh graph, which is changed.
+        values: Gives what each node gives, as fake tensors; asked for only where a node writes to memory.
     """
     graph_module.eval()
     graph = graph_module.graph
@@ -41,6 +45,8 @@ def clean(graph_module: fx.GraphModule) -> fx.GraphModule:
         if _does_nothing(graph_module, node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
+    if has_writes(graph_module):
+        functionalise(graph_module, values(graph_module))
     drop_dead_code(graph_module)
     attributes = {
         str(node.target): attribute(graph_module, str(node.target))

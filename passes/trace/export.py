@@ -39,6 +39,23 @@ def export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     return _plain_signature(exported.module(check_guards=False), named)
 
 
+def plain_given(graph_module: fx.GraphModule, inputs: Inputs) -> fx.GraphModule:
+    """A GraphModule that was given, its inputs before all else, and without torch.export's own calling convention."""
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="call_module", target="_guards_fn"):
+        graph.erase_node(node)
+    if type(graph._codegen) is not fx.graph.CodeGen:
+        graph_module = _plain_signature(graph_module, bound_arguments(graph_module, *inputs))
+        graph = graph_module.graph
+    first = next(iter(graph.nodes))
+    for node in graph.find_nodes(op="placeholder"):
+        if node is first:
+            first = first.next
+        else:
+            first.prepend(node)
+    return graph_module
+
+
 def _plain_signature(graph_module: fx.GraphModule, named: dict[str, Any]) -> fx.GraphModule:
     """Placeholders named as the model's inputs, and the model's own output structure, without pytree code."""
     graph = graph_module.graph

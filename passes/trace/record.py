@@ -15,17 +15,19 @@ from torch.utils import _pytree as pytree
 
 from fxzip.data.batches import Inputs, batch_size, with_batch_size
 from fxzip.errors import TraceError
+from fxzip.passes.trace.functional import fake_run
 from fxzip.passes.trace.recorder import GraphRecorder
+from fxzip.passes.trace.writes import without_shape_changes
 
 # Fake tensors cost nothing, and a size that nothing else in a model has keeps the batch apart from the rest.
 BATCH_HINT = 13
 
 
-def record(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, dict[str, Any]]:
+def record(model: nn.Module, inputs: Inputs) -> GraphRecorder:
     """Runs ``model`` (a copy in eval mode that has never run) on fake inputs, and gives its graph.
 
     Returns:
-        The graph and what its ``get_attr`` and ``call_module`` targets stand for.
+        What was recorded: the graph, and what its ``get_attr`` and ``call_module`` targets stand for.
 
     Raises:
         TraceError: The batch size became a constant.
@@ -45,7 +47,7 @@ def record(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, dict[str, Any]]:
     recorder.add_output(output)
     if not recorder.knows_batch():
         raise TraceError("the model fixes the batch size: it loops over the samples or compares their number")
-    return recorder.graph, recorder.attributes
+    return recorder
 
 
 def bound_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -83,3 +85,32 @@ def _fake_inputs(mode: FakeTensorMode, inputs: Inputs) -> Inputs:
 
     faked: Inputs = pytree.tree_map(convert, (tuple(inputs[0]), dict(inputs[1])), (args, kwargs))
     return faked
+
+
+def run_on_fakes(module: fx.GraphModule, inputs: Inputs) -> dict[fx.Node, Any]:
+    """What each node of a graph that was not recorded gives: fake tensors that share memory as the real ones do."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    for node in module.graph.nodes:
+        without_shape_changes(node)
+    named = bound_arguments(module, *_fake_inputs(mode, inputs))
+    given = [named.get(str(node.target), *node.args[:1]) for node in module.graph.find_nodes(op="placeholder")]
+    return _Values(module, mode).of(given)
+
+
+class _Values(fx.Interpreter):
+    """Runs a graph on fake tensors and keeps what every node gives."""
+
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self._mode = mode
+
+    def of(self, given: list[Any]) -> dict[fx.Node, Any]:
+        """The values for these inputs, one for each placeholder."""
+        with fake_run(self._mode):
+            self.run(*given, enable_io_processing=False)
+        return self.env
+
+    def fetch_attr(self, target: str) -> Any:
+        """A tensor of the module, as fake as all else."""
+        found = super().fetch_attr(target)
+        return self._mode.from_tensor(found, static_shapes=True) if isinstance(found, Tensor) else found

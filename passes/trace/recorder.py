@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fxzip.errors import TraceError
 from fxzip.graphs import call_writes
+from fxzip.passes.trace.autocast import is_on, without_autocast
 from fxzip.passes.trace.calls import (
     LOOKED_INTO,
     READS_ARRAYS,
@@ -32,15 +33,21 @@ from fxzip.passes.trace.calls import (
     with_free_axis,
 )
 from fxzip.passes.trace.constants import constant_value
+from fxzip.passes.trace.copies import is_torchs, title_of
 from fxzip.passes.trace.sizes import BatchSizes
+from fxzip.passes.trace.writes import Memories, changes_shape
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether ``module`` is torch's own, has no parts, and computes its forward and nothing besides."""
-    own = type(module).__module__.startswith("torch.nn.")
-    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether ``module`` is torch's own layer, has no parts, and no tensors besides its parameters and buffers.
+
+    Weights that a parametrization or a hook computes (weight_norm) are no leaf's: they belong in the graph.
+    """
+    home = type(module).__module__
+    own = home.startswith("torch.nn.") and not home.startswith("torch.nn.utils.")
+    computed = any(isinstance(value, Tensor) for value in module.__dict__.values())
     container = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-    return own and not hooked and not container and next(module.children(), None) is None
+    return own and not computed and not container and next(module.children(), None) is None
 
 
 class GraphRecorder(TorchFunctionMode):
@@ -52,6 +59,7 @@ class GraphRecorder(TorchFunctionMode):
     Attributes:
         graph: The graph so far.
         attributes: What its ``get_attr`` and ``call_module`` targets stand for.
+        ignored: The hooks that could not be recorded, and why.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -67,8 +75,10 @@ class GraphRecorder(TorchFunctionMode):
         self._stack: list[tuple[str, type]] = []
         self._wrapped: list[tuple[nn.Module, object]] = []
         self._inputs: list[Tensor] = []
-        self._memory: dict[int, set[int]] = {}
-        self._must_stay_in_place: set[str] = set()
+        self._device_type = "cpu"
+        self._memories: Memories | None = None
+        self._changed: set[int] = set()
+        self.ignored: dict[str, str] = {}
 
     # ---- modules
 
@@ -84,18 +94,31 @@ class GraphRecorder(TorchFunctionMode):
                 forward = self._inner_forward(name, module, module.forward)
             self._wrapped.append((module, before))
             module.__dict__["forward"] = forward
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                hooks.update({key: self._guarded(name, hook) for key, hook in hooks.items() if not is_torchs(hook)})
 
     def release(self) -> None:
-        """Takes back what `wrap` did."""
+        """Takes back what `wrap` did, and takes off the hooks: what they compute is in the graph."""
         for module, before in self._wrapped:
             if before is None:
                 del module.__dict__["forward"]
             else:
                 module.__dict__["forward"] = before
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
         self._wrapped.clear()
-        for name, module in self.attributes.items():
-            if getattr(module, "inplace", False) is True and name not in self._must_stay_in_place:
-                module.inplace = False  # same result, and later passes keep every node's value
+
+    def _guarded(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook that may fail on tensors without values: then it is taken to only watch, which `trace` verifies."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return hook(*args, **kwargs)
+            except Exception as error:
+                self.ignored[f"{title_of(hook)} of {name or 'the model'}"] = f"{type(error).__name__}: {error}"
+                return None
+
+        return run
 
     def _inner_forward(self, name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
@@ -109,10 +132,12 @@ class GraphRecorder(TorchFunctionMode):
         return run
 
     def _leaf_forward(self, name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        inside = self._inner_forward(name, module, forward)
+
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
-            if not self._recording:
-                return forward(*args, **kwargs)
+            if not self._recording or is_on(self._device_type) or self._is_made(module):
+                return inside(*args, **kwargs)
             node_args, node_kwargs = self._lower(args), self._lower(kwargs)
             self._recording = False
             try:
@@ -126,11 +151,17 @@ class GraphRecorder(TorchFunctionMode):
             self._stack.append((name, type(module)))
             node = self._create("call_module", name, node_args, node_kwargs)
             self._stack.pop()
-            if in_place and (not isinstance(result, Tensor) or self._is_shared(result)):
-                self._must_stay_in_place.add(name)
             return self._bind(result, node, in_place)
 
         return run
+
+    def _is_made(self, module: nn.Module) -> bool:
+        """Whether a tensor of a leaf was set or written to during the run, by a hook for one: then it is no leaf."""
+        tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        if any(isinstance(t, FakeTensor) for t in tensors):
+            return True
+        memory = self._memories
+        return memory is not None and bool(self._changed) and any(memory.of(t) in self._changed for t in tensors)
 
     # ---- functions
 
@@ -162,16 +193,23 @@ class GraphRecorder(TorchFunctionMode):
             raise DataDependentOutputException(func)  # type: ignore[arg-type]
         if name == "__setitem__":
             return self._set_item(func, args)
+        if is_on(self._device_type) and not call_writes(func, args, kwargs):
+            return without_autocast(self._device_type, func, args, kwargs, self._call)
+        if changes_shape(func) or "out" in kwargs:
+            self._keep_values([*args[:1], kwargs.get("out")])
         result = func(*args, **kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             self._sizes.note(args, result)
             return result
         return self._record(func, args, kwargs, result)
 
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.__torch_function__(func, (), args, kwargs)
+
     def _record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        in_place = call_writes(func, args, kwargs)
-        if in_place:
-            func, kwargs = self._out_of_place(func, args, kwargs, result)
+        in_place = call_writes(func, args, kwargs) or changes_shape(func)
+        if in_place and self._memories is not None and args and isinstance(args[0], Tensor):
+            self._changed.add(self._memories.of(args[0]))
         args = with_free_axis(getattr(func, "__name__", ""), args, result)
         near = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         op, target, args = call_of(func, args, kwargs)
@@ -184,30 +222,17 @@ class GraphRecorder(TorchFunctionMode):
         func(*args)
         self._create("call_function", operator.setitem, node_args, {})
 
-    def _out_of_place(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """``x + y`` for ``x += y`` where nobody can tell: later passes keep all nodes' values."""
-        if "out" in kwargs or not args or result is not args[0] or self._is_shared(args[0]):
-            return func, kwargs
-        if kwargs.get("inplace"):
-            return func, {**kwargs, "inplace": False}
-        plain = getattr(Tensor, getattr(func, "__name__", "_")[:-1], None)
-        is_method = getattr(func, "__qualname__", "").startswith(("Tensor.", "TensorBase."))
-        operands = [leaf for leaf in pytree.tree_leaves(args[1:]) if isinstance(leaf, (Tensor, int, float))]
-        promotes = any(torch.result_type(args[0], operand) != args[0].dtype for operand in operands)
-        if is_method and callable(plain) and args[0].is_floating_point() and not promotes:
-            return plain, kwargs
-        return func, kwargs
-
-    def _is_shared(self, tensor: Tensor) -> bool:
-        """Whether another tensor of the graph looks at ``tensor``'s memory."""
-        return len(self._memory.get(tensor.untyped_storage()._cdata, {id(tensor)}) - {id(tensor)}) > 0
+    def _keep_values(self, tensors: list[Any]) -> None:
+        """These may get another shape: what nodes gave until now is kept as it is, in the same memory."""
+        for node in self.graph.nodes:
+            if any(node.meta.get("val") is tensor for tensor in tensors if isinstance(tensor, Tensor)):
+                node.meta["val"] = torch.ops.aten.alias.default(node.meta["val"])
 
     # ---- nodes
 
     def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        node = self.graph.create_node(op, target, tuple(args), dict(kwargs))
+        plain = target.strip("_") if op == "call_method" else None  # the name of what `functional` makes of it
+        node = self.graph.create_node(op, target, tuple(args), dict(kwargs), plain)
         node.meta["nn_module_stack"] = {name: (name, kind) for name, kind in self._stack if name}
         return node
 
@@ -215,6 +240,10 @@ class GraphRecorder(TorchFunctionMode):
         """Adds a placeholder for ``value``, whose tensors are fake."""
         node = self.graph.placeholder(name)
         self._inputs += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        if self._inputs:
+            self._device_type = self._inputs[0].device.type
+            if self._memories is None and isinstance(self._inputs[0], FakeTensor):
+                self._memories = Memories(self._inputs[0].fake_mode)
         self._bind(value, node, True)
 
     def add_output(self, value: Any) -> None:
@@ -265,7 +294,6 @@ class GraphRecorder(TorchFunctionMode):
 
     def _know(self, tensor: Tensor, node: fx.Node) -> None:
         self._nodes[id(tensor)] = (tensor, node)
-        self._memory.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
 
     def _constant_name(self, tensor: Tensor) -> str:
         if isinstance(tensor, FakeTensor):

@@ -21,8 +21,9 @@ from torch import Tensor, fx, nn
 
 from fxzip.data.batches import Inputs, batch_size, to_device
 from fxzip.errors import TraceError
+from fxzip.passes.trace.chance import warn_of_chance
 from fxzip.passes.trace.clean import clean, rebuild
-from fxzip.passes.trace.copies import eval_copy, unwrap, without_some_values
+from fxzip.passes.trace.copies import as_written, eval_copy, unwrap, without_some_values
 from fxzip.passes.trace.verify import Reference
 
 _NEEDS_VALUES = {
@@ -56,24 +57,43 @@ def trace(
         TraceError: The model is quantised or TorchScript, it cannot run on the example, its control flow hangs on
             values of tensors (the line is named), or the graph computes something else.
     """
-    model = unwrap(model)
+    with as_written():
+        return _traced(unwrap(model), args, kwargs, verify)
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None, verify: bool) -> fx.GraphModule:
     _refuse_opaque(model)
     inputs = _on_device_of(model, args, kwargs or {})
     reference = Reference(model, inputs) if verify and not _has_no_values(model, inputs) else None
     failures: list[tuple[str, Exception]] = []
     for name, way in _ways(model):
         try:
-            graph_module = clean(way(without_some_values(eval_copy(model)), inputs))
+            graph_module = clean(way(without_some_values(eval_copy(model)), inputs), _values(name, inputs))
             graph_module.meta["traced_by"] = name
             graph_module.meta["passed_over"] = tuple(f"{other}: {_first_line(error)}" for other, error in failures)
             graph_module.meta["unused"] = _unused(model, graph_module)
             _warn_of_constants(graph_module)
-            if reference is not None:
-                reference.check(graph_module, graph_module.meta["unused"])
+            warn_of_chance(graph_module)
+            _check(graph_module, reference)
             return graph_module
         except Exception as error:  # the next way may do
             failures.append((name, error))
     raise _failure(model, failures)
+
+
+def _check(graph_module: fx.GraphModule, reference: Reference | None) -> None:
+    """Compare with the model; hooks that could not be recorded are then known to change nothing."""
+    ignored = graph_module.meta.pop("ignored", {})
+    hooks = ", ".join(f"{hook} ({why.splitlines()[0]})" for hook, why in ignored.items())
+    if hooks and reference is None:
+        raise TraceError(f"hooks cannot be followed, and without verification they may change something: {hooks}")
+    try:
+        if reference is not None:
+            reference.check(graph_module, graph_module.meta["unused"])
+    except TraceError as error:
+        raise TraceError(f"hooks cannot be followed: {hooks}: {error}" if hooks else str(error)) from error
+    if hooks:
+        warnings.warn(f"hooks only watch, and are left out: {hooks}", stacklevel=4)
 
 
 def _refuse_opaque(model: nn.Module) -> None:
@@ -113,30 +133,50 @@ Way = Callable[[nn.Module, Inputs], fx.GraphModule]
 
 def _ways(model: nn.Module) -> Iterator[tuple[str, Way]]:
     if isinstance(model, fx.GraphModule) and _is_plain(model):
-        yield "given", lambda copied, _: copied if isinstance(copied, fx.GraphModule) else _unreachable()
+        yield "given", _as_given
     yield "symbolic", _by_recording
     yield "export", _by_export
 
 
-def _unreachable() -> fx.GraphModule:
-    raise AssertionError("a copy of a GraphModule is a GraphModule")
+def _values(way: str, inputs: Inputs) -> Callable[[fx.GraphModule], dict[fx.Node, Any]]:
+    """What gives the values of a graph's nodes: those that were recorded, or those of a run on fake inputs."""
+
+    def values(graph_module: fx.GraphModule) -> dict[fx.Node, Any]:
+        from fxzip.passes.trace.record import run_on_fakes
+
+        if way == "symbolic":
+            return {node: node.meta["val"] for node in graph_module.graph.nodes if "val" in node.meta}
+        return run_on_fakes(graph_module, inputs)
+
+    return values
+
+
+def _as_given(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    from fxzip.passes.trace.export import plain_given
+
+    assert isinstance(model, fx.GraphModule)
+    return plain_given(model, inputs)
 
 
 def _is_plain(model: fx.GraphModule) -> bool:
-    """Whether the graph has only what a traced graph has."""
+    """Whether the graph has only what a traced graph has, and nothing around it."""
     from fxzip.passes.trace.recorder import is_leaf
 
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return False
     calls = [node for node in model.graph.nodes if node.op == "call_module"]
     return all(node.op in _GRAPH_OPS for node in model.graph.nodes) and all(
-        is_leaf(model.get_submodule(str(node.target))) for node in calls
+        str(node.target) == "_guards_fn" or is_leaf(model.get_submodule(str(node.target))) for node in calls
     )
 
 
 def _by_recording(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     from fxzip.passes.trace.record import record  # imports a good part of torch's compiler
 
-    graph, attributes = record(model, inputs)
-    return rebuild(model, graph, attributes)
+    recorded = record(model, inputs)
+    graph_module = rebuild(model, recorded.graph, recorded.attributes)
+    graph_module.meta["ignored"] = recorded.ignored
+    return graph_module
 
 
 def _by_export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:

@@ -47,13 +47,23 @@ def test_modules_say_it_too() -> None:
     assert [writes_in_place(node, traced) for node in traced.graph.nodes] == [False, True, False, False]
 
 
-@pytest.mark.parametrize(
-    "target", ["rand", torch.randn_like, F.dropout, torch.bernoulli, aten.rand_like.default], ids=str
-)
-def test_what_is_random(target: object) -> None:
-    assert is_random(target)
-    assert not is_random(torch.relu)
-    assert not is_random("view")
+def test_what_is_random() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    rows = [
+        (torch.randn_like, (x,), {}, True),
+        (aten.rand_like.default, (x,), {}, True),
+        (torch.rand, (2, 3), {}, True),
+        (F.dropout, (x,), {}, True),
+        (F.dropout, (x, 0.1, False), {}, False),
+        (F.dropout, (x,), {"training": False}, False),
+        (F.scaled_dot_product_attention, (x, x, x), {"dropout_p": 0.1}, True),
+        (F.scaled_dot_product_attention, (x, x, x), {}, False),
+        (torch.relu, (x,), {}, False),
+    ]
+    for target, args, kwargs, random in rows:
+        assert is_random(graph.call_function(target, args, kwargs), nn.Module()) == random, target
+    assert is_random(graph.call_method("uniform_", (x,)), nn.Module())
 
 
 class Relus(nn.Module):
@@ -97,7 +107,7 @@ GROUND = {
     *("writes_in_place", "call_writes", "is_static", "static_value", "attribute", "placeholders", "bind_inputs"),
     *("nodes_by_name", "free_name", "new_parameter", "parameter_uses", "learned", "is_relu", "is_random", "has_effect"),
 }
-OLD = {"_has_effect", "mutates", "_is_relu", "_attribute", "_placeholders", "in_order", "_feed", "_free"}
+OLD = {"_has_effect", "mutates", "writes", "_is_relu", "_attribute", "_placeholders", "in_order", "_feed", "_free"}
 
 
 def test_each_fact_is_decided_once() -> None:
