@@ -26,9 +26,9 @@ from fxzip.graphs import attribute, learned, nodes_by_name
 from fxzip.passes.align.differences import (
     constant_difference,
     module_difference,
+    own_tensors,
     parting_sentence,
     same,
-    tensors,
 )
 
 
@@ -78,7 +78,7 @@ class Alignment:
         found: dict[int, tuple[str, ...]] = {}
         for names in self.shared:
             tensors = [
-                dict(tensors(module, known[name]))
+                dict(own_tensors(module, known[name]))
                 for module, known, name in zip(self.modules, self.nodes, names, strict=True)
             ]
             for key, tensor in tensors[0].items():
@@ -143,14 +143,14 @@ class _Pair:
     def accept(self, left: fx.Node, right: fx.Node) -> None:
         """Takes the nodes, and their parameters and buffers, for partners from now on."""
         self._nodes[left] = right
-        theirs = dict(tensors(self._right, right))
-        for key, tensor in tensors(self._left, left):
+        theirs = dict(own_tensors(self._right, right))
+        for key, tensor in own_tensors(self._left, left):
             self._forth[id(tensor)] = id(theirs[key])
             self._back[id(theirs[key])] = id(tensor)
 
     def _tie_difference(self, left: fx.Node, right: fx.Node) -> str | None:
-        theirs = dict(tensors(self._right, right))
-        for key, tensor in tensors(self._left, left):
+        theirs = dict(own_tensors(self._right, right))
+        for key, tensor in own_tensors(self._left, left):
             peer = theirs[key]
             if self._forth.get(id(tensor), id(peer)) != id(peer) or self._back.get(id(peer), id(tensor)) != id(tensor):
                 return f"{key or left.target} is used at several nodes (tied) in one of them only"

@@ -26,7 +26,7 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def tensors(module: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, Tensor]]:
+def own_tensors(module: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, Tensor]]:
     """A node's own parameters and buffers, by their names inside its module ("" for a get_attr node)."""
     if node.op == "get_attr":
         yield "", attribute(module, str(node.target))
@@ -143,7 +143,7 @@ def _describe(module: fx.GraphModule, node: fx.Node) -> str:
         kind = getattr(node.target, "__name__", str(node.target))
     elif node.op == "call_method":
         kind = f".{node.target}()"
-    shapes = [f"{key} {_shape(tensor)}".strip() for key, tensor in tensors(module, node)]
+    shapes = [f"{key} {_shape(tensor)}".strip() for key, tensor in own_tensors(module, node)]
     name = str(node.target) if node.op in {"call_module", "get_attr"} else node.name
     value = node.meta.get("val")
     gives = [f"output {_shape(value)}"] if isinstance(value, Tensor) and not shapes else []

@@ -279,13 +279,12 @@ class Functionaliser:
         """A value of the shape and the dtype of ``like``, which it can be broadcast to."""
         if not isinstance(value, fx.Node) or not isinstance(self.value(value), Tensor):
             return self.emit(Call("call_function", torch.full_like, (like, value), {}), like)
-        value, wanted = self._cast(value, like), self.value(like)
-        assert isinstance(value, fx.Node)
-        while self.value(value).dim() > wanted.dim():  # as assignments allow: leading axes of size 1
-            value = self.emit(Call("call_function", operator.getitem, (value, 0), {}))
-        if [str(s) for s in self.value(value).shape] != [str(s) for s in wanted.shape]:
-            value = self.emit(Call("call_method", "expand_as", (value, like), {}))
-        return value
+        fitted, wanted = self._cast(value, like), self.value(like)
+        while self.value(fitted).dim() > wanted.dim():  # as assignments allow: leading axes of size 1
+            fitted = self.emit(Call("call_function", operator.getitem, (fitted, 0), {}))
+        if [str(s) for s in self.value(fitted).shape] != [str(s) for s in wanted.shape]:
+            fitted = self.emit(Call("call_method", "expand_as", (fitted, like), {}))
+        return fitted
 
     def _cast(self, value: fx.Node, like: fx.Node) -> fx.Node:
         dtype = self.value(like).dtype
