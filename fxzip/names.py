@@ -20,7 +20,7 @@ def bad_name(names: Iterable[object]) -> str | None:
     """
     for name in names:
         if not isinstance(name, str) or not _WORD.fullmatch(name):
-            return f"{str(name)[:60]!r} cannot be the name of a task: use letters from a to z, digits, _ and - only"
+            return f"{repr(name)[:60]} cannot be the name of a task: use letters from a to z, digits, _ and - only"
         if name in _TAKEN:
             return f"{name!r} cannot be the name of a task: PyTorch uses it itself; choose another word"
     return None
