@@ -125,6 +125,7 @@ def test_a_given_spec_is_what_is_tried() -> None:
     wrong = replace(spec, spaces=(replace(first, sites=first.sites[1:]), *spec.spaces[1:]))
     assert permutation_error(model, X, spec) < TOLERANCE
     assert permutation_error(model, X, wrong) > 1e-3
+    assert self_zip_errors(model, X, wrong, cuts=(None,))[None] > 1e-3
 
 
 def test_random_values_leave_nothing_at_its_start() -> None:
