@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxzip.graphs import writes_in_place
 from fxzip.passes.refit.units import Unit
 
 
@@ -54,7 +53,7 @@ def _pair(module: fx.GraphModule, inner: Unit, owner: dict[fx.Node, Unit]) -> Pa
         outer = here or outer
         if here is None or node is not here.root:
             pending += node.users
-    if outer is None or any(writes_in_place(node, module) for node in path):  # the path is run many times
+    if outer is None:
         return None
     path |= outer.claimed
     return Pair(inner, outer, tuple(node for node in module.graph.nodes if node in path))

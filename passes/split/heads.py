@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from fxzip.channels import ChannelSpec
 from fxzip.data.loops import device_of
-from fxzip.graphs import parameter_uses, writes_in_place
+from fxzip.graphs import parameter_uses
 from fxzip.matching import MergeMap
 from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.split.fuse import Mixing, along_axes, mixed_along
@@ -29,7 +29,6 @@ def head(plan: MergePlan, model: int) -> fx.GraphModule:
     module = plan.alignment.modules[model]
     before, own = plan.places(model), plan.learned(model)
     after = [node for node in module.graph.nodes if node.name not in before or node.name in own]
-    in_place = any(writes_in_place(node, module) for node in after)
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     folds: list[Fold] = []
     gathers: dict[str, Tensor] = {}
@@ -37,9 +36,6 @@ def head(plan: MergePlan, model: int) -> fx.GraphModule:
     for _, source, _ in sources:
         copies[source] = graph.placeholder(source.name)
     for name, source, i in sources:
-        if in_place and name in plan.spec.layout.factors:  # the other heads need it as it is
-            given, called = copies[source], f"{source.name}_own"
-            copies[source] = graph.create_node("call_function", torch.clone, (given,), name=called)
         unmerge = Unmerge.of(plan.spec, plan.maps, name, model)
         found = foldable(plan, i, model) if unmerge.moves else []
         if found is None:

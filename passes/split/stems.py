@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxzip.data.loops import device_of
-from fxzip.graphs import free_name, writes_in_place
+from fxzip.graphs import free_name
 from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.split.fuse import along_axes
 
@@ -80,18 +80,10 @@ class Stems:
         """One model's nodes, by their places."""
         module, places = self._modules[model], self.plan.places(model)
         mine = [n for n in module.graph.nodes if places.get(n.name, self.plan.begin) < self.plan.begin]
-        in_place = any(writes_in_place(node, module) for node in mine)
         found: dict[fx.Node, fx.Node] = {}
         for node in mine:
             given = inputs[places[node.name]] if node.op == "placeholder" else None
-            if given is None:
-                found[node] = self._copied(graph, node, model, found)
-            elif in_place and isinstance(node.meta["val"], Tensor):  # the other stems need it as it is
-                name = self._free_node(f"{STEM}{model}_{node.name}")
-                found[node] = graph.create_node("call_function", torch.clone, (given,), name=name)
-                found[node].meta = {**node.meta, STEM: model}
-            else:
-                found[node] = given
+            found[node] = self._copied(graph, node, model, found) if given is None else given
         return {places[node.name]: new for node, new in found.items()}
 
     def _copied(self, graph: fx.Graph, node: fx.Node, model: int, found: Mapping[fx.Node, fx.Node]) -> fx.Node:
