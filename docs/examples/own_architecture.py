@@ -118,9 +118,9 @@ print(after)
 # %% [markdown]
 # ## A layer of your own
 #
-# A layer with a weight takes one word more: how its input and its weight are multiplied, as `torch.einsum` has it. Then
-# it is a layer like PyTorch's for the whole of fxzip: the heads take their channels back by its weight, and refit solves
-# for it.
+# A layer with a weight takes one word more: how its input and its weight are multiplied, as `torch.einsum` has it.
+# Then it is a layer like PyTorch's for the whole of fxzip: the heads take their channels back by its weight, and refit
+# solves for it.
 
 
 # %%
@@ -146,7 +146,7 @@ class Dense(nn.Module):
         self.weight = nn.Parameter(torch.randn(width, classes) / width**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return dense(F.relu(self.stem(F.avg_pool2d(x, x.shape[2] // 8).flatten(1))), self.weight)
+        return dense(F.relu(self.stem(F.avg_pool2d(x, 2).flatten(1))), self.weight)
 
 
 own = fxzip.zip(*(Dense(5) for _ in HALVES), loader(), names=tuple(HALVES), progress=False)
