@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from networkx import DiGraph
 
 Role = Literal["produce", "contract"]
+Statistic = Literal["mean", "variance"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class Site:
         rows: None, or the positions on axis 0 at which the channels of each block lie, int64 of shape
             (blocks, rows): a grouped convolution contracts block ``k`` in ``rows[k]`` only. The channels are
             then ordered by block.
+        statistic: What a norm's buffer of running statistics holds of the channels; None for weights.
     """
 
     parameter: str
@@ -42,6 +44,7 @@ class Site:
     role: Role
     index: Tensor
     rows: Tensor | None = None
+    statistic: Statistic | None = None
 
     def __repr__(self) -> str:
         return f"{self.parameter}[{self.axis}]:{self.role}"

@@ -171,6 +171,17 @@ class Contraction:
         """The number of groups."""
         return math.prod(self.split[axis] for axis in self.groups)
 
+    @cached_property
+    def mixed(self) -> dict[int, int]:
+        """The axes of the input, from the end, whose elements the weight mixes in every output, each with its own.
+
+        A matrix that is applied to the input along the one may be applied to the weight along the other. Axes of
+        groups are left out, and those that a convolution moves its kernel along.
+        """
+        if self.window is None:
+            return dict(zip(self.source[len(self.groups) :], self.inputs, strict=True))
+        return {-1 - len(self.window.kernel): self.inputs[0] - 1} if self.count == 1 else {}
+
     def samples(self, output: Tensor) -> int:
         """How many samples there are in a value of the output."""
         return output.numel() // math.prod(self.sizes)

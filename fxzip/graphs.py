@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxzip.rules.registry import key_of, kind_of, target_of
+from fxzip.rules.calls import Call, Linear, Norm
+from fxzip.rules.calls import attribute as attribute
+from fxzip.rules.registry import Entry, find_entry, key_of, kind_of, target_of
 
 _IN_PLACE_OPERATORS = frozenset(
     {
@@ -110,6 +112,51 @@ def has_effect(node: fx.Node, module: nn.Module) -> bool:
     return node.op == "call_module" and getattr(module.get_submodule(str(node.target)), "_is_impure", False) is True
 
 
+# ---- what the rule of a node's operation says of it
+
+
+def _entry(module: nn.Module, node: fx.Node) -> Entry | None:
+    return find_entry(target_of(module, node)) if node.op in ("call_module", "call_function", "call_method") else None
+
+
+def call_of(module: nn.Module, node: fx.Node) -> Call | None:
+    """A node as a call with named arguments; None where no rule says how they are called."""
+    entry = _entry(module, node)
+    if entry is None:
+        return None
+    target, arguments = target_of(module, node), entry.arguments(node.args, node.kwargs)
+    if not isinstance(target, nn.Module):
+        return Call(module, node, None, entry.names, arguments)
+    own = {**vars(target), **target._parameters, **target._buffers}
+    return Call(module, node, target, entry.names, {**own, **arguments})
+
+
+def linear_of(module: nn.Module, node: fx.Node) -> Linear | None:
+    """The weight that a node is linear in; None where there is none, or its rule does not say."""
+    entry, call = _entry(module, node), call_of(module, node)
+    return None if entry is None or entry.linear is None or call is None else entry.linear(call)
+
+
+def norm_of(module: nn.Module, node: fx.Node) -> Norm | None:
+    """What a node normalises; None for anything but a norm."""
+    entry, call = _entry(module, node), call_of(module, node)
+    return None if entry is None or entry.norm is None or call is None else entry.norm(call.arguments)
+
+
+def does_nothing(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node gives its only input unchanged: an identity, or a dropout in eval mode."""
+    entry, call = _entry(module, node), call_of(module, node)
+    if entry is None or entry.idle is None or call is None or len(node.all_input_nodes) != 1:
+        return False
+    return entry.idle(call.arguments)
+
+
+def is_fresh(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node's result is memory of its own: no view, no input and no parameter."""
+    entry = _entry(module, node)
+    return entry is not None and entry.fresh and not writes_in_place(node, module)
+
+
 # ---- what a node depends on
 
 
@@ -158,14 +205,6 @@ def parameter_uses(module: nn.Module, nodes: Iterable[fx.Node]) -> Counter[int]:
     return used
 
 
-# ---- values
-
-
-def attribute(module: nn.Module, target: str) -> Any:
-    """What a qualified name stands for in ``module``."""
-    return operator.attrgetter(target)(module)
-
-
 def compute(module: nn.Module, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
     """What a node gives, the values of its inputs being what ``value_of`` says; not for placeholders and outputs."""
     if node.op == "get_attr":
@@ -211,9 +250,6 @@ def bind_inputs(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str
     return found
 
 
-# ---- names
-
-
 def nodes_by_name(module: fx.GraphModule) -> dict[str, fx.Node]:
     """The nodes of a graph by their names."""
     return {node.name: node for node in module.graph.nodes}
@@ -229,9 +265,6 @@ def free_name(wanted: str, taken: Collection[str]) -> str:
 def is_within(name: str, modules: Iterable[str]) -> bool:
     """Whether a qualified name is one of these modules, or of something in one."""
     return any(f"{name}.".startswith(f"{module}.") for module in modules)
-
-
-# ---- small rewrites
 
 
 def new_parameter(module: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> fx.Node:
@@ -255,13 +288,8 @@ def drop_unused(module: fx.GraphModule, names: Iterable[str]) -> None:
     """Forget those of the named parameters that no node uses, so that they are neither counted nor saved."""
     used = {str(n.target) for n in module.graph.find_nodes(op="get_attr")}
     called = {str(n.target) for n in module.graph.find_nodes(op="call_module")}
+    owners = dict(module.named_modules())
     for name in names:
         owner, _, leaf = name.rpartition(".")
-        if name not in used and owner not in called:
-            parent = module
-            try:
-                parent = module.get_submodule(owner)  # type: ignore[assignment]
-            except AttributeError:
-                continue
-            if hasattr(parent, leaf):
-                delattr(parent, leaf)
+        if name not in used and owner not in called and hasattr(owners.get(owner), leaf):
+            delattr(owners[owner], leaf)

@@ -23,7 +23,6 @@ from fxzip.matching import MergeMap
 from fxzip.passes.match import match_space
 from fxzip.passes.split.fuse import Place, places_by_parameter, transformed
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 States = Sequence[Mapping[str, Tensor]]
 Maps = dict[str, MergeMap]
 
@@ -108,7 +107,7 @@ def weight_similarity(
     power = torch.full((count, size), 1e-30, dtype=torch.float64)
     for site in space.sites:
         shared = all(site.parameter in state for state in states)
-        if site.rows is not None or not shared or site.parameter.endswith(_STATISTICS):
+        if site.rows is not None or not shared or site.statistic is not None:
             continue
         rows = [
             _rows(site, _carried(states[k][site.parameter], peers.get(site.parameter, []), k)) for k in range(count)

@@ -8,28 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from fxzip.data.loops import device_of, evaluating, feed
 from fxzip.errors import CalibrationError
-from fxzip.graphs import attribute, is_within
+from fxzip.graphs import attribute, call_of, is_within, norm_of
 from fxzip.moments import is_noise
+from fxzip.rules.registry import Entry, find_entry
 
-_NATIVE = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
-_EVAL = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
-
-# How each of PyTorch's BatchNorm functions names its positional arguments. The last four give a triple.
-BATCH_NORMS: dict[Callable[..., Any], tuple[str, ...]] = {
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    torch.batch_norm: (*_NATIVE, "cudnn_enabled"),
-    torch.ops.aten.batch_norm.default: (*_NATIVE, "cudnn_enabled"),
-    torch.native_batch_norm: _NATIVE,
-    torch.ops.aten.native_batch_norm.default: _NATIVE,
-    torch.ops.aten._native_batch_norm_legit.default: _NATIVE,
-    torch.ops.aten._native_batch_norm_legit_no_training.default: _EVAL,
-}
-TRIPLES = set(list(BATCH_NORMS)[3:])
+_STATISTICS = ("running_mean", "running_var")
 
 
 def recalibrate(
@@ -120,13 +107,14 @@ class _Layer:
 class _TrainStatistics(TorchFunctionMode):
     """While on, BatchNorms with known statistics run on the batch's own, which are added to their layer.
 
-    Modules, traced functions and exported operators all come to one of ``BATCH_NORMS``, so there is one rule
-    for all, and neither modes nor graphs need be changed and put back.
+    Modules, traced functions and exported operators all come to a function whose rule says that it is a BatchNorm,
+    so neither modes nor graphs need be changed and put back.
     """
 
     def __init__(self, layers: Iterable[_Layer]) -> None:
         super().__init__()
         self.layers = {id(layer.mean): layer for layer in layers}
+        self._entries: dict[Callable[..., Any], Entry | None] = {}
 
     def __torch_function__(
         self,
@@ -135,29 +123,39 @@ class _TrainStatistics(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        given = dict(kwargs or {})
-        if func not in BATCH_NORMS:
-            return func(*args, **given)
-        given.update(zip(BATCH_NORMS[func], args, strict=False))
+        kwargs = kwargs or {}
+        entry = self._entry(func)
+        given = {} if entry is None else entry.arguments(args, kwargs)
         layer = self.layers.get(id(given.get("running_mean")))
-        if layer is None or given["input"].numel() == given["input"].shape[1]:  # one value has no variance
-            return func(*args, **(kwargs or {}))
+        norm = None if entry is None or entry.norm is None or layer is None else entry.norm(given)
+        single = "input" in given and given["input"].numel() == given["input"].shape[1]  # one value has no variance
+        if layer is None or norm is None or not norm.statistics or single:
+            return func(*args, **kwargs)
         # Momentum 1 leaves the batch's mean and unbiased variance in the place of the running ones.
         mean, var = torch.zeros_like(layer.mean), torch.ones_like(layer.var)
         weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps", 1e-5)
         out = F.batch_norm(given["input"], mean, var, weight, bias, training=True, momentum=1.0, eps=eps)
         layer.add(mean, var)
-        return (out, mean.new_empty(0), mean.new_empty(0)) if func in TRIPLES else out
+        return (out, mean.new_empty(0), mean.new_empty(0)) if norm.several else out
+
+    def _entry(self, func: Callable[..., Any]) -> Entry | None:
+        """The rule of a function that normalises; looked up once."""
+        if func not in self._entries:
+            entry = find_entry(func)
+            self._entries[func] = None if entry is None or entry.norm is None else entry
+        return self._entries[func]
 
 
 def _find(module: nn.Module) -> dict[int, _Layer]:
     """All BatchNorm statistics of a module, by the identity of the running mean: modules', then graphs'."""
     layers: dict[int, _Layer] = {}
     for name, submodule in module.named_modules():
-        if isinstance(submodule, _BatchNorm):
-            mean, var = submodule.running_mean, submodule.running_var
+        entry = find_entry(submodule)
+        norm = None if entry is None or entry.norm is None else entry.norm(vars(submodule))
+        if norm is not None and norm.statistics:
+            mean, var, counter = (submodule._buffers.get(key) for key in (*_STATISTICS, "num_batches_tracked"))
             if mean is not None and var is not None:
-                layers.setdefault(id(mean), _Layer(name, mean, var, submodule.num_batches_tracked))
+                layers.setdefault(id(mean), _Layer(name, mean, var, counter))
     for name, submodule in module.named_modules():
         if isinstance(submodule, fx.GraphModule):
             for layer in _find_functions(name, submodule):
@@ -168,11 +166,11 @@ def _find(module: nn.Module) -> dict[int, _Layer]:
 def _find_functions(prefix: str, module: fx.GraphModule) -> Iterable[_Layer]:
     """The layers of a graph's BatchNorm functions whose statistics are attributes."""
     for node in module.graph.nodes:
-        if node.op != "call_function" or node.target not in BATCH_NORMS:
+        norm, call = norm_of(module, node), call_of(module, node)
+        if call is None or call.module is not None or norm is None or not norm.statistics:
             continue
-        given = {**node.kwargs, **dict(zip(BATCH_NORMS[node.target], node.args, strict=False))}
-        mean, var = given.get("running_mean"), given.get("running_var")
-        if isinstance(mean, fx.Node) and isinstance(var, fx.Node) and mean.op == var.op == "get_attr":
-            owner = str(mean.target).rpartition(".")[0] or node.name
+        mean, var = (call.parameter(name) for name in _STATISTICS)
+        if mean is not None and var is not None:
+            owner = mean.rpartition(".")[0] or node.name
             name = f"{prefix}.{owner}" if prefix else owner
-            yield _Layer(name, attribute(module, str(mean.target)), attribute(module, str(var.target)), None)
+            yield _Layer(name, attribute(module, mean), attribute(module, var), None)

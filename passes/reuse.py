@@ -4,8 +4,8 @@ Tracing makes every operation give a new tensor, so that any node's value can be
 only run, that costs a pass over fresh memory for each ReLU and each residual add (on ResNet-50, 8 % of the
 time on one core). This pass gives such nodes their in-place form back.
 
-1. The value written to is fresh memory (a convolution's, a linear's, a norm's, a sum's), not a view, an
-   input or a parameter.
+1. The value written to is fresh memory, as its rule says (a convolution's, a linear's, a norm's, a sum's), not a
+   view, an input or a parameter.
 2. Nobody reads it later: other users come before, and what they give is not used by anyone (observers).
 3. The result has its shape, dtype and strides (another memory format changes what later kernels round); without
    ``val`` in the node's meta it is left alone.
@@ -20,17 +20,10 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch import fx
 
-_FRESH_MODULES = (_ConvNd, nn.Linear, _BatchNorm, nn.GroupNorm, nn.LayerNorm)
-_FRESH_FUNCTIONS: set[Any] = {
-    *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
-    *(F.linear, F.batch_norm, F.group_norm, F.layer_norm),
-    *(operator.add, torch.add),
-}
+from fxzip.graphs import is_fresh
+
 # Sums only: they commute, so that either operand may be written to, and autograd keeps neither.
 _SUMS: set[Any] = {operator.add, torch.add}
 
@@ -39,7 +32,7 @@ def reuse_memory(module: fx.GraphModule) -> None:
     """Rewrite ``module`` so that what can work in place does. Submodules that change are replaced by copies."""
     order = {node: position for position, node in enumerate(module.graph.nodes)}
     # Before anything is rewritten: a sum that the model itself makes in place may be a view of what is read later.
-    fresh = {node for node in module.graph.nodes if _is_fresh(node, module)}
+    fresh = {node for node in module.graph.nodes if is_fresh(module, node)}
     calls: dict[str, list[fx.Node]] = defaultdict(list)
     for node in module.graph.nodes:
         if node.op == "call_module" and getattr(module.get_submodule(str(node.target)), "inplace", None) is False:
@@ -77,12 +70,6 @@ def _may_write(node: fx.Node, value: Any, fresh: set[fx.Node], order: dict[fx.No
         return False
     others = [user for user in value.users if user is not node]
     return all(not user.users and user.op != "output" and order[user] < order[node] for user in others)
-
-
-def _is_fresh(node: fx.Node, module: fx.GraphModule) -> bool:
-    if node.op == "call_module":
-        return isinstance(module.get_submodule(str(node.target)), _FRESH_MODULES)
-    return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
 
 
 def _alike(node: fx.Node, value: fx.Node) -> bool:

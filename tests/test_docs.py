@@ -78,6 +78,7 @@ def test_own_architecture(ran: dict[str, Any]) -> None:
     from fxzip.rules.registry import unregister_rule
 
     unregister_rule(ran["torch"].ops.mine.scaled_relu.default)
+    unregister_rule(ran["torch"].ops.mine.dense.default)
     assert ran["difference"] < 1e-10
     assert ran["error"] < 1e-4
     assert ran["missed"] == []
@@ -87,6 +88,7 @@ def test_own_architecture(ran: dict[str, Any]) -> None:
     assert {row.name for row in ran["before"].frozen} == {"stem", "scale"}
     assert not ran["after"].frozen
     assert ran["after"].coverage > ran["before"].coverage
+    assert ran["own"].report.refitted == 3  # the stem, and the layer of each head
 
 
 @pytest.mark.example("export_and_serve")

@@ -115,6 +115,43 @@ after = fxzip.analyse(Scaled(), images[:2])
 print(after)
 
 # %% [markdown]
+# ## A layer of your own
+#
+# A layer with a weight takes one word more: how its input and its weight are multiplied, as `torch.einsum` has it.
+# Then it is a layer like PyTorch's for the whole of fxzip: the heads take their channels back by its weight, and refit
+# solves for it.
+
+
+# %%
+@torch.library.custom_op("mine::dense", mutates_args=())
+def dense(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.einsum("bi,io->bo", x, weight)
+
+
+@dense.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@fxzip.register_rule(torch.ops.mine.dense.default, kind="layer", linear=fxzip.rules.product("x", "weight", "i,io->o"))
+def dense_rule(ctx, x, weight):
+    return fxzip.rules.contractions.matmul(ctx, x, weight)
+
+
+class Dense(nn.Module):
+    def __init__(self, classes: int, width: int = 24) -> None:
+        super().__init__()
+        self.stem = nn.Linear(64, width)
+        self.weight = nn.Parameter(torch.randn(width, classes) / width**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dense(F.relu(self.stem(F.avg_pool2d(x, 2).flatten(1))), self.weight)
+
+
+own = fxzip.zip(*(Dense(5) for _ in HALVES), loader(), names=tuple(HALVES), progress=False)
+print("layers solved by refit:", own.report.refitted)
+
+# %% [markdown]
 # Rules that move data, reduce over axes or contract channels with weights are as short: see the
 # [API](../api.md) of `fxzip.rules`. Test yours as above: a permuted copy must compute the same. `fxzip.testing` has
 # that and more. It computes in 64 bits, where an error is not taken for rounding; for this kernel it must be 32.

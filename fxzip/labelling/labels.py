@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fxzip.channels import Role
+from fxzip.channels import Role, Statistic
 
 VOID = 0
 """The label of a uniform constant, padding for one: it says nothing and ties nothing."""
@@ -93,7 +93,10 @@ def aligned(value: Labelled, rank: int) -> Labelled:
 
 @dataclass(eq=False)
 class ParameterAxis:
-    """The labels along one axis of a parameter, first used by ``node``; (blocks, n) where they depend on ``rows``."""
+    """The labels along one axis of a parameter, first used by ``node``; (blocks, n) where they depend on ``rows``.
+
+    ``statistic`` is what a norm keeps there.
+    """
 
     parameter: str
     axis: int
@@ -101,6 +104,7 @@ class ParameterAxis:
     role: Role
     rows: Tensor | None = None
     node: str = ""
+    statistic: Statistic | None = None
 
 
 @dataclass(eq=False)
@@ -195,6 +199,12 @@ class LabelGraph:
             known.role = "contract"
         elif known.role != "contract":
             self.opposed.setdefault(self.node, []).append((*key, "contract"))
+
+    def statistic(self, parameter: str, which: Statistic) -> None:
+        """A parameter holds running statistics of the channels along its first axis."""
+        key = (self.aliases.get(parameter, parameter), 0)
+        if key in self.axes:
+            self.axes[key].statistic = which
 
     def grouped_axis(self, parameter: str, rows: Tensor, size: int, role: Role) -> Tensor:
         """The labels (groups × size) that lie along axis 1 in ``rows`` (groups × rows of a group)."""

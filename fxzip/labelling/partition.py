@@ -155,7 +155,7 @@ class _Builder:
                     width = axis.labels.shape[1]
                     rows = axis.rows[torch.unique_consecutive(index[:, 0] // width)]
                     index = index % width
-                sites[number].append(Site(axis.parameter, axis.axis, axis.role, index, rows))
+                sites[number].append(Site(axis.parameter, axis.axis, axis.role, index, rows, axis.statistic))
         return sites
 
     def _places(self, classes: Ints) -> list[tuple[int, torch.Tensor]]:

@@ -1,6 +1,7 @@
 """Rules of operations, by kind; importing this package registers them all."""
 
 from fxzip.rules import contractions, elementwise, movement, norms, products, reductions
+from fxzip.rules.calls import Call, Linear, Norm, product
 from fxzip.rules.registry import (
     RuleContext,
     Unsupported,
@@ -12,6 +13,9 @@ from fxzip.rules.registry import (
 )
 
 __all__ = [
+    "Call",
+    "Linear",
+    "Norm",
     "RuleContext",
     "Unsupported",
     "contractions",
@@ -20,6 +24,7 @@ __all__ = [
     "kind_of",
     "movement",
     "norms",
+    "product",
     "products",
     "reductions",
     "register_rule",

@@ -10,6 +10,7 @@ from torch import nn
 
 from fxzip.labelling.labels import Labelled, along, mixed, reduce, varying
 from fxzip.labelling.meeting import meet
+from fxzip.rules import linear as weights
 from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, register_rule
 
 
@@ -60,13 +61,13 @@ def _settled(ctx: RuleContext, x: Labelled, axis: int) -> Labelled:
     return Labelled(x.shape, tuple(factors), x.parameter, x.uniform)
 
 
-@register_rule(nn.Linear, kind="layer")
-def linear_module(ctx: RuleContext, module: nn.Linear, x: Labelled) -> Labelled:
+@register_rule(nn.Linear, kind="layer", linear=weights.dense, fresh=True)
+def linear_module(ctx: RuleContext, module: nn.Linear, input: Labelled) -> Labelled:
     """Y = x Wᵀ + b over the last axis."""
-    return linear(ctx, x, _weight(ctx), ctx.own("bias"))
+    return linear(ctx, input, _weight(ctx), ctx.own("bias"))
 
 
-@register_rule("linear", kind="layer")
+@register_rule("linear", kind="layer", linear=weights.dense, fresh=True)
 def linear(ctx: RuleContext, input: Labelled, weight: Labelled, bias: Any = None) -> Labelled:
     """Y = x Wᵀ + b over the last axis."""
     name, (rows, columns) = _name(weight), weight.shape
@@ -79,13 +80,13 @@ def linear(ctx: RuleContext, input: Labelled, weight: Labelled, bias: Any = None
     return _with_bias(ctx, Labelled((*input.shape[:-1], rows), (*kept, factor)), bias, last)
 
 
-@register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, kind="layer")
-def conv_module(ctx: RuleContext, module: Any, x: Labelled) -> Labelled:
+@register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, kind="layer", linear=weights.convolution, fresh=True)
+def conv_module(ctx: RuleContext, module: Any, input: Labelled) -> Labelled:
     """Convolution over channels (axis 1) and neighbouring pixels."""
-    return _conv(ctx, x, _weight(ctx), ctx.own("bias"), module.groups, module.stride)
+    return _conv(ctx, input, _weight(ctx), ctx.own("bias"), module.groups, module.stride)
 
 
-@register_rule("conv1d", "conv2d", "conv3d", kind="layer")
+@register_rule("conv1d", "conv2d", "conv3d", kind="layer", linear=weights.convolution, fresh=True)
 def conv(
     ctx: RuleContext, input: Labelled, weight: Labelled, bias: Any = None, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1,
@@ -94,13 +95,19 @@ def conv(
     return _conv(ctx, input, weight, bias, groups, stride)
 
 
-@register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, kind="layer")
-def conv_transpose_module(ctx: RuleContext, module: Any, x: Labelled, output_size: Any = None) -> Labelled:
+@register_rule(
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, kind="layer", linear=weights.transposed_convolution,
+    fresh=True,
+)  # fmt: skip
+def conv_transpose_module(ctx: RuleContext, module: Any, input: Labelled, output_size: Any = None) -> Labelled:
     """Transposed convolution: the weight's axis 0 is the input's channels."""
-    return _conv_transpose(ctx, x, _weight(ctx), ctx.own("bias"), module.groups)
+    return _conv_transpose(ctx, input, _weight(ctx), ctx.own("bias"), module.groups)
 
 
-@register_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", kind="layer")
+@register_rule(
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", kind="layer", linear=weights.transposed_convolution,
+    fresh=True,
+)  # fmt: skip
 def conv_transpose(
     ctx: RuleContext, input: Labelled, weight: Labelled, bias: Any = None, stride: Any = 1, padding: Any = 0,
     output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
@@ -202,7 +209,7 @@ def _contracted_by(ctx: RuleContext, value: Labelled, axis: int) -> None:
         ctx.graph.contract(value.parameter, axis % len(value.shape))
 
 
-@register_rule("matmul", "bmm", "mm", kind="layer")
+@register_rule("matmul", "bmm", "mm", kind="layer", linear=weights.matrix_product)
 def matmul(ctx: RuleContext, input: Any, other: Any) -> Labelled:
     """A product summed over the inner axis: the operands meet there, then it is reduced."""
     x, y = ctx.graph.opened(as_labelled(input)), ctx.graph.opened(as_labelled(other))
@@ -242,7 +249,7 @@ def attention(
     return matmul(ctx, logits, value)
 
 
-@register_rule("einsum", kind="layer")
+@register_rule("einsum", kind="layer", linear=weights.einsum_product)
 def einsum(ctx: RuleContext, equation: str, *operands: Any) -> Labelled:
     """A product over named axes: operands meet, then what is not in the result is reduced."""
     values = operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands

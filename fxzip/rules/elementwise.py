@@ -5,30 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn import functional as F
 
 from fxzip.labelling.labels import Labelled
+from fxzip.rules.calls import IdleRule
 from fxzip.rules.movement import cut_in_half
 from fxzip.rules.registry import RuleContext, register_rule
 
 NAMES = """
-abs add addcdiv addcmul and bernoulli bitwise_and bitwise_not bitwise_or celu ceil clamp clamp_max clamp_min clip
-clone cos deg2rad div dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout elu eq erf erfc exp exp2
-expm1 floor floor_divide floordiv frac ge gelu gt hardsigmoid hardswish hardtanh invert isfinite isinf isnan le
-leaky_relu lerp log log10 log1p log2 logical_and logical_not logical_or logsigmoid lt masked_fill maximum minimum
-mish mod mul multiply nan_to_num ne neg negative not or pos positive pow reciprocal relu relu6 remainder round rsqrt
-rsub selu sgn sigmoid sign silu sin softplus softshrink softsign sqrt square sub subtract tan tanh tanhshrink
-threshold true_divide truediv trunc where xor
+abs addcdiv addcmul and bernoulli bitwise_and bitwise_not bitwise_or celu ceil clamp clamp_max clamp_min clip clone
+cos deg2rad div elu eq erf erfc exp exp2 expm1 floor floor_divide floordiv frac ge gelu gt hardsigmoid hardswish
+hardtanh invert isfinite isinf isnan le leaky_relu lerp log log10 log1p log2 logical_and logical_not logical_or
+logsigmoid lt masked_fill maximum minimum mish mod mul multiply nan_to_num ne neg negative not or pos positive pow
+reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign silu sin softplus softshrink softsign sqrt
+square sub subtract tan tanh tanhshrink threshold true_divide truediv trunc where xor
 """.split()
 
 MODULES = [
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
     nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Softplus, nn.Softsign, nn.Softshrink, nn.Hardshrink,
-    nn.Tanhshrink, nn.LogSigmoid, nn.Threshold, nn.RReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-    nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity,
+    nn.Tanhshrink, nn.LogSigmoid, nn.Threshold, nn.RReLU,
 ]  # fmt: skip
 
 
 @register_rule(*NAMES, kind="pointwise")
+@register_rule("add", kind="pointwise", fresh=True)
 def elementwise(ctx: RuleContext, *args: Any, **kwargs: Any) -> Labelled:
     """All operands meet; ``out``, shapes and numbers say nothing."""
     return ctx.elementwise(*args, *kwargs.values())
@@ -36,8 +37,54 @@ def elementwise(ctx: RuleContext, *args: Any, **kwargs: Any) -> Labelled:
 
 @register_rule(*MODULES, kind="pointwise")
 def elementwise_module(ctx: RuleContext, module: nn.Module, x: Labelled) -> Labelled:
-    """Activations and dropout."""
+    """Activations."""
     return ctx.elementwise(x)
+
+
+@register_rule(nn.Identity, kind="pointwise", idle=lambda given: True)
+def identity(ctx: RuleContext, module: nn.Identity, input: Labelled) -> Labelled:
+    """What comes in."""
+    return ctx.elementwise(input)
+
+
+def _dropped(switch: str) -> IdleRule:
+    """Whether a dropout drops nothing: it is switched off, or its rate is 0."""
+    return lambda given: given.get(switch) is False or given.get("p") == 0
+
+
+@register_rule(
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, kind="pointwise",
+    idle=_dropped("training"),
+)  # fmt: skip
+def dropout_module(ctx: RuleContext, module: nn.Module, input: Labelled) -> Labelled:
+    """Each element alone, and none in eval mode."""
+    return ctx.elementwise(input)
+
+
+@register_rule(
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, kind="pointwise", idle=_dropped("training"), by_name=False
+)
+def dropout(
+    ctx: RuleContext, input: Labelled, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Labelled:
+    """As the module; in training unless it is told otherwise."""
+    return ctx.elementwise(input)
+
+
+@register_rule(F.alpha_dropout, F.feature_alpha_dropout, kind="pointwise", idle=_dropped("training"), by_name=False)
+def alpha_dropout(
+    ctx: RuleContext, input: Labelled, p: float = 0.5, training: bool = False, inplace: bool = False
+) -> Labelled:
+    """As the module; in eval mode unless it is told otherwise."""
+    return ctx.elementwise(input)
+
+
+@register_rule(
+    "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", kind="pointwise", idle=_dropped("train")
+)
+def native_dropout(ctx: RuleContext, input: Labelled, p: float, train: bool) -> Labelled:
+    """As `torch.dropout` and the ATen operators call their arguments."""
+    return ctx.elementwise(input)
 
 
 @register_rule("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fxzip.labelling.labels import Labelled, along
-from fxzip.rules.registry import RuleContext, register_rule
-
-_STATISTICS = ("running_mean", "running_var", "weight", "bias")
+from fxzip.rules.calls import Norm
+from fxzip.rules.registry import RuleContext, Unsupported, register_rule
 
 
 def _per_channel(ctx: RuleContext, x: Labelled, parameters: Sequence[Labelled | None], axis: int = 1) -> Labelled:
@@ -19,31 +19,127 @@ def _per_channel(ctx: RuleContext, x: Labelled, parameters: Sequence[Labelled | 
     return ctx.elementwise(x, *laid)
 
 
+def _normed(ctx: RuleContext, x: Labelled, mean: Any, var: Any, weight: Any, bias: Any) -> Labelled:
+    """Each channel alone, with running statistics, where there are some, and affine parameters."""
+    result = _per_channel(ctx, x, [mean, var, weight, bias])
+    ctx.statistic(mean, "mean")
+    ctx.statistic(var, "variance")
+    return result
+
+
+def _batch_norm(given: Mapping[str, Any]) -> Norm:
+    return Norm(1, statistics=True)
+
+
+def _native_batch_norm(given: Mapping[str, Any]) -> Norm:
+    return Norm(1, statistics=True, several=True)
+
+
+def _of_channels(given: Mapping[str, Any]) -> Norm:
+    return Norm(1)
+
+
+def _over_channels(given: Mapping[str, Any]) -> Norm | None:
+    return Norm(-1) if len(given.get("normalized_shape", ())) == 1 else None
+
+
+def _own(ctx: RuleContext) -> tuple[Labelled | None, ...]:
+    return tuple(ctx.own(name) for name in ("running_mean", "running_var", "weight", "bias"))
+
+
 @register_rule(
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
-    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, norm=_batch_norm, fresh=True
 )  # fmt: skip
-def batch_norm_module(ctx: RuleContext, module: nn.Module, x: Labelled) -> Labelled:
+def batch_norm_module(ctx: RuleContext, module: nn.Module, input: Labelled) -> Labelled:
     """Each channel alone."""
-    return _per_channel(ctx, x, [ctx.own(name) for name in _STATISTICS])
+    return _normed(ctx, input, *_own(ctx))
 
 
-@register_rule(F.batch_norm, F.instance_norm, "batch_norm", "instance_norm")
+@register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, norm=_of_channels)
+def instance_norm_module(ctx: RuleContext, module: nn.Module, input: Labelled) -> Labelled:
+    """Each channel alone."""
+    return _normed(ctx, input, *_own(ctx))
+
+
+@register_rule(F.batch_norm, norm=_batch_norm, fresh=True, by_name=False)
 def batch_norm(
-    ctx: RuleContext, input: Labelled, a: Any = None, b: Any = None, weight: Any = None, bias: Any = None,
-    *args: Any, running_mean: Any = None, running_var: Any = None, **kwargs: Any,
+    ctx: RuleContext, input: Labelled, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Labelled:  # fmt: skip
-    """Each channel alone; the order in which the statistics are given does not matter."""
-    return _per_channel(ctx, input, [a, b, weight, bias, running_mean, running_var])
+    """Each channel alone."""
+    return _normed(ctx, input, running_mean, running_var, weight, bias)
 
 
-@register_rule(nn.LayerNorm, nn.RMSNorm)
-def layer_norm_module(ctx: RuleContext, module: Any, x: Labelled) -> Labelled:
+@register_rule("batch_norm", norm=_batch_norm, fresh=True)
+def torch_batch_norm(
+    ctx: RuleContext, input: Labelled, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
+    momentum: float, eps: float, cudnn_enabled: bool,
+) -> Labelled:  # fmt: skip
+    """Each channel alone, as `torch.batch_norm` and the ATen operator call their arguments."""
+    return _normed(ctx, input, running_mean, running_var, weight, bias)
+
+
+@register_rule(
+    torch.native_batch_norm, torch.ops.aten.native_batch_norm.default, torch.ops.aten._native_batch_norm_legit.default,
+    norm=_native_batch_norm, by_name=False,
+)  # fmt: skip
+def native_batch_norm(
+    ctx: RuleContext, input: Labelled, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
+    momentum: float, eps: float,
+) -> tuple[Labelled, ...]:  # fmt: skip
+    """Each channel alone; the batch's statistics come out behind the result."""
+    if training:
+        raise Unsupported("a BatchNorm in training")
+    return _with_nothing(ctx, _normed(ctx, input, running_mean, running_var, weight, bias))
+
+
+@register_rule(
+    torch.ops.aten._native_batch_norm_legit_no_training.default, norm=_native_batch_norm, by_name=False
+)  # fmt: skip
+def batch_norm_in_eval_mode(
+    ctx: RuleContext, input: Labelled, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: float,
+    eps: float,
+) -> tuple[Labelled, ...]:  # fmt: skip
+    """Each channel alone; what comes out behind the result is empty."""
+    return _with_nothing(ctx, _normed(ctx, input, running_mean, running_var, weight, bias))
+
+
+def _with_nothing(ctx: RuleContext, result: Labelled) -> tuple[Labelled, ...]:
+    """The result of an operator that in eval mode gives empty statistics behind it."""
+    return (result, *(Labelled(tuple(value.shape)) for value in ctx.outputs[1:]))
+
+
+@register_rule(F.instance_norm, norm=_of_channels, by_name=False)
+def instance_norm(
+    ctx: RuleContext, input: Labelled, running_mean: Any = None, running_var: Any = None, weight: Any = None,
+    bias: Any = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Labelled:  # fmt: skip
+    """Each channel alone."""
+    return _normed(ctx, input, running_mean, running_var, weight, bias)
+
+
+@register_rule("instance_norm", norm=_of_channels)
+def torch_instance_norm(
+    ctx: RuleContext, input: Labelled, weight: Any, bias: Any, running_mean: Any, running_var: Any,
+    use_input_stats: bool, momentum: float, eps: float, cudnn_enabled: bool,
+) -> Labelled:  # fmt: skip
+    """Each channel alone, as `torch.instance_norm` and the ATen operator call their arguments."""
+    return _normed(ctx, input, running_mean, running_var, weight, bias)
+
+
+@register_rule(nn.LayerNorm, norm=_over_channels, fresh=True)
+def layer_norm_module(ctx: RuleContext, module: nn.LayerNorm, input: Labelled) -> Labelled:
     """Normalised over the last axes."""
-    return layer_norm(ctx, x, module.normalized_shape, ctx.own("weight"), ctx.own("bias"))
+    return layer_norm(ctx, input, module.normalized_shape, ctx.own("weight"), ctx.own("bias"))
 
 
-@register_rule("layer_norm", "rms_norm")
+@register_rule(nn.RMSNorm, norm=_over_channels)
+def rms_norm_module(ctx: RuleContext, module: nn.RMSNorm, input: Labelled) -> Labelled:
+    """Normalised over the last axes."""
+    return layer_norm(ctx, input, module.normalized_shape, ctx.own("weight"))
+
+
+@register_rule("layer_norm", norm=_over_channels, fresh=True)
 def layer_norm(
     ctx: RuleContext, input: Labelled, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None,
     eps: float | None = None, *args: Any,
@@ -54,13 +150,21 @@ def layer_norm(
     return ctx.elementwise(input, *affine)
 
 
-@register_rule(nn.GroupNorm)
-def group_norm_module(ctx: RuleContext, module: nn.GroupNorm, x: Labelled) -> Labelled:
+@register_rule("rms_norm", norm=_over_channels)
+def rms_norm(
+    ctx: RuleContext, input: Labelled, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
+) -> Labelled:
+    """Normalised over the last axes."""
+    return layer_norm(ctx, input, normalized_shape, weight)
+
+
+@register_rule(nn.GroupNorm, norm=_of_channels, fresh=True)
+def group_norm_module(ctx: RuleContext, module: nn.GroupNorm, input: Labelled) -> Labelled:
     """Normalised within groups of channels: groups move as wholes."""
-    return group_norm(ctx, x, module.num_groups, ctx.own("weight"), ctx.own("bias"))
+    return group_norm(ctx, input, module.num_groups, ctx.own("weight"), ctx.own("bias"))
 
 
-@register_rule("group_norm")
+@register_rule("group_norm", norm=_of_channels, fresh=True)
 def group_norm(
     ctx: RuleContext, input: Labelled, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5,
     *args: Any,

@@ -6,10 +6,11 @@ from typing import Any
 
 from fxzip.labelling.labels import Labelled
 from fxzip.rules.contractions import matmul
+from fxzip.rules.linear import added_product
 from fxzip.rules.registry import RuleContext, register_rule
 
 
-@register_rule("addmm", "addbmm", "baddbmm", kind="layer")
+@register_rule("addmm", "addbmm", "baddbmm", kind="layer", linear=added_product)
 def add_product(ctx: RuleContext, input: Any, left: Any, right: Any, *args: Any, **kwargs: Any) -> Labelled:
     """β input + α left @ right; ``addbmm`` sums the products over the batch."""
     product = matmul(ctx, left, right)

@@ -20,6 +20,14 @@ for weights follows: ``scale`` above lies along the channels of axis 1, so it is
   ``contract`` where it meets the input (``ctx.graph.unite``), and ``produce`` where new channels begin.
 - What the rule does not cover: ``raise Unsupported("why")``.
 
+Beside labels a rule says at its registration what else fxzip is to know (see `register_rule`): which weight the
+operation is linear in, so that refit can solve for it and a cut before it needs no gather; whether it is a norm. These
+find the operation's arguments by the names that the rule's signature gives them, so it has the operation's own names::
+
+    @fxzip.register_rule(torch.ops.mine.dense.default, kind="layer", linear=product("x", "weight", "i,io->o"))
+    def dense(ctx, x, weight):
+        return matmul(ctx, x, weight)
+
 Only own operations need rules: modules are looked into down to those of torch.nn. An operation without a rule, or whose
 rule gives up, is probed (`fxzip.rules.probe`): run on random numbers with its channels in other orders. That finds
 functions of each element, of the pixels of a channel, symmetric ones, and plain contractions; the spec lists what was
@@ -30,25 +38,64 @@ compute what ``model`` does.
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxzip.channels import Statistic
 from fxzip.errors import OptionError
 from fxzip.labelling.labels import LabelGraph, Labelled, reduce
 from fxzip.labelling.meeting import meet
+from fxzip.rules.calls import IdleRule, LinearRule, NormRule
 
 Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
 Kind = Literal["layer", "passive", "pointwise"]
-_RULES: dict[object, Rule] = {}
-_KINDS: dict[Rule, Kind] = {}
 _NATIVE = ("torch", "_operator", "math", "builtins", "einops")
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A rule as it was registered for a target; the attributes are what `register_rule` takes."""
+
+    rule: Rule
+    kind: Kind | None = None
+    linear: LinearRule | None = None
+    norm: NormRule | None = None
+    idle: IdleRule | None = None
+    fresh: bool = False
+    of_module: bool = False
+
+    @cached_property
+    def _signature(self) -> inspect.Signature:
+        signature = inspect.signature(self.rule)
+        own = list(signature.parameters.values())[2 if self.of_module else 1 :]
+        return signature.replace(parameters=own)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The operation's arguments that can be given by place, as the rule's signature calls them."""
+        by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return tuple(name for name, found in self._signature.parameters.items() if found.kind in by_place)
+
+    def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name, defaults included; empty where the rule's signature does not take them."""
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError:
+            return {}
+        bound.apply_defaults()
+        return bound.arguments
+
+
+_RULES: dict[object, Entry] = {}
 
 
 class Unsupported(Exception):
@@ -106,6 +153,12 @@ class RuleContext:
         rank = len(like.shape)
         size = [1] * (axis % rank) + list(parameter.shape) + [1] * (rank - len(parameter.shape) - axis % rank)
         return Labelled(tuple(size), tuple(f.reshape(_spread(f, axis % rank, rank)) for f in parameter.factors))
+
+    def statistic(self, parameter: Labelled | None, which: Statistic) -> Labelled | None:
+        """A buffer as the running mean or variance of a norm: no weight, and averaged as such; returns it."""
+        if isinstance(parameter, Labelled) and parameter.parameter is not None:
+            self.graph.statistic(parameter.parameter, which)
+        return parameter
 
     def reduce(self, value: Labelled, axes: Any = None, keepdim: bool = False) -> Labelled:
         """The result of a symmetric reduction over axes (all of them for None)."""
@@ -174,26 +227,41 @@ def _bare(name: str) -> str:
     return bare
 
 
-def register_rule(*targets: object, kind: Kind | None = None) -> Callable[[R], R]:
+def register_rule(
+    *targets: object,
+    kind: Kind | None = None,
+    linear: LinearRule | None = None,
+    norm: NormRule | None = None,
+    idle: IdleRule | None = None,
+    fresh: bool = False,
+    by_name: bool = True,
+) -> Callable[[R], R]:
     """Register a rule for module classes, functions, methods of torch.Tensor, or names of PyTorch operators.
+
+    What ``linear``, ``norm`` and ``idle`` say depends on the arguments of a call, by the names in the rule's signature.
 
     Args:
         targets: What the rule is for.
         kind: ``layer``: weights contract channels. ``pointwise``: it acts on each element alone. ``passive``: it
             hands on the values of its input, moved or pooled, so that the activations that decide a merge map
             are those before it. None: anything else.
+        linear: Which weight a call is linear in: a `fxzip.rules.Linear` of a `fxzip.rules.Call`, or None if there is
+            none; mostly made by `fxzip.rules.product`.
+        norm: What a call normalises: a `fxzip.rules.Norm` of its arguments, or None if that is not known.
+        idle: Whether a call with these arguments gives its input unchanged (dropout in eval mode).
+        fresh: Whether the result is memory of its own, no view and no input, that what follows may write over.
+        by_name: Whether a function of PyTorch stands for all that have its name (its ATen operators, its method).
+            False: the rule is for these very functions, whose arguments come in another order.
 
     Raises:
         OptionError: A rule for one of the targets exists already.
     """
 
     def register(rule: R) -> R:
-        for key in dict.fromkeys(key_of(target) for target in targets):
+        for key in dict.fromkeys(key_of(target) if by_name else target for target in targets):
             if key in _RULES:
-                raise OptionError(f"a rule for {key!r} is registered already: {_RULES[key].__qualname__}")
-            _RULES[key] = rule
-        if kind is not None:
-            _KINDS[rule] = kind
+                raise OptionError(f"a rule for {key!r} is registered already: {_RULES[key].rule.__qualname__}")
+            _RULES[key] = Entry(rule, kind, linear, norm, idle, fresh, isinstance(key, type))
         return rule
 
     return register
@@ -206,17 +274,23 @@ def target_of(module: nn.Module, node: fx.Node) -> Any:
 
 def kind_of(target: object) -> Kind | None:
     """The kind that the rule of a node's target (or module) was registered with."""
-    rule = find_rule(target)
-    return None if rule is None else _KINDS.get(rule)
+    entry = find_entry(target)
+    return None if entry is None else entry.kind
 
 
 def unregister_rule(target: object) -> None:
     """Forget the rule of a target, so that another can be registered; raises KeyError if there is none."""
-    del _RULES[key_of(target)]
+    del _RULES[target if target in _RULES else key_of(target)]
 
 
 def find_rule(target: object) -> Rule | None:
     """The rule for a node's target: a function, a method's name, or a module (looked up by its class)."""
+    entry = find_entry(target)
+    return None if entry is None else entry.rule
+
+
+def find_entry(target: object) -> Entry | None:
+    """The rule for a node's target, with all that was registered with it."""
     if isinstance(target, nn.Module):
         return next((_RULES[c] for c in type(target).__mro__ if c in _RULES), None)
     try:

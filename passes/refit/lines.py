@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxzip.graphs import is_static, static_value
-from fxzip.passes.recalibrate import BATCH_NORMS, TRIPLES
-from fxzip.passes.refit.slots import arguments, slot
+from fxzip.graphs import call_of, is_static, norm_of, static_value
+from fxzip.passes.refit.slots import slot
+from fxzip.rules.calls import rank_of
 from fxzip.rules.registry import key_of
 
 _OPERATIONS: dict[object, Callable[[Any, Any], Any]] = {"mul": operator.mul, "add": operator.add, "sub": operator.sub}
@@ -25,32 +24,23 @@ def line_of(module: nn.Module, node: fx.Node, x: fx.Node) -> tuple[Tensor, Tenso
     None where it is no line: all but BatchNorms with running statistics, and sums and products with a number or
     with a parameter.
     """
-    return _batch_norm(module, node, x) if is_batch_norm(module, node) else _with_constant(module, node, x)
+    norm = norm_of(module, node)
+    if norm is None:
+        return _with_constant(module, node, x)
+    return _normed(module, node, x, norm.axis) if norm.statistics and not norm.several else None
 
 
-def is_batch_norm(module: nn.Module, node: fx.Node) -> bool:
-    """Whether a node is a BatchNorm, as a module or as a function that gives one tensor."""
-    if node.op == "call_module":
-        return isinstance(module.get_submodule(str(node.target)), _BatchNorm)
-    return node.op == "call_function" and node.target in BATCH_NORMS and node.target not in TRIPLES
-
-
-def rank_of(node: Any) -> int | None:
-    """The number of axes of a node's value, as it was traced; None if that is not known."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return value.dim() if isinstance(value, Tensor) else None
-
-
-def _batch_norm(module: nn.Module, node: fx.Node, x: fx.Node) -> tuple[Tensor, Tensor] | None:
-    given: Any = vars(module.get_submodule(str(node.target))) if node.op == "call_module" else arguments(node)
+def _normed(module: nn.Module, node: fx.Node, x: fx.Node, axis: int) -> tuple[Tensor, Tensor] | None:
+    call, rank = call_of(module, node), rank_of(node)
     names = ("running_mean", "running_var", "weight", "bias")
     mean, var, weight, bias = (None if t is None else t.double() for t in (slot(module, node, k) for k in names))
-    rank = rank_of(node)
-    if mean is None or var is None or rank is None or given.get("training") or node.all_input_nodes[0] is not x:
+    if call is None or mean is None or var is None or rank is None or call.source("input") is not x:
         return None
-    slope = (var + given.get("eps", 1e-5)).rsqrt() * (1 if weight is None else weight)
+    if call.arguments.get("training"):
+        return None
+    slope = (var + call.arguments.get("eps", 1e-5)).rsqrt() * (1 if weight is None else weight)
     offset = (0 if bias is None else bias) - mean * slope
-    shape = (-1,) + (1,) * (rank - 2)
+    shape = [-1 if a == axis % rank else 1 for a in range(rank)][axis % rank :]
     return slope.reshape(shape), offset.reshape(shape)
 
 

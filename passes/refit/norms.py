@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from fxzip.passes.refit.lines import is_batch_norm
+from fxzip.graphs import call_of, norm_of
 from fxzip.passes.refit.regression import scale_and_shift
-from fxzip.passes.refit.slots import Uses, arguments, fill, slot, takes
-from fxzip.rules.registry import key_of
-
-_OVER_CHANNELS = (nn.LayerNorm, nn.RMSNorm)
-_OF_CHANNELS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+from fxzip.passes.refit.slots import Uses, fill, slot
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,16 +44,8 @@ class Norm:
 
 
 def find_norm(module: fx.GraphModule, node: fx.Node, uses: Uses) -> Norm | None:
-    """The norm that a node is, over one axis and used once; None for anything else."""
-    target: Any = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    key = key_of(node.target) if node.op in ("call_function", "call_method") else None
-    if is_batch_norm(module, node) or isinstance(target, _OF_CHANNELS) or key in ("group_norm", "instance_norm"):
-        axis = 1
-    elif isinstance(target, _OVER_CHANNELS) or key in ("layer_norm", "rms_norm"):
-        shape = target.normalized_shape if target is not None else arguments(node)["normalized_shape"]
-        if len(shape) != 1:
-            return None
-        axis = -1
-    else:
+    """The norm that a node is, as its rule says, used once and of one value; None for anything else."""
+    found, call = norm_of(module, node), call_of(module, node)
+    if found is None or call is None or found.several or not uses.alone(node):
         return None
-    return Norm(node, axis, takes(module, node, "bias")) if uses.alone(node) else None
+    return Norm(node, found.axis, call.takes("bias"))

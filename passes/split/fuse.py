@@ -40,7 +40,7 @@ class Place:
     @classmethod
     def of_site(cls, site: Site, merge_map: MergeMap) -> Place:
         """The place of a space's channels in a parameter."""
-        own = merge_map.positive if site.parameter.endswith("running_var") else merge_map
+        own = merge_map.positive if site.statistic == "variance" else merge_map
         return cls(own, (site.axis,), site.index, site.role, site.rows)
 
     def mix(self, tensor: Tensor, model: int) -> Tensor:

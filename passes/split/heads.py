@@ -16,12 +16,12 @@ from torch import Tensor, fx, nn
 
 from fxzip.channels import ChannelSpec
 from fxzip.data.loops import device_of
-from fxzip.graphs import parameter_uses
+from fxzip.graphs import attribute, linear_of, parameter_uses
 from fxzip.matching import MergeMap
 from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.split.fuse import Mixing, along_axes, mixed_along
 from fxzip.passes.split.parts import part
-from fxzip.rules import kind_of, target_of
+from fxzip.rules import Linear, kind_of, target_of
 
 
 def head(plan: MergePlan, model: int) -> fx.GraphModule:
@@ -113,6 +113,7 @@ class Fold:
     """U folded into the columns of a linear layer or convolution: W U."""
 
     parameter: str
+    axis: int
     index: Tensor
     mixing: Mixing
 
@@ -121,10 +122,7 @@ class Fold:
         weight = head.get_parameter(self.parameter)
         with torch.no_grad():
             work = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            weight.copy_(mixed_along(work, (1,), self.index.to(weight.device), self.mixing))
-
-
-_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+            weight.copy_(mixed_along(work, (self.axis,), self.index.to(weight.device), self.mixing))
 
 
 def foldable(plan: MergePlan, i: int, model: int) -> list[Fold] | None:
@@ -143,10 +141,9 @@ def foldable(plan: MergePlan, i: int, model: int) -> list[Fold] | None:
         for user in node.users:
             if user.name in before:
                 continue
-            target = target_of(module, user)
-            if isinstance(target, _LINEAR) and getattr(target, "groups", 1) == 1 and uses[id(target.weight)] == 1:
-                axis = len(spec.layout.factors[first[node.name]][0].shape) - 1 if isinstance(target, nn.Linear) else 1
-                found = _folds(plan, first[node.name], f"{user.target}.weight", axis, model)
+            linear = linear_of(module, user)
+            if linear is not None and linear.input is node and uses[id(attribute(module, linear.weight))] == 1:
+                found = _folds(plan, first[node.name], linear, model)
                 if found is None:
                     return None
                 folds += found
@@ -154,7 +151,7 @@ def foldable(plan: MergePlan, i: int, model: int) -> list[Fold] | None:
                 user.name in first
                 and not _mixes(plan, first[node.name])
                 and user.op != "output"
-                and kind_of(target) in ("passive", "pointwise")
+                and kind_of(target_of(module, user)) in ("passive", "pointwise")
                 and (len(user.all_input_nodes) == 1 and _same_spaces(spec, first[node.name], first[user.name]))
             ):
                 pending.append(user)
@@ -172,11 +169,14 @@ def _same_spaces(spec: ChannelSpec, left: str, right: str) -> bool:
     return {s.name for s, _, _ in spec.locate(left)} == {s.name for s, _, _ in spec.locate(right)}
 
 
-def _folds(plan: MergePlan, node: str, parameter: str, axis: int, model: int) -> list[Fold] | None:
+def _folds(plan: MergePlan, node: str, linear: Linear, model: int) -> list[Fold] | None:
     found = []
+    rank = plan.spec.layout.factors[node][0].dim()
     for space, axes, index in plan.spec.locate(node):
-        if space.size > 1 and axes != (axis,):
+        axis = linear.contraction.mixed.get(axes[0] - rank) if len(axes) == 1 else None
+        if space.size > 1 and axis is None:
             return None
-        if space.name in plan.maps and space.size > 1:
-            found.append(Fold(parameter, index, Mixing.of(plan.maps[space.name], model, "contract")))
+        if space.name in plan.maps and space.size > 1 and axis is not None:
+            mixing = Mixing.of(plan.maps[space.name], model, "contract")
+            found.append(Fold(linear.weight, axis, index, mixing))
     return found

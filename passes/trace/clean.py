@@ -5,31 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from fxzip.graphs import attribute, drop_dead_code
+from fxzip.graphs import attribute, does_nothing, drop_dead_code
 from fxzip.passes.trace.functional import functionalise, has_writes
-
-_DROPOUTS = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
-_DROPOUT_FUNCTIONS: set[Any] = {
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    torch.dropout,
-    torch.ops.aten.dropout.default,
-}
 
 
 def clean(graph_module: fx.GraphModule, values: Callable[[fx.GraphModule], dict[fx.Node, Any]]) -> fx.GraphModule:
@@ -42,7 +21,7 @@ def clean(graph_module: fx.GraphModule, values: Callable[[fx.GraphModule], dict[
     graph_module.eval()
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if _does_nothing(graph_module, node):
+        if does_nothing(graph_module, node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
     if has_writes(graph_module):
@@ -72,21 +51,3 @@ def rebuild(model: nn.Module, graph: fx.Graph, attributes: dict[str, Any]) -> fx
                 module._non_persistent_buffers_set.add(key)
     graph_module.graph.lint()
     return graph_module.eval()
-
-
-def _does_nothing(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        return isinstance(module, (nn.Identity, *_DROPOUTS)) and len(node.all_input_nodes) == 1
-    if node.op == "call_function" and node.target in _DROPOUT_FUNCTIONS and len(node.all_input_nodes) == 1:
-        position = 2
-        default = node.target is not torch.dropout
-        training = node.kwargs.get("training", node.kwargs.get("train", default))
-        if len(node.args) > position:
-            training = node.args[position]
-        return training is False or _rate(node) == 0
-    return False
-
-
-def _rate(node: fx.Node) -> Any:
-    return node.args[1] if len(node.args) > 1 else node.kwargs.get("p")
