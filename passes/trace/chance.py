@@ -11,8 +11,8 @@ from fxzip.passes.trace.writes import name_of
 
 _ALWAYS = {
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli",
-    "multinomial", "poisson", "gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d", "uniform", "random", "exponential",
-    "geometric", "cauchy", "log_normal",
+    "multinomial", "poisson", "gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d", "uniform",
+    "random", "exponential", "geometric", "cauchy", "log_normal",
 }  # fmt: skip
 _IN_TRAINING = {
     "dropout": (2, True), "dropout1d": (2, True), "dropout2d": (2, True), "dropout3d": (2, True), "rrelu": (3, False),
