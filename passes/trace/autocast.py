@@ -17,7 +17,7 @@ class _Casts(TorchDispatchMode):
     """Notes the casts of given tensors, by their identity, and whether there were others."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._given = {id(tensor) for tensor in tensors}
         self.found: dict[int, torch.dtype] = {}
         self.others = False
@@ -34,7 +34,7 @@ class _Casts(TorchDispatchMode):
 
 def is_on(device: str) -> bool:
     """Whether autocast is on for a kind of device."""
-    return bool(torch.is_autocast_enabled(device))
+    return torch.amp.is_autocast_available(device) and bool(torch.is_autocast_enabled(device))
 
 
 def without_autocast(
