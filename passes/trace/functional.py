@@ -284,7 +284,7 @@ class Functionaliser:
             value = self.emit(Call("call_function", operator.getitem, (value, 0), {}))
         if [str(s) for s in self.value(value).shape] != [str(s) for s in wanted.shape]:
             value = self.emit(Call("call_method", "expand_as", (value, like), {}))
-        return value
+        return value  # type: ignore[no-any-return]
 
     def _cast(self, value: fx.Node, like: fx.Node) -> fx.Node:
         dtype = self.value(like).dtype

@@ -121,7 +121,7 @@ class Memories:
                 if not isinstance(tensor, FakeTensor):
                     fake = self._mode.fake_tensor_converter.from_real_tensor(self._mode, tensor)
                 self._kept[id(tensor)] = (tensor, fake)
-            return self._kept[id(tensor)][1].untyped_storage()._cdata
+            return int(self._kept[id(tensor)][1].untyped_storage()._cdata)
 
 
 def without_shape_changes(node: fx.Node) -> None:
