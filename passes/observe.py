@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from fxzip.channels import MergePoint
 from fxzip.data.loops import describe, evaluating, feed
 from fxzip.errors import CalibrationError
-from fxzip.graphs import drop_dead_code, nodes_by_name, placeholders
+from fxzip.graphs import drop_dead_code, nodes_by_name, placeholders, writes_in_place
 from fxzip.moments import Moments
 from fxzip.observer import Observer
 from fxzip.passes.align import Alignment
@@ -141,13 +141,18 @@ class _Copy:
 
 
 def _share_inputs(graph: fx.Graph, copies: Sequence[_Copy]) -> None:
-    """Placeholders by position, named as model 0's."""
+    """Placeholders by position, named as model 0's. Where a model writes to one, each has its own clone.
+
+    What `fxzip.passes.trace` gives writes to nothing; other graphs may.
+    """
     for copy in copies:
         if len(copy.inputs) != len(copies[0].inputs):
             raise ValueError(f"the models take {len(copies[0].inputs)} and {len(copy.inputs)} inputs")
     shared = [graph.node_copy(node) for node in copies[0].inputs]
-    for copy in copies:
-        copy.env.update(zip(copy.inputs, shared, strict=True))
+    for position, node in enumerate(shared):
+        written = any(writes_in_place(user, copy.module) for copy in copies for user in copy.inputs[position].users)
+        for copy in copies:
+            copy.env[copy.inputs[position]] = graph.call_function(torch.clone, (node,)) if written else node
 
 
 class _Checked(nn.Module):

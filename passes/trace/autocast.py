@@ -34,7 +34,7 @@ class _Casts(TorchDispatchMode):
 
 def is_on(device: str) -> bool:
     """Whether autocast is on for a kind of device."""
-    return bool(torch.is_autocast_enabled(device))
+    return torch.amp.is_autocast_available(device) and bool(torch.is_autocast_enabled(device))
 
 
 def without_autocast(

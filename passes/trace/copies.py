@@ -137,7 +137,9 @@ def _look_through(name: str, module: nn.Module, memo: dict[int, Any]) -> None:
     if getattr(forward, "__func__", forward) is type(module).forward and getattr(forward, "__self__", module) is module:
         del module.__dict__["forward"]
     else:
-        module.__dict__["forward"] = own_function(forward, memo, f"the forward of {name or 'the model'}")
+        with contextlib.suppress(TraceError):  # torch.export's guards: they keep nothing of the model
+            forward = own_function(forward, memo, f"the forward of {name or 'the model'}")
+        module.__dict__["forward"] = forward
 
 
 @contextlib.contextmanager

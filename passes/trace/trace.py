@@ -23,7 +23,7 @@ from fxzip.data.batches import Inputs, batch_size, to_device
 from fxzip.errors import TraceError
 from fxzip.passes.trace.chance import warn_of_chance
 from fxzip.passes.trace.clean import clean, rebuild
-from fxzip.passes.trace.copies import as_written, eval_copy, unwrap, without_some_values
+from fxzip.passes.trace.copies import as_written, eval_copy, has_hooks, unwrap, without_some_values
 from fxzip.passes.trace.verify import Reference
 
 _NEEDS_VALUES = {
@@ -162,7 +162,7 @@ def _is_plain(model: fx.GraphModule) -> bool:
     """Whether the graph has only what a traced graph has, and nothing around it."""
     from fxzip.passes.trace.recorder import is_leaf
 
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+    if has_hooks(model):
         return False
     calls = [node for node in model.graph.nodes if node.op == "call_module"]
     return all(node.op in _GRAPH_OPS for node in model.graph.nodes) and all(

@@ -19,7 +19,6 @@ from fxzip.moments import Moments
 from fxzip.observer import Observer
 from fxzip.passes.align import Alignment
 from fxzip.passes.observe import insert_observers, observe
-from fxzip.passes.trace.clean import clean
 
 
 class Net(nn.Module):
@@ -45,7 +44,7 @@ class Net(nn.Module):
 
 def align(*modules: nn.Module) -> Alignment:
     """All nodes but the output are shared, in order."""
-    traced = tuple(clean(fx.symbolic_trace(module)) for module in modules)
+    traced = tuple(fx.symbolic_trace(module) for module in modules)
     names = [[node.name for node in module.graph.nodes if node.op != "output"] for module in traced]
     return Alignment(traced, tuple(zip(*names, strict=True)))
 
