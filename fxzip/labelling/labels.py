@@ -8,7 +8,7 @@ its indices mean something by themselves (pixels, tokens, colours, classes) and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,12 +34,20 @@ class Labelled:
         factors: Label tensors, each of rank ``len(shape)`` and of size 1 or ``shape[axis]`` on each axis.
         parameter: Qualified name, if it is a parameter or buffer itself.
         uniform: All elements are known to be equal (zeros, ones).
+        versions: For each factor what was computed of its channels, named by the node that did it last; "" where that
+            does not matter. Moves that leave a channel's elements in order keep it.
     """
 
     shape: tuple[int, ...]
     factors: tuple[Tensor, ...] = ()
     parameter: str | None = None
     uniform: bool = False
+    versions: tuple[str, ...] = ()
+
+    def version(self, factor: Tensor) -> str:
+        """The version of one of the factors."""
+        pairs = zip(self.factors, self.versions, strict=False)
+        return next((version for known, version in pairs if known is factor), "")
 
 
 def varying(factor: Tensor) -> frozenset[int]:
@@ -261,7 +269,7 @@ def simplified(graph: LabelGraph, value: Labelled) -> Labelled:
     if len(value.factors) < 2:
         return value
     factors = tuple(_without_redundant(graph, list(value.factors)))
-    return Labelled(value.shape, factors, value.parameter, value.uniform)
+    return replace(value, factors=factors, versions=tuple(value.version(f) for f in factors))
 
 
 def _without_redundant(graph: LabelGraph, factors: list[Tensor]) -> list[Tensor]:
