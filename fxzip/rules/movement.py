@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxzip.labelling.labels import FIXED, VOID, Labelled, compress, mixed, varying
+from fxzip.rules.order import Copies
 from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, key_of, mapped, register_rule
 
 NAMES = """
@@ -37,6 +38,10 @@ CASTS = {
     "contiguous",
 }
 _RESHAPES = {"reshape", "view", "flatten", "unflatten", "reshape_as", "view_as"}
+_JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
+"""What puts tensors side by side, as they are."""
+_SHAPED = {"expand_as", "type_as", "view_as", "reshape_as"}
+"""What takes only the shape of its second operand."""
 _FILLS = {"pad": 3, "constant_pad_nd": 2}
 """Where operations take the value that they fill up with."""
 
@@ -56,7 +61,8 @@ def move(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     if name in _FILLS:  # what is written beside the channels is no label: a constant is the same for all of them
         args, kwargs = (*args[: _FILLS[name]], *args[_FILLS[name] + 1 :]), {**kwargs, "value": VOID}
     if str(getattr(target, "__name__", target)).strip("_") in CASTS:
-        return Labelled(ctx.shape, ctx.graph.opened(as_labelled(args[0])).factors)
+        value = ctx.graph.opened(as_labelled(args[0]))
+        return Labelled(ctx.shape, value.factors, versions=value.versions)
     if name in _RESHAPES:
         return _reshaped(ctx, as_labelled(args[0] if args else kwargs["input"]))
     if isinstance(target, str):
@@ -87,10 +93,16 @@ def run(ctx: RuleContext, op: Callable[[Any, Any], Any], args: Any, kwargs: Any)
     args, kwargs = mapped((args, kwargs), lambda v: ctx.graph.opened(v) if isinstance(v, Labelled) else v)
     found: list[Labelled] = []
     mapped((args, kwargs), lambda v: found.append(v) if isinstance(v, Labelled) else None)
+
+    def instead(tensor: Callable[[Labelled], Any]) -> Any:
+        return _attempt(op, *mapped((args, kwargs), lambda v: tensor(v) if isinstance(v, Labelled) else v))
+
+    name = str(key_of(ctx.node.target))
+    moved = found[:1] if name in _SHAPED else found
     results = []
     for slot in _slots(found):
-        dense = partial(_dense_argument, slot=slot)
-        results.append(_attempt(op, *mapped((args, kwargs), dense)))
+        copies = Copies(ctx, instead, moved, slot, name in _JOINS)
+        results.append((instead(partial(_dense, slot=slot)), copies))
     uniform = bool(found) and all(v.uniform for v in found)
     return _gather(ctx.outputs, results, uniform)
 
@@ -124,10 +136,6 @@ def write(ctx: RuleContext, old: Labelled, index: Any, value: Labelled) -> Label
     return Labelled(old.shape, () if factor is None else (factor,), uniform=old.uniform and value.uniform)
 
 
-def _dense_argument(value: Any, slot: dict[int, Tensor]) -> Any:
-    return _dense(value, slot) if isinstance(value, Labelled) else value
-
-
 def _dense(value: Labelled, slot: dict[int, Tensor]) -> Tensor:
     """One factor at the value's full size; what has no labels of that kind is fixed, or void if it is uniform."""
     if id(value) in slot:
@@ -147,22 +155,23 @@ def _attempt(op: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
         return mapped(result, lambda v: v.long() if isinstance(v, Tensor) else v)
 
 
-def _gather(outputs: Any, results: list[Any], uniform: bool) -> Any:
+def _gather(outputs: Any, results: list[tuple[Any, Copies]], uniform: bool, path: tuple[int, ...] = ()) -> Any:
     """Put the factors of each output tensor together again."""
     if isinstance(outputs, (tuple, list)):
-        parts = [_gather(out, [r[i] for r in results], uniform) for i, out in enumerate(outputs)]
-        return tuple(parts)
-    factors = [compress(r) for r in results]
+        parts = enumerate(outputs)
+        return tuple(_gather(o, [(r[i], copies) for r, copies in results], uniform, (*path, i)) for i, o in parts)
     shape = tuple(outputs.shape)
-    if any(r.shape != outputs.shape for r in results):
+    if any(result.shape != outputs.shape for result, _ in results):
         raise Unsupported("an operation whose result depends on more than the positions of its input")
-    return Labelled(shape, tuple(f for f in factors if f is not None), uniform=uniform)
+    found = [(compress(result), copies) for result, copies in results]
+    known = [(factor, copies.version(factor, path)) for factor, copies in found if factor is not None]
+    return Labelled(shape, tuple(f for f, _ in known), uniform=uniform, versions=tuple(v for _, v in known))
 
 
 def reshaped(value: Labelled, *shape: int) -> Labelled:
     """The value seen with another shape; axes along which no label varies are not spread out for it."""
     groups = _groups(value.shape, shape)
-    factors = []
+    found = []
     for f in value.factors:
         spread: list[int] = []
         seen: list[int] = []
@@ -170,8 +179,11 @@ def reshaped(value: Labelled, *shape: int) -> Labelled:
             varies = any(size > 1 for size in f.shape[old])
             spread += value.shape[old] if varies else f.shape[old]
             seen += shape[new] if varies else [1] * len(shape[new])
-        factors.append(compress(f.expand(spread).reshape(seen)))
-    return Labelled(shape, tuple(f for f in factors if f is not None), uniform=value.uniform)
+        factor = compress(f.expand(spread).reshape(seen))
+        if factor is not None:
+            found.append((factor, value.version(f)))
+    factors, versions = tuple(f for f, _ in found), tuple(v for _, v in found)
+    return Labelled(shape, factors, uniform=value.uniform, versions=versions)
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[slice, slice]]:

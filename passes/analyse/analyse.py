@@ -138,9 +138,8 @@ class Flow:
         args, kwargs = mapped((args, kwargs), _operand)
         try:
             result = mapped(rule(ctx, *own, *args, **kwargs), self._simplified)
-            if rule not in (move, move_module):  # the values change, so all channels must be treated alike
-                mapped(result, ctx.use)
-            return result
+            # Where the values change, all channels must be treated alike; a move says so itself.
+            return result if rule in (move, move_module) else mapped(result, ctx.changed)
         except Unsupported as error:
             return self._probe(ctx, args, kwargs, str(error))
         except Exception as error:
@@ -157,7 +156,7 @@ class Flow:
             result, found = probe(ctx, (args, kwargs), fakes)
         except Unsupported as error:
             return self._freeze(ctx, args, kwargs, f"{why}, {error}")
-        mapped(result, ctx.use)
+        result = mapped(result, ctx.changed)
         self.probed.append(f"{_title(ctx)}: {found}")
         return result
 

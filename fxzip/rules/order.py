@@ -1,0 +1,197 @@
+"""What a move does to the copies of a channel.
+
+A channel lies at many elements of a tensor: pixels, tokens, repeats. Everywhere the first of them (in row-major order)
+stands for the first of any other channel, the second for the second, and so on. A move that takes all elements of
+each channel along in that order (a view, a slice of channels, a shuffle) changes nothing. Any other (a roll of pixels,
+a slice of tokens) is an operation on the values: channels that go through it are told apart from those that do not, and
+from those that go through it otherwise. So is what joins tensors that were computed differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxzip.labelling.labels import FIRST, Labelled, varying
+from fxzip.rules.registry import RuleContext
+
+Run = Callable[[Callable[[Labelled], Any]], Any]
+"""Runs a move with a tensor in the place of each labelled value; gives its result."""
+
+
+@dataclass(eq=False)
+class Copies:
+    """The elements of one factor's channels in a move.
+
+    Attributes:
+        ctx: The move's context.
+        run: Runs it.
+        values: The values that are moved; of several, elements of all come out in one tensor.
+        slot: The factor of each value by the value's identity.
+        joins: Whether the move puts whole tensors side by side.
+    """
+
+    ctx: RuleContext
+    run: Run
+    values: Sequence[Labelled]
+    slot: dict[int, Tensor]
+    joins: bool
+
+    def version(self, factor: Tensor, path: tuple[int, ...]) -> str:
+        """The version of a factor that came out; what must be noted of its channels is.
+
+        Args:
+            factor: Its labels.
+            path: Where the output is in the result of the move.
+        """
+        title = ".".join([self.ctx.name, *map(str, path)])
+        if not self.sources:
+            return title
+        if self.joins and self._apart():
+            return self._joined
+        if len(self.sources) == 1 and not self.joins:
+            found = self._along_positions(factor, path)
+            if found is not None:
+                if not found:
+                    self.ctx.graph.use(title, factor)
+                return self._joined if found else title
+        labels, kinds = self._sequences(factor, path)
+        if bool(kinds.any()):
+            self.ctx.graph.place(title, labels, kinds)
+            return title
+        return self._joined
+
+    @cached_property
+    def sources(self) -> list[tuple[Labelled, Tensor]]:
+        """The values that have the factor, with it."""
+        return [(v, self.slot[id(v)]) for v in self.values if id(v) in self.slot]
+
+    @cached_property
+    def _joined(self) -> str:
+        """The version of all that is moved; where several meet, it is noted which channels come from which."""
+        versions = [value.version(factor) for value, factor in self.sources]
+        known = sorted(set(versions))
+        if len(known) == 1:
+            return known[0]
+        for version, (_, factor) in zip(versions, self.sources, strict=True):
+            self.ctx.graph.place(f"{self.ctx.name}:join", factor, torch.tensor(known.index(version)))
+        return self.ctx.name
+
+    def _apart(self) -> bool:
+        """Whether no channel is in two of the tensors that are joined."""
+        labels = [_channels(factor) for _, factor in self.sources]
+        spans = sorted((int(found.min()), int(found.max())) for found in labels if found.numel())
+        if all(first[1] < second[0] for first, second in zip(spans, spans[1:], strict=False)):
+            return True
+        distinct = [found.unique() for found in labels]
+        return len(torch.cat(distinct).unique()) == sum(map(len, distinct))
+
+    @cached_property
+    def _positions(self) -> Any:
+        """The move, run on the number of each position among those of a channel, from 1."""
+        (value, factor), *_ = self.sources
+        grid = [1 if f > 1 else size for f, size in zip(factor.shape, value.shape, strict=True)]
+        numbers = torch.arange(1, 1 + torch.Size(grid).numel()).reshape(grid).expand(value.shape)
+        return self.run(lambda v: numbers if v is value else torch.zeros((), dtype=torch.int64).expand(v.shape))
+
+    def _along_positions(self, factor: Tensor, path: tuple[int, ...]) -> bool | None:
+        """Whether all positions of each channel come out in order; None where channels differ, or lie at several."""
+        source = _channels(self.sources[0][1])
+        found = _channels(factor)
+        if not (_injective(source) and _injective(found)):
+            return None
+        numbers = _at(self._positions, path)
+        for axis in sorted(varying(factor)):
+            if numbers.stride(axis) == 0:
+                numbers = numbers.narrow(axis, 0, 1)
+        if any(numbers.shape[axis] > 1 for axis in varying(factor)):
+            common = numbers.amax(sorted(varying(factor)), keepdim=True)
+            if not bool(((numbers == common) | (factor < FIRST)).all()):
+                return None
+            numbers = common
+        numbers = numbers.reshape(-1)
+        return torch.equal(numbers, _counting(len(numbers))) and len(numbers) == self._number
+
+    @cached_property
+    def _number(self) -> int:
+        """How many positions a channel has."""
+        value, factor = self.sources[0]
+        return torch.Size([s for f, s in zip(factor.shape, value.shape, strict=True) if f == 1]).numel()
+
+    def _sequences(self, factor: Tensor, path: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The labels that come out, and a number for the order in which the elements of each do: 0 if as before."""
+        codes, step = {}, 1 + len(self.sources)
+        for number, (value, known) in enumerate(self.sources, 1):
+            ranks = occurrences(known.expand(value.shape).reshape(-1))
+            codes[id(value)] = (ranks * step + number).reshape(value.shape)
+        result = self.run(lambda v: codes.get(id(v), torch.zeros((), dtype=torch.int64).expand(v.shape)))
+        found = _at(result, path)
+        labels, entries = factor.expand(found.shape).reshape(-1), found.reshape(-1)
+        here = labels >= FIRST
+        labels, entries = labels[here], entries[here]
+        ranks = occurrences(labels)
+        known, which = labels.unique(return_inverse=True)
+        sums = torch.zeros(len(known), 3, dtype=torch.int64)
+        as_before = (entries // step == ranks) & (entries > 0)
+        marks = [_scrambled(entries, ranks), (~as_before).long(), torch.ones_like(ranks)]
+        sums.index_add_(0, which, torch.stack(marks, 1))
+        kept = (sums[:, 1] == 0) & (sums[:, 2] == self._counts(known))
+        kinds = torch.where(kept, 0, 1 + sums[:, 0].unique(return_inverse=True)[1])
+        return known, kinds
+
+    def _counts(self, labels: Tensor) -> Tensor:
+        """How many elements each label has in all the sources."""
+        counts = torch.zeros_like(labels)
+        for value, factor in self.sources:
+            size = torch.Size(value.shape).numel() // max(factor.numel(), 1)
+            mine, times = factor.reshape(-1).unique(return_counts=True)
+            at = torch.searchsorted(mine, labels).clamp(max=len(mine) - 1)
+            counts += torch.where(mine[at] == labels, times[at] * size, 0)
+        return counts
+
+
+def occurrences(labels: Tensor) -> Tensor:
+    """For each element how many like it come before it; (n,) of (n,)."""
+    order = labels.argsort(stable=True)
+    ordered = labels[order]
+    start = torch.ones_like(ordered, dtype=torch.bool)
+    start[1:] = ordered[1:] != ordered[:-1]
+    place = torch.arange(len(labels))
+    first = torch.where(start, place, 0).cummax(0).values if len(labels) else place
+    return torch.empty_like(place).index_copy_(0, order, place - first)
+
+
+def _channels(factor: Tensor) -> Tensor:
+    flat = factor.reshape(-1)
+    return flat if bool((flat >= FIRST).all()) else flat[flat >= FIRST]
+
+
+def _injective(labels: Tensor) -> bool:
+    """Whether no label comes twice."""
+    if bool((labels[1:] > labels[:-1]).all()):
+        return True
+    return len(labels.unique()) == len(labels)
+
+
+def _counting(count: int) -> Tensor:
+    return torch.arange(1, 1 + count)
+
+
+def _at(result: Any, path: tuple[int, ...]) -> Tensor:
+    for number in path:
+        result = result[number]
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _scrambled(entries: Tensor, ranks: Tensor) -> Tensor:
+    """A number for each pair that looks random; the sum over pairs stands for the set of them."""
+    x = entries * -7046029254386353131 + ranks * -4417276706812531889
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    x = (x ^ (x >> 27)) * -7723592293110705685
+    return x ^ (x >> 31)
