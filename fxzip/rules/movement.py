@@ -40,6 +40,8 @@ CASTS = {
 _RESHAPES = {"reshape", "view", "flatten", "unflatten", "reshape_as", "view_as"}
 _JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
 """What puts tensors side by side, as they are."""
+_KEEPS = {"squeeze", "unsqueeze", "atleast_1d", "atleast_2d", "atleast_3d", "lift_fresh_copy"}
+"""What leaves all elements in order."""
 _SHAPED = {"expand_as", "type_as", "view_as", "reshape_as"}
 """What takes only the shape of its second operand."""
 _FILLS = {"pad": 3, "constant_pad_nd": 2}
@@ -63,6 +65,8 @@ def move(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     if str(getattr(target, "__name__", target)).strip("_") in CASTS:
         value = ctx.graph.opened(as_labelled(args[0]))
         return Labelled(ctx.shape, value.factors, versions=value.versions)
+    if name == "getitem" and isinstance(args[0], tuple | list):  # one of several tensors
+        return args[0][args[1]]
     if name in _RESHAPES:
         return _reshaped(ctx, as_labelled(args[0] if args else kwargs["input"]))
     if isinstance(target, str):
@@ -101,7 +105,7 @@ def run(ctx: RuleContext, op: Callable[[Any, Any], Any], args: Any, kwargs: Any)
     moved = found[:1] if name in _SHAPED else found
     results = []
     for slot in _slots(found):
-        copies = Copies(ctx, instead, moved, slot, name in _JOINS)
+        copies = Copies(ctx, instead, moved, slot, name in _JOINS, name in _KEEPS)
         results.append((instead(partial(_dense, slot=slot)), copies))
     uniform = bool(found) and all(v.uniform for v in found)
     return _gather(ctx.outputs, results, uniform)
@@ -164,7 +168,7 @@ def _gather(outputs: Any, results: list[tuple[Any, Copies]], uniform: bool, path
     if any(result.shape != outputs.shape for result, _ in results):
         raise Unsupported("an operation whose result depends on more than the positions of its input")
     found = [(compress(result), copies) for result, copies in results]
-    known = [(factor, copies.version(factor, path)) for factor, copies in found if factor is not None]
+    known = [(factor, copies.version(factor, shape, path)) for factor, copies in found if factor is not None]
     return Labelled(shape, tuple(f for f, _ in known), uniform=uniform, versions=tuple(v for _, v in known))
 
 

@@ -34,6 +34,7 @@ class Copies:
         values: The values that are moved; of several, elements of all come out in one tensor.
         slot: The factor of each value by the value's identity.
         joins: Whether the move puts whole tensors side by side.
+        keeps: Whether it keeps all elements in order, whatever its arguments.
     """
 
     ctx: RuleContext
@@ -41,26 +42,31 @@ class Copies:
     values: Sequence[Labelled]
     slot: dict[int, Tensor]
     joins: bool
+    keeps: bool
 
-    def version(self, factor: Tensor, path: tuple[int, ...]) -> str:
+    def version(self, factor: Tensor, shape: tuple[int, ...], path: tuple[int, ...]) -> str:
         """The version of a factor that came out; what must be noted of its channels is.
 
         Args:
             factor: Its labels.
+            shape: The output's shape.
             path: Where the output is in the result of the move.
         """
         title = ".".join([self.ctx.name, *map(str, path)])
         if not self.sources:
             return title
-        if self.joins and self._apart():
+        if self.keeps or (self.joins and self._apart()):
             return self._joined
+        compact = False
         if len(self.sources) == 1 and not self.joins:
-            found = self._along_positions(factor, path)
-            if found is not None:
-                if not found:
+            source = self.sources[0][1]
+            in_order = self._in_order(factor, path)
+            if in_order is not None and _injective(_channels(source)) and _injective(_channels(factor)):
+                if not in_order:
                     self.ctx.graph.use(title, factor)
-                return self._joined if found else title
-        labels, kinds = self._sequences(factor, path)
+                return self._joined if in_order else title
+            compact = bool(in_order) and _together(source, self.sources[0][0].shape) and _together(factor, shape)
+        labels, kinds = self._sequences(factor, path, compact)
         if bool(kinds.any()):
             self.ctx.graph.place(title, labels, kinds)
             return title
@@ -99,23 +105,19 @@ class Copies:
         numbers = torch.arange(1, 1 + torch.Size(grid).numel()).reshape(grid).expand(value.shape)
         return self.run(lambda v: numbers if v is value else torch.zeros((), dtype=torch.int64).expand(v.shape))
 
-    def _along_positions(self, factor: Tensor, path: tuple[int, ...]) -> bool | None:
-        """Whether all positions of each channel come out in order; None where channels differ, or lie at several."""
-        source = _channels(self.sources[0][1])
-        found = _channels(factor)
-        if not (_injective(source) and _injective(found)):
-            return None
+    def _in_order(self, factor: Tensor, path: tuple[int, ...]) -> bool | None:
+        """Whether the positions of each channel come out in order; None where channels differ in that."""
         numbers = _at(self._positions, path)
-        for axis in sorted(varying(factor)):
+        for axis in varying(factor):
             if numbers.stride(axis) == 0:
                 numbers = numbers.narrow(axis, 0, 1)
-        if any(numbers.shape[axis] > 1 for axis in varying(factor)):
-            common = numbers.amax(sorted(varying(factor)), keepdim=True)
+        apart = [axis for axis in varying(factor) if numbers.shape[axis] > 1]
+        if apart:
+            common = numbers.amax(apart, keepdim=True)
             if not bool(((numbers == common) | (factor < FIRST)).all()):
                 return None
             numbers = common
-        numbers = numbers.reshape(-1)
-        return torch.equal(numbers, _counting(len(numbers))) and len(numbers) == self._number
+        return numbers.numel() == self._number and torch.equal(numbers.reshape(-1), _counting(self._number))
 
     @cached_property
     def _number(self) -> int:
@@ -123,14 +125,23 @@ class Copies:
         value, factor = self.sources[0]
         return torch.Size([s for f, s in zip(factor.shape, value.shape, strict=True) if f == 1]).numel()
 
-    def _sequences(self, factor: Tensor, path: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The labels that come out, and a number for the order in which the elements of each do: 0 if as before."""
+    def _sequences(self, factor: Tensor, path: tuple[int, ...], compact: bool) -> tuple[Tensor, Tensor]:
+        """The labels that come out, and a number for the order in which the elements of each do: 0 if as before.
+
+        Args:
+            factor: The labels.
+            path: Where the output is.
+            compact: Positions are as they were: only the axes along which labels vary need a look.
+        """
         codes, step = {}, 1 + len(self.sources)
         for number, (value, known) in enumerate(self.sources, 1):
-            ranks = occurrences(known.expand(value.shape).reshape(-1))
-            codes[id(value)] = (ranks * step + number).reshape(value.shape)
-        result = self.run(lambda v: codes.get(id(v), torch.zeros((), dtype=torch.int64).expand(v.shape)))
-        found = _at(result, path)
+            known = known if compact else known.expand(value.shape)
+            ranks = occurrences(known.reshape(-1))
+            codes[id(value)] = (ranks * step + number).reshape(known.shape).expand(value.shape)
+        found = _at(self.run(lambda v: codes.get(id(v), torch.zeros((), dtype=torch.int64).expand(v.shape))), path)
+        if compact:
+            for axis, size in enumerate(factor.shape):
+                found = found.narrow(axis, 0, size)
         labels, entries = factor.expand(found.shape).reshape(-1), found.reshape(-1)
         here = labels >= FIRST
         labels, entries = labels[here], entries[here]
@@ -140,15 +151,15 @@ class Copies:
         as_before = (entries // step == ranks) & (entries > 0)
         marks = [_scrambled(entries, ranks), (~as_before).long(), torch.ones_like(ranks)]
         sums.index_add_(0, which, torch.stack(marks, 1))
-        kept = (sums[:, 1] == 0) & (sums[:, 2] == self._counts(known))
+        kept = (sums[:, 1] == 0) & (sums[:, 2] == self._counts(known, compact))
         kinds = torch.where(kept, 0, 1 + sums[:, 0].unique(return_inverse=True)[1])
         return known, kinds
 
-    def _counts(self, labels: Tensor) -> Tensor:
+    def _counts(self, labels: Tensor, compact: bool) -> Tensor:
         """How many elements each label has in all the sources."""
         counts = torch.zeros_like(labels)
         for value, factor in self.sources:
-            size = torch.Size(value.shape).numel() // max(factor.numel(), 1)
+            size = 1 if compact else torch.Size(value.shape).numel() // max(factor.numel(), 1)
             mine, times = factor.reshape(-1).unique(return_counts=True)
             at = torch.searchsorted(mine, labels).clamp(max=len(mine) - 1)
             counts += torch.where(mine[at] == labels, times[at] * size, 0)
@@ -176,6 +187,12 @@ def _injective(labels: Tensor) -> bool:
     if bool((labels[1:] > labels[:-1]).all()):
         return True
     return len(labels.unique()) == len(labels)
+
+
+def _together(factor: Tensor, shape: Sequence[int]) -> bool:
+    """Whether the axes along which labels vary are neighbours, but for axes of size 1."""
+    kinds = [f > 1 for f, size in zip(factor.shape, shape, strict=True) if size > 1]
+    return sum(a != b for a, b in zip([False, *kinds], [*kinds, False], strict=True)) <= 2
 
 
 def _counting(count: int) -> Tensor:

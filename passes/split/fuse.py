@@ -85,10 +85,13 @@ def transformed(tensor: Tensor, sites: Sequence[Mapped], model: int) -> Tensor:
     return tensor
 
 
-def applied(tensor: Tensor, axis: int, index: Tensor, mixing: Mixing) -> Tensor:
-    """Mix the channels that lie along an axis at ``index`` (channels, copies)."""
+def applied(tensor: Tensor, axis: int, index: Tensor, mixing: Mixing, into: Tensor | None = None) -> Tensor:
+    """Mix the channels that lie along an axis at ``index`` (channels, copies); they go ``into`` (default: there)."""
     channels, copies = index.shape
     flat = index.reshape(-1)
+    if into is not None and not torch.equal(into, index):
+        taken = tensor.index_select(axis, flat)
+        tensor, flat = tensor.index_copy(axis, into.reshape(-1), taken), into.reshape(-1)
     whole = len(flat) == tensor.shape[axis] and torch.equal(flat, torch.arange(len(flat), device=flat.device))
     part = (tensor if whole else tensor.index_select(axis, flat)).movedim(axis, 0)
     mixed = mixing(part.reshape(channels, -1)).reshape(channels * copies, *part.shape[1:]).movedim(0, axis)
@@ -102,11 +105,12 @@ def _applied_in_rows(tensor: Tensor, axis: int, index: Tensor, rows: Tensor, mat
     sum over source blocks, of which only one is not zero.
     """
     blocks, width = len(rows), len(index) // len(rows)
-    inner = matrix.reshape(blocks, width, blocks, width).sum(2)
-    result = tensor.clone()
+    parts = matrix.reshape(blocks, width, blocks, width)
+    inner, source = parts.sum(2), parts.abs().sum((1, 3)).argmax(1)  # channels may lie otherwise in the source block
+    result, places = tensor.clone(), index.reshape(blocks, width, -1)
     for block in range(blocks):
-        here = index[block * width : (block + 1) * width]
-        result[rows[block]] = applied(tensor[rows[block]], axis, here, Mixing(width, matrix=inner[block]))
+        there, mixing = places[source[block]], Mixing(width, matrix=inner[block])
+        result[rows[block]] = applied(tensor[rows[block]], axis, there, mixing, into=places[block])
     return result
 
 
