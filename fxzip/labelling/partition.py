@@ -8,13 +8,14 @@ classes, blocks moving as wholes, leaves the network's function as it is.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from fxzip.channels import ChannelSpace, FrozenSpace, Layout, Site
 from fxzip.labelling.classes import FREE, QUIET, Classes, Ints, align_relations, distinct, freeze_blocks, unite
-from fxzip.labelling.labels import FIRST, LabelGraph
+from fxzip.labelling.labels import FIRST, LabelGraph, ParameterAxis
 from fxzip.labelling.refinement import colours
 
 
@@ -150,12 +151,8 @@ class _Builder:
             if key not in known:
                 known[key] = self._places(classes)
             for number, index in known[key]:
-                rows = None
-                if axis.rows is not None:
-                    width = axis.labels.shape[1]
-                    rows = axis.rows[torch.unique_consecutive(index[:, 0] // width)]
-                    index = index % width
-                sites[number].append(Site(axis.parameter, axis.axis, axis.role, index, rows))
+                for here, rows in _by_groups(axis, index):
+                    sites[number].append(Site(axis.parameter, axis.axis, axis.role, here, rows))
         return sites
 
     def _places(self, classes: Ints) -> list[tuple[int, torch.Tensor]]:
@@ -204,3 +201,14 @@ class _Builder:
             found.setdefault((members.tobytes(), why), (parameter.removesuffix(".weight"), len(members)))
         texts = self.classes.texts
         return tuple(FrozenSpace(name, size, texts[why]) for (_, why), (name, size) in found.items())
+
+
+def _by_groups(axis: ParameterAxis, index: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The (channels, copies) index of a site and its rows; several where copies lie in different groups."""
+    if axis.rows is None:
+        yield index, None
+        return
+    width = axis.labels.shape[1]
+    groups, which = torch.unique(index // width, dim=1, return_inverse=True)
+    for number, group in enumerate(groups.T):
+        yield index[:, which == number] % width, axis.rows[torch.unique_consecutive(group)]
