@@ -127,6 +127,8 @@ class LabelGraph:
         opposed: For each node the axes of parameters (parameter, axis, role) that it uses in another role than the
             node that used them first.
         node: The node whose rule runs.
+        count: One more than the last label.
+        origins: The first labels of those that were made together, ascending.
     """
 
     axes: dict[tuple[str, int], ParameterAxis] = field(default_factory=dict)
@@ -139,11 +141,13 @@ class LabelGraph:
     opposed: dict[str, list[tuple[str, int, Role]]] = field(default_factory=dict)
     node: str = ""
     count: int = FIRST
+    origins: list[int] = field(default_factory=list)
 
     def fresh(self, *shape: int) -> Tensor:
         """New labels, int64 of the given shape."""
         n = int(torch.Size(shape).numel())
         labels = torch.arange(self.count, self.count + n).reshape(shape)
+        self.origins.append(self.count)
         self.count += n
         return labels
 

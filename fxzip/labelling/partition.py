@@ -33,7 +33,7 @@ class _Builder:
 
     def __init__(self, graph: LabelGraph, classes: Classes) -> None:
         self.graph, self.classes = graph, classes
-        self.colour = colours(graph, classes.of, classes.reason, classes.nests)
+        self.colour, self.order = colours(graph, classes.of, classes.reason, classes.nests)
         self._keep_lonely()
         self.parent = np.full(classes.count, -1)
         for pairs in classes.nests.values():
@@ -114,8 +114,7 @@ class _Builder:
     def build(self) -> tuple[tuple[ChannelSpace, ...], tuple[FrozenSpace, ...], Layout]:
         loud = self.classes.reason > QUIET
         by_label = [torch.from_numpy(by_class[self.of]) for by_class in (self.space, self.channel, loud)]
-        order = torch.from_numpy(self.colour[self.classes.of])
-        layout = Layout(by_label[0], by_label[1], by_label[2], order)
+        layout = Layout(by_label[0], by_label[1], by_label[2], torch.from_numpy(self.order))
         layout.space[:FIRST] = -1
         spaces = self._spaces()
         return spaces, self._frozen(), layout
@@ -146,19 +145,20 @@ class _Builder:
         sites = defaultdict(list)
         known: dict[bytes, list[tuple[int, torch.Tensor]]] = {}  # a norm's parameters lie alike, and are many
         for axis in self.graph.axes.values():
-            classes = self.classes.of[axis.labels.numpy().reshape(-1)]
-            key = classes.tobytes()
+            labels = axis.labels.numpy().reshape(-1)
+            classes, order = self.classes.of[labels], self.order[labels]
+            key = classes.tobytes() + order.tobytes()
             if key not in known:
-                known[key] = self._places(classes)
+                known[key] = self._places(classes, order)
             for number, index in known[key]:
                 for here, rows in _by_groups(axis, index):
                     sites[number].append(Site(axis.parameter, axis.axis, axis.role, here, rows))
         return sites
 
-    def _places(self, classes: Ints) -> list[tuple[int, torch.Tensor]]:
+    def _places(self, classes: Ints, order_in: Ints) -> list[tuple[int, torch.Tensor]]:
         """The spaces that lie along an axis, each with the positions (channels, copies) of its channels."""
         owner, channel = self.space[self.into[classes]], self.channel[self.into[classes]]
-        order = np.lexsort((self.colour[classes], channel, owner))
+        order = np.lexsort((order_in, channel, owner))
         order = order[np.searchsorted(owner[order], 0) :]
         found = []
         for index in np.split(order, np.flatnonzero(np.diff(owner[order])) + 1) if len(order) else ():
