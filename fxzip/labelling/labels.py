@@ -242,6 +242,17 @@ def _distinct(labels: Tensor) -> Tensor:
     return seen.index_fill_(0, labels - low, True).nonzero().flatten() + low
 
 
+def occurrences(labels: Tensor) -> Tensor:
+    """For each element how many like it come before it; (n,) of (n,)."""
+    order = labels.argsort(stable=True)
+    ordered = labels[order]
+    start = torch.ones_like(ordered, dtype=torch.bool)
+    start[1:] = ordered[1:] != ordered[:-1]
+    place = torch.arange(len(labels))
+    first = torch.where(start, place, 0).cummax(0).values if len(labels) else place
+    return torch.empty_like(place).index_copy_(0, order, place - first)
+
+
 def collapse(graph: LabelGraph, factor: Tensor, axis: int) -> Tensor:
     """Tie labels that differ only off ``axis``; labels of shape (size,) along it."""
     flat = factor.movedim(axis, 0).reshape(factor.shape[axis], -1)
@@ -265,6 +276,8 @@ def along(graph: LabelGraph, value: Labelled, axis: int) -> Tensor | None:
     labels = graph.fresh(value.shape[axis])
     for other in found:
         graph.nest(f"product:{int(labels[0])}:{int(other.amax())}", labels, other)
+    _, which = torch.stack(found, 1).unique(dim=0, return_inverse=True)
+    graph.place(f"{graph.node}:product", labels, occurrences(which))  # of one product each is a position of its own
     return labels
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxzip.labelling.labels import FIRST, Labelled, varying
+from fxzip.labelling.labels import FIRST, Labelled, occurrences, varying
 from fxzip.rules.registry import RuleContext
 
 Run = Callable[[Callable[[Labelled], Any]], Any]
@@ -164,17 +164,6 @@ class Copies:
             at = torch.searchsorted(mine, labels).clamp(max=len(mine) - 1)
             counts += torch.where(mine[at] == labels, times[at] * size, 0)
         return counts
-
-
-def occurrences(labels: Tensor) -> Tensor:
-    """For each element how many like it come before it; (n,) of (n,)."""
-    order = labels.argsort(stable=True)
-    ordered = labels[order]
-    start = torch.ones_like(ordered, dtype=torch.bool)
-    start[1:] = ordered[1:] != ordered[:-1]
-    place = torch.arange(len(labels))
-    first = torch.where(start, place, 0).cummax(0).values if len(labels) else place
-    return torch.empty_like(place).index_copy_(0, order, place - first)
 
 
 def _channels(factor: Tensor) -> Tensor:
