@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,13 +51,14 @@ def _settled(ctx: RuleContext, x: Labelled, axis: int) -> Labelled:
     axis %= len(x.shape)
     factors = []
     for factor in x.factors:
-        others = varying(factor) - {axis}
-        if axis in varying(factor) and math.prod(factor.shape[a] for a in others) > factor.shape[axis]:
-            first = factor.amax(axis, keepdim=True)
-            ctx.graph.unite(factor, first)
-            factor = first
+        others = sorted(varying(factor) - {axis})
+        if axis in varying(factor) and others:
+            along_others, along_axis = factor.amax(axis, keepdim=True), factor.amax(others)
+            if len(along_others.unique()) > len(along_axis.unique()):
+                ctx.graph.unite(factor, along_others)
+                factor = along_others
         factors.append(factor)
-    return Labelled(x.shape, tuple(factors), x.parameter, x.uniform)
+    return replace(x, factors=tuple(factors), versions=())
 
 
 @register_rule(nn.Linear, kind="layer")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxzip.labelling.labels import FIXED, VOID, Labelled, compress, mixed, varying
-from fxzip.rules.order import Copies
+from fxzip.rules.order import Copies, constants_apart
 from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, key_of, mapped, register_rule
 
 NAMES = """
@@ -106,6 +106,7 @@ def run(ctx: RuleContext, op: Callable[[Any, Any], Any], args: Any, kwargs: Any)
     results = []
     for slot in _slots(found):
         copies = Copies(ctx, instead, moved, slot, name in _JOINS, name in _KEEPS)
+        copies.fills = name in _FILLS or hasattr(ctx.module, "value")
         results.append((instead(partial(_dense, slot=slot)), copies))
     uniform = bool(found) and all(v.uniform for v in found)
     return _gather(ctx.outputs, results, uniform)
@@ -167,7 +168,7 @@ def _gather(outputs: Any, results: list[tuple[Any, Copies]], uniform: bool, path
     shape = tuple(outputs.shape)
     if any(result.shape != outputs.shape for result, _ in results):
         raise Unsupported("an operation whose result depends on more than the positions of its input")
-    found = [(compress(result), copies) for result, copies in results]
+    found = [(constants_apart(compress(result), copies), copies) for result, copies in results]
     known = [(factor, copies.version(factor, shape, path)) for factor, copies in found if factor is not None]
     return Labelled(shape, tuple(f for f, _ in known), uniform=uniform, versions=tuple(v for _, v in known))
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxzip.labelling.labels import FIRST, Labelled, occurrences, varying
+from fxzip.labelling.labels import FIRST, FIXED, VOID, Labelled, occurrences, varying
 from fxzip.rules.registry import RuleContext
 
 Run = Callable[[Callable[[Labelled], Any]], Any]
@@ -35,6 +35,7 @@ class Copies:
         slot: The factor of each value by the value's identity.
         joins: Whether the move puts whole tensors side by side.
         keeps: Whether it keeps all elements in order, whatever its arguments.
+        fills: Whether it adds constants.
     """
 
     ctx: RuleContext
@@ -43,6 +44,7 @@ class Copies:
     slot: dict[int, Tensor]
     joins: bool
     keeps: bool
+    fills: bool = False
 
     def version(self, factor: Tensor, shape: tuple[int, ...], path: tuple[int, ...]) -> str:
         """The version of a factor that came out; what must be noted of its channels is.
@@ -164,6 +166,17 @@ class Copies:
             at = torch.searchsorted(mine, labels).clamp(max=len(mine) - 1)
             counts += torch.where(mine[at] == labels, times[at] * size, 0)
         return counts
+
+
+def constants_apart(factor: Tensor | None, copies: Copies) -> Tensor | None:
+    """A factor that came out; where constants of several origins lie among its channels, these stay in place."""
+    if factor is None or not bool((factor == VOID).any()):
+        return factor
+    before = sum(bool((known == VOID).any()) for _, known in copies.sources)
+    added = copies.fills + sum(value.uniform for value in {id(v): v for v in copies.values}.values())
+    if before + added < 2:
+        return factor
+    return torch.where(factor == VOID, FIXED, factor)
 
 
 def _channels(factor: Tensor) -> Tensor:
