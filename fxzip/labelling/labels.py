@@ -169,9 +169,11 @@ class LabelGraph:
     def place(self, node: str, labels: Tensor, places: Tensor) -> None:
         """Labels (after broadcasting) that stand at fixed places."""
         labels, places = (t.reshape(-1) for t in torch.broadcast_tensors(labels, places))
-        pairs = torch.stack([labels, places], 1)[labels >= FIRST].unique(dim=0)
-        if len(pairs):
-            self.places.append((node, pairs[:, 0], pairs[:, 1]))
+        labels, places = labels[labels >= FIRST], places[labels >= FIRST]
+        if len(labels):
+            width = int(places.amax()) + 1
+            pairs = (labels * width + places).unique()
+            self.places.append((node, pairs // width, pairs % width))
 
     def nest(self, relation: str, children: Tensor, blocks: Tensor) -> None:
         """Children move with their block (after broadcasting); a `FIXED` block does not move."""

@@ -60,6 +60,9 @@ class Copies:
         if self.keeps or (self.joins and self._apart()):
             return self._joined
         compact = False
+        if self.joins and self._repeated(factor):
+            self.ctx.graph.use(title, factor)
+            return title
         if len(self.sources) == 1 and not self.joins:
             source = self.sources[0][1]
             in_order = self._in_order(factor, path)
@@ -68,7 +71,7 @@ class Copies:
                     self.ctx.graph.use(title, factor)
                 return self._joined if in_order else title
             compact = bool(in_order) and _together(source, self.sources[0][0].shape) and _together(factor, shape)
-        labels, kinds = self._sequences(factor, path, compact)
+        labels, kinds = self._counted(factor, path) if compact else self._sequences(factor, path)
         if bool(kinds.any()):
             self.ctx.graph.place(title, labels, kinds)
             return title
@@ -99,6 +102,12 @@ class Copies:
         distinct = [found.unique() for found in labels]
         return len(torch.cat(distinct).unique()) == sum(map(len, distinct))
 
+    def _repeated(self, factor: Tensor) -> bool:
+        """Whether the same channels are joined along positions: then each is joined alike."""
+        flat = factor.reshape(-1)
+        same = all(torch.equal(known.reshape(-1), flat) for _, known in self.sources)
+        return same and _injective(_channels(factor))
+
     @cached_property
     def _positions(self) -> Any:
         """The move, run on the number of each position among those of a channel, from 1."""
@@ -127,23 +136,43 @@ class Copies:
         value, factor = self.sources[0]
         return torch.Size([s for f, s in zip(factor.shape, value.shape, strict=True) if f == 1]).numel()
 
-    def _sequences(self, factor: Tensor, path: tuple[int, ...], compact: bool) -> tuple[Tensor, Tensor]:
+    def _counted(self, factor: Tensor, path: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """As `_sequences`, where all positions are as they were: axes along which no label varies need no look."""
+        source = self.sources[0][1]
+        if _injective(_channels(source)):  # so all elements of a channel that come out are one
+            labels = _channels(factor)
+            low = labels.amin()
+            counts = torch.bincount(labels - low)
+            known = counts.nonzero().flatten()
+            return known + low, counts[known] - 1
+        numbers = torch.arange(source.numel()).reshape(source.shape)
+        found = self._moved({id(self.sources[0][0]): numbers}, path, factor)
+        if torch.equal(found.reshape(-1), numbers.reshape(-1)):
+            return numbers[:0].reshape(-1), numbers[:0].reshape(-1)
+        return self._sequences(factor, path, compact=True)
+
+    def _moved(self, codes: dict[int, Tensor], path: tuple[int, ...], factor: Tensor | None = None) -> Tensor:
+        """The move, run on these tensors in the place of values; cut to a factor that varies along fewer axes."""
+        none = torch.zeros((), dtype=torch.int64)
+        found = _at(self.run(lambda v: codes.get(id(v), none).expand(v.shape)), path)
+        for axis, size in enumerate(() if factor is None else factor.shape):
+            found = found.narrow(axis, 0, size)
+        return found
+
+    def _sequences(self, factor: Tensor, path: tuple[int, ...], compact: bool = False) -> tuple[Tensor, Tensor]:
         """The labels that come out, and a number for the order in which the elements of each do: 0 if as before.
 
         Args:
             factor: The labels.
             path: Where the output is.
-            compact: Positions are as they were: only the axes along which labels vary need a look.
+            compact: Only the axes along which labels vary need a look.
         """
         codes, step = {}, 1 + len(self.sources)
         for number, (value, known) in enumerate(self.sources, 1):
             known = known if compact else known.expand(value.shape)
             ranks = occurrences(known.reshape(-1))
-            codes[id(value)] = (ranks * step + number).reshape(known.shape).expand(value.shape)
-        found = _at(self.run(lambda v: codes.get(id(v), torch.zeros((), dtype=torch.int64).expand(v.shape))), path)
-        if compact:
-            for axis, size in enumerate(factor.shape):
-                found = found.narrow(axis, 0, size)
+            codes[id(value)] = (ranks * step + number).reshape(known.shape)
+        found = self._moved(codes, path, factor if compact else None)
         labels, entries = factor.expand(found.shape).reshape(-1), found.reshape(-1)
         here = labels >= FIRST
         labels, entries = labels[here], entries[here]
