@@ -96,14 +96,13 @@ class Copies:
 
 def _several(graph: LabelGraph, of: Ints, free: NDArray[np.bool_]) -> Ints:
     """The labels of the classes that hold several labels of one origin, and may move."""
-    origin = np.searchsorted(np.array(graph.origins, dtype=np.int64), np.arange(len(of)), side="right")
-    labels = np.flatnonzero(free[of])
-    labels = labels[labels >= FIRST]
-    order = labels[np.lexsort((origin[labels], of[labels]))]
-    twice = (np.diff(of[order]) == 0) & (np.diff(origin[order]) == 0)
+    begins = np.array(graph.origins, dtype=np.int64)
+    origin = np.repeat(np.arange(len(begins)), np.diff(begins, append=len(of)))
+    keys = np.sort(of[FIRST:] * max(len(begins), 1) + origin)
+    twice = np.unique(keys[1:][keys[1:] == keys[:-1]] // max(len(begins), 1))
     several = np.zeros(len(free), dtype=bool)
-    several[of[order[1:][twice]]] = True
-    return labels[several[of[labels]]]
+    several[twice] = True
+    return FIRST + np.flatnonzero((several & free)[of[FIRST:]])
 
 
 def _meetings(graph: LabelGraph, number: Ints) -> tuple[Ints, Ints]:

@@ -142,6 +142,8 @@ class LabelGraph:
     node: str = ""
     count: int = FIRST
     origins: list[int] = field(default_factory=list)
+    _injective: dict[int, tuple[Tensor, bool]] = field(default_factory=dict, repr=False)
+    _numbers: Tensor = field(default_factory=lambda: torch.arange(1, SMALL), repr=False)
 
     def fresh(self, *shape: int) -> Tensor:
         """New labels, int64 of the given shape."""
@@ -150,6 +152,24 @@ class LabelGraph:
         self.origins.append(self.count)
         self.count += n
         return labels
+
+    def counted(self, count: int) -> Tensor:
+        """The numbers 1 to ``count``: always the same memory, not to be written to."""
+        if count > len(self._numbers):
+            self._numbers = torch.arange(1, 1 + 2 * count)
+        return self._numbers[:count]
+
+    def is_injective(self, factor: Tensor) -> bool:
+        """Whether no label that names a channel comes twice in a factor."""
+        known = self._injective.get(id(factor))
+        if known is None:
+            flat = factor.reshape(-1)
+            found = bool((flat[1:] > flat[:-1]).all()) and (not len(flat) or int(flat[0]) >= FIRST)
+            if not found:
+                flat = flat[flat >= FIRST]
+                found = len(flat.unique()) == len(flat)
+            known = self._injective[id(factor)] = (factor, found)  # the factor, too, so that its id stays its own
+        return known[1]
 
     def unite(self, left: Tensor, right: Tensor) -> None:
         """Labels that meet at one position (after broadcasting) are one channel, or in place if one is `FIXED`."""

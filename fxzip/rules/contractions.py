@@ -71,7 +71,7 @@ def linear_module(ctx: RuleContext, module: nn.Linear, x: Labelled) -> Labelled:
 def linear(ctx: RuleContext, input: Labelled, weight: Labelled, bias: Any = None) -> Labelled:
     """Y = x Wᵀ + b over the last axis."""
     name, (rows, columns) = _name(weight), weight.shape
-    input = _settled(ctx, input, -1)
+    input = _settled(ctx, ctx.graph.opened(input), -1)
     _contract(ctx, input, -1, ctx.graph.axis(name, 1, columns, "contract"))
     out = ctx.graph.axis(name, 0, rows, "produce")
     last = len(input.shape) - 1
@@ -112,7 +112,7 @@ def conv_transpose(
 
 def _conv(ctx: RuleContext, x: Labelled, weight: Labelled, bias: Any, groups: int, stride: Any) -> Labelled:
     name, (rows, columns) = _name(weight), weight.shape[:2]
-    out = ctx.graph.axis(name, 0, rows, "produce")
+    out, x = ctx.graph.axis(name, 0, rows, "produce"), ctx.graph.opened(x)
     if groups == 1:
         x = _settled(ctx, x, 1) if all(size == 1 for size in weight.shape[2:]) else x
         _contract(ctx, x, 1, ctx.graph.axis(name, 1, columns, "contract"))
@@ -124,7 +124,7 @@ def _conv(ctx: RuleContext, x: Labelled, weight: Labelled, bias: Any, groups: in
 
 
 def _conv_transpose(ctx: RuleContext, x: Labelled, weight: Labelled, bias: Any, groups: int) -> Labelled:
-    name, (rows, columns) = _name(weight), weight.shape[:2]
+    (name, (rows, columns)), x = (_name(weight), weight.shape[:2]), ctx.graph.opened(x)
     kept = _off_channels(ctx, x, weight.shape[2:], 2)
     if groups == 1:
         _contract(ctx, x, 1, ctx.graph.axis(name, 0, rows, "contract"))

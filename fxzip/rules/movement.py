@@ -18,7 +18,7 @@ from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, key_of, 
 
 NAMES = """
 atleast_1d atleast_2d atleast_3d bfloat16 broadcast_to broadcast_tensors cat channel_shuffle chunk concat
-concatenate contiguous detach double dsplit expand expand_as flatten flip float getitem half hsplit hstack im2col
+concatenate contiguous detach double dsplit expand expand_as flatten flip float getattr getitem half hsplit hstack im2col
 index_select movedim moveaxis narrow numpy_T pad permute pixel_shuffle pixel_unshuffle repeat repeat_interleave
 reshape reshape_as roll rot90 select slice split split_with_sizes squeeze stack swapaxes swapdims t tensor_split
 tile to transpose type type_as unbind unflatten unfold unsqueeze view view_as vsplit vstack constant_pad_nd to_copy
@@ -67,6 +67,8 @@ def move(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
         return Labelled(ctx.shape, value.factors, versions=value.versions)
     if name == "getitem" and isinstance(args[0], tuple | list):  # one of several tensors
         return args[0][args[1]]
+    if name == "roll" and (rolled := _rolled(ctx, *args, **kwargs)) is not None:
+        return rolled
     if name in _RESHAPES:
         return _reshaped(ctx, as_labelled(args[0] if args else kwargs["input"]))
     if isinstance(target, str):
@@ -90,6 +92,24 @@ def _reshaped(ctx: RuleContext, x: Labelled) -> Labelled:
     if math.prod(ctx.shape) != math.prod(x.shape):
         raise Unsupported("a view of other elements than those of its input")
     return reshaped(replace(x, factors=ctx.graph.opened(x).factors, parameter=None), *ctx.shape)
+
+
+def _rolled(ctx: RuleContext, input: Labelled, shifts: Any, dims: Any = ()) -> Labelled | None:
+    """A roll without spreading positions out; None where channels lie at several places along the axes."""
+    input = ctx.graph.opened(input)
+    pairs = zip(*([v] if isinstance(v, int) else list(v) for v in (shifts, dims)), strict=False)
+    moved = {dim % len(input.shape): shift for shift, dim in pairs}
+    if not moved or not all(map(ctx.graph.is_injective, input.factors)):
+        return None
+    found, versions = [], []
+    for factor in input.factors:
+        mine = {axis: shift for axis, shift in moved.items() if factor.shape[axis] > 1}
+        by_position = any(shift % input.shape[axis] for axis, shift in moved.items() if axis not in mine)
+        found.append(factor.roll(list(mine.values()), list(mine)) if mine else factor)
+        versions.append(ctx.name if by_position else input.version(factor))
+        if by_position:
+            ctx.graph.use(ctx.name, factor)
+    return Labelled(ctx.shape, tuple(found), uniform=input.uniform, versions=tuple(versions))
 
 
 def run(ctx: RuleContext, op: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
@@ -156,7 +176,10 @@ def _attempt(op: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
         args, kwargs = mapped(
             (args, kwargs), lambda v: v.double() if isinstance(v, Tensor) and v.dtype == torch.int64 else v
         )
-        result = op(args, kwargs)
+        try:
+            result = op(args, kwargs)
+        except (RuntimeError, NotImplementedError, IndexError, TypeError) as error:
+            raise Unsupported(f"it cannot be run on labels: {error}") from error
         return mapped(result, lambda v: v.long() if isinstance(v, Tensor) else v)
 
 

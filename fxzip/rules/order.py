@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Copies:
         if len(self.sources) == 1 and not self.joins:
             source = self.sources[0][1]
             in_order = self._in_order(factor, path)
-            if in_order is not None and _injective(_channels(source)) and _injective(_channels(factor)):
+            if in_order is not None and self._injective(source, factor):
                 if not in_order:
                     self.ctx.graph.use(title, factor)
                 return self._joined if in_order else title
@@ -97,23 +98,26 @@ class Copies:
         """Whether no channel is in two of the tensors that are joined."""
         labels = [_channels(factor) for _, factor in self.sources]
         spans = sorted((int(found.min()), int(found.max())) for found in labels if found.numel())
-        if all(first[1] < second[0] for first, second in zip(spans, spans[1:], strict=False)):
+        if all(first[1] < second[0] for first, second in pairwise(spans)):
             return True
         distinct = [found.unique() for found in labels]
         return len(torch.cat(distinct).unique()) == sum(map(len, distinct))
+
+    def _injective(self, *factors: Tensor) -> bool:
+        return all(self.ctx.graph.is_injective(factor) for factor in factors)
 
     def _repeated(self, factor: Tensor) -> bool:
         """Whether the same channels are joined along positions: then each is joined alike."""
         flat = factor.reshape(-1)
         same = all(torch.equal(known.reshape(-1), flat) for _, known in self.sources)
-        return same and _injective(_channels(factor))
+        return same and self._injective(factor)
 
     @cached_property
     def _positions(self) -> Any:
         """The move, run on the number of each position among those of a channel, from 1."""
         (value, factor), *_ = self.sources
         grid = [1 if f > 1 else size for f, size in zip(factor.shape, value.shape, strict=True)]
-        numbers = torch.arange(1, 1 + torch.Size(grid).numel()).reshape(grid).expand(value.shape)
+        numbers = self.ctx.graph.counted(torch.Size(grid).numel()).reshape(grid).expand(value.shape)
         return self.run(lambda v: numbers if v is value else torch.zeros((), dtype=torch.int64).expand(v.shape))
 
     def _in_order(self, factor: Tensor, path: tuple[int, ...]) -> bool | None:
@@ -128,7 +132,10 @@ class Copies:
             if not bool(((numbers == common) | (factor < FIRST)).all()):
                 return None
             numbers = common
-        return numbers.numel() == self._number and torch.equal(numbers.reshape(-1), _counting(self._number))
+        counted = self.ctx.graph.counted(self._number)
+        if numbers.numel() == self._number and numbers.data_ptr() == counted.data_ptr() and numbers.is_contiguous():
+            return True  # a view of them, as they were
+        return numbers.numel() == self._number and torch.equal(numbers.reshape(-1), counted)
 
     @cached_property
     def _number(self) -> int:
@@ -139,7 +146,7 @@ class Copies:
     def _counted(self, factor: Tensor, path: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """As `_sequences`, where all positions are as they were: axes along which no label varies need no look."""
         source = self.sources[0][1]
-        if _injective(_channels(source)):  # so all elements of a channel that come out are one
+        if self._injective(source):  # so all elements of a channel that come out are one
             labels = _channels(factor)
             low = labels.amin()
             counts = torch.bincount(labels - low)
@@ -213,21 +220,10 @@ def _channels(factor: Tensor) -> Tensor:
     return flat if bool((flat >= FIRST).all()) else flat[flat >= FIRST]
 
 
-def _injective(labels: Tensor) -> bool:
-    """Whether no label comes twice."""
-    if bool((labels[1:] > labels[:-1]).all()):
-        return True
-    return len(labels.unique()) == len(labels)
-
-
 def _together(factor: Tensor, shape: Sequence[int]) -> bool:
     """Whether the axes along which labels vary are neighbours, but for axes of size 1."""
     kinds = [f > 1 for f, size in zip(factor.shape, shape, strict=True) if size > 1]
     return sum(a != b for a, b in zip([False, *kinds], [*kinds, False], strict=True)) <= 2
-
-
-def _counting(count: int) -> Tensor:
-    return torch.arange(1, 1 + count)
 
 
 def _at(result: Any, path: tuple[int, ...]) -> Tensor:

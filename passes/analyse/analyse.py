@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from fxzip.channels import ChannelSpec, Layout
 from fxzip.data.batches import with_batch_size
-from fxzip.errors import FrozenSpaceWarning
+from fxzip.errors import FrozenSpaceWarning, RuleError
 from fxzip.labelling.labels import LabelGraph, Labelled, simplified
 from fxzip.labelling.partition import partition
 from fxzip.passes.analyse.shapes import propagate_shapes
@@ -143,6 +144,13 @@ class Flow:
         except Unsupported as error:
             return self._probe(ctx, args, kwargs, str(error))
         except Exception as error:
+            if not _takes(rule, (ctx, *own, *args), kwargs):
+                return self._probe(ctx, args, kwargs, "its rule does not take these arguments")
+            if rule.__module__.split(".")[0] == "fxzip":
+                raise RuleError(
+                    f"{_title(ctx)}: fxzip's own rule {rule.__qualname__} failed, which is a fault of fxzip; please "
+                    f"report it, with what it says here: {error}"
+                ) from error
             return self._freeze(ctx, args, kwargs, f"its rule failed: {error}")
 
     def _simplified(self, value: Any) -> Any:
@@ -174,9 +182,10 @@ class Flow:
         if is_view or _any(key, {}, Labelled) or max(len(old.factors), len(value.factors)) > 1:
             self._freeze(ctx, (old, value), {}, "writes into a tensor in a way that is not followed")
             return
-        for part in (old, value):
-            ctx.use(part)
-        self.values[target] = write(ctx, old, key, value)
+        for place, part in enumerate((old, value)):  # the channels of either, and of no other
+            for factor in part.factors:
+                self.graph.place(node.name, factor, torch.tensor(place))
+        self.values[target] = ctx.changed(write(ctx, old, key, value))
 
     def _freeze(self, ctx: RuleContext, args: Any, kwargs: Any, why: str) -> Any:
         node = ctx.node
@@ -204,6 +213,15 @@ class Flow:
         return frozenset(
             n.name for n, v in self.values.items() if not isinstance(v, Labelled) and _any(v, {}, Labelled)
         )
+
+
+def _takes(rule: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a rule can be called with these arguments."""
+    try:
+        inspect.signature(rule).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _operand(value: Any) -> Any:
