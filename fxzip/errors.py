@@ -45,6 +45,10 @@ class ExportError(FxzipError, RuntimeError):
     """The merged network could not be exported, or what was exported computes something else."""
 
 
+class RuleError(FxzipError, AssertionError):
+    """One of fxzip's own rules failed on a node: a fault of fxzip, please report it."""
+
+
 class FrozenSpaceWarning(UserWarning):
     """An operation that fxzip does not know froze the channel spaces that it touches."""
 

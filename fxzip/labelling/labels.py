@@ -8,7 +8,7 @@ its indices mean something by themselves (pixels, tokens, colours, classes) and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,12 +34,20 @@ class Labelled:
         factors: Label tensors, each of rank ``len(shape)`` and of size 1 or ``shape[axis]`` on each axis.
         parameter: Qualified name, if it is a parameter or buffer itself.
         uniform: All elements are known to be equal (zeros, ones).
+        versions: For each factor what was computed of its channels, named by the node that did it last; "" where that
+            does not matter. Moves that leave a channel's elements in order keep it.
     """
 
     shape: tuple[int, ...]
     factors: tuple[Tensor, ...] = ()
     parameter: str | None = None
     uniform: bool = False
+    versions: tuple[str, ...] = ()
+
+    def version(self, factor: Tensor) -> str:
+        """The version of one of the factors."""
+        pairs = zip(self.factors, self.versions, strict=False)
+        return next((version for known, version in pairs if known is factor), "")
 
 
 def varying(factor: Tensor) -> frozenset[int]:
@@ -123,6 +131,8 @@ class LabelGraph:
         opposed: For each node the axes of parameters (parameter, axis, role) that it uses in another role than the
             node that used them first.
         node: The node whose rule runs.
+        count: One more than the last label.
+        origins: The first labels of those that were made together, ascending.
     """
 
     axes: dict[tuple[str, int], ParameterAxis] = field(default_factory=dict)
@@ -135,13 +145,35 @@ class LabelGraph:
     opposed: dict[str, list[tuple[str, int, Role]]] = field(default_factory=dict)
     node: str = ""
     count: int = FIRST
+    origins: list[int] = field(default_factory=list)
+    _injective: dict[int, tuple[Tensor, bool]] = field(default_factory=dict, repr=False)
+    _numbers: Tensor = field(default_factory=lambda: torch.arange(1, SMALL), repr=False)
 
     def fresh(self, *shape: int) -> Tensor:
         """New labels, int64 of the given shape."""
         n = int(torch.Size(shape).numel())
         labels = torch.arange(self.count, self.count + n).reshape(shape)
+        self.origins.append(self.count)
         self.count += n
         return labels
+
+    def counted(self, count: int) -> Tensor:
+        """The numbers 1 to ``count``: always the same memory, not to be written to."""
+        if count > len(self._numbers):
+            self._numbers = torch.arange(1, 1 + 2 * count)
+        return self._numbers[:count]
+
+    def is_injective(self, factor: Tensor) -> bool:
+        """Whether no label that names a channel comes twice in a factor."""
+        known = self._injective.get(id(factor))
+        if known is None:
+            flat = factor.reshape(-1)
+            found = bool((flat[1:] > flat[:-1]).all()) and (not len(flat) or int(flat[0]) >= FIRST)
+            if not found:
+                flat = flat[flat >= FIRST]
+                found = len(flat.unique()) == len(flat)
+            known = self._injective[id(factor)] = (factor, found)  # the factor, too, so that its id stays its own
+        return known[1]
 
     def unite(self, left: Tensor, right: Tensor) -> None:
         """Labels that meet at one position (after broadcasting) are one channel, or in place if one is `FIXED`."""
@@ -161,9 +193,11 @@ class LabelGraph:
     def place(self, node: str, labels: Tensor, places: Tensor) -> None:
         """Labels (after broadcasting) that stand at fixed places."""
         labels, places = (t.reshape(-1) for t in torch.broadcast_tensors(labels, places))
-        pairs = torch.stack([labels, places], 1)[labels >= FIRST].unique(dim=0)
-        if len(pairs):
-            self.places.append((node, pairs[:, 0], pairs[:, 1]))
+        labels, places = labels[labels >= FIRST], places[labels >= FIRST]
+        if len(labels):
+            width = int(places.amax()) + 1
+            pairs = (labels * width + places).unique()
+            self.places.append((node, pairs // width, pairs % width))
 
     def nest(self, relation: str, children: Tensor, blocks: Tensor) -> None:
         """Children move with their block (after broadcasting); a `FIXED` block does not move."""
@@ -240,6 +274,17 @@ def _distinct(labels: Tensor) -> Tensor:
     return seen.index_fill_(0, labels - low, True).nonzero().flatten() + low
 
 
+def occurrences(labels: Tensor) -> Tensor:
+    """For each element how many like it come before it; (n,) of (n,)."""
+    order = labels.argsort(stable=True)
+    ordered = labels[order]
+    start = torch.ones_like(ordered, dtype=torch.bool)
+    start[1:] = ordered[1:] != ordered[:-1]
+    place = torch.arange(len(labels))
+    first = torch.where(start, place, 0).cummax(0).values if len(labels) else place
+    return torch.empty_like(place).index_copy_(0, order, place - first)
+
+
 def collapse(graph: LabelGraph, factor: Tensor, axis: int) -> Tensor:
     """Tie labels that differ only off ``axis``; labels of shape (size,) along it."""
     flat = factor.movedim(axis, 0).reshape(factor.shape[axis], -1)
@@ -263,6 +308,8 @@ def along(graph: LabelGraph, value: Labelled, axis: int) -> Tensor | None:
     labels = graph.fresh(value.shape[axis])
     for other in found:
         graph.nest(f"product:{int(labels[0])}:{int(other.amax())}", labels, other)
+    _, which = torch.stack(found, 1).unique(dim=0, return_inverse=True)
+    graph.place(f"{graph.node}:product", labels, occurrences(which))  # of one product each is a position of its own
     return labels
 
 
@@ -271,7 +318,7 @@ def simplified(graph: LabelGraph, value: Labelled) -> Labelled:
     if len(value.factors) < 2:
         return value
     factors = tuple(_without_redundant(graph, list(value.factors)))
-    return Labelled(value.shape, factors, value.parameter, value.uniform)
+    return replace(value, factors=factors, versions=tuple(value.version(f) for f in factors))
 
 
 def _without_redundant(graph: LabelGraph, factors: list[Tensor]) -> list[Tensor]:

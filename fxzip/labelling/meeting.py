@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fxzip.labelling.labels import LabelGraph, Labelled, aligned, determines, varying
+from fxzip.labelling.labels import VOID, LabelGraph, Labelled, aligned, compress, determines, varying
 
 
 def meet(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:
@@ -23,7 +23,8 @@ def meet(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:
         return Labelled(shape, (y if x.uniform else x).factors, uniform=both)
     if len(x.factors) == len(y.factors) == 1 and x.factors[0].shape == y.factors[0].shape:  # as in most nodes
         graph.unite(x.factors[0], y.factors[0])
-        return Labelled(shape, y.factors if x.parameter else x.factors)
+        first, second = (y, x) if x.parameter else (x, y)
+        return Labelled(shape, (_filled(first.factors[0], second.factors),))
     x, y = _at_repeats(graph, node, x, y), _at_repeats(graph, node, y, x)
     x, y = _at_positions(graph, node, x, y), _at_positions(graph, node, y, x)
     left, right, kept = list(x.factors), list(y.factors), []
@@ -43,7 +44,19 @@ def meet(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:
         for f in [f for f in kept if varying(f) & varying(g)]:
             if _tie(graph, node, (x, f), (y, g)) is g:
                 right = [h for h in right if h is not g]
-    return Labelled(shape, tuple(kept + left + right))
+    return Labelled(shape, tuple(_filled(f, (*x.factors, *y.factors)) for f in kept + left + right))
+
+
+def _filled(factor: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """A factor with the labels that others have where it has none: a sum with zeros is the other operand's channel."""
+    for other in others:
+        if other is factor or not varying(factor) & varying(other):
+            continue
+        void = factor == VOID
+        if bool(void.any()):
+            filled = compress(torch.where(void, other, factor))
+            factor = factor if filled is None else filled
+    return factor
 
 
 def _at_positions(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:

@@ -8,13 +8,14 @@ classes, blocks moving as wholes, leaves the network's function as it is.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from fxzip.channels import ChannelSpace, FrozenSpace, Layout, Site
 from fxzip.labelling.classes import FREE, QUIET, Classes, Ints, align_relations, distinct, freeze_blocks, unite
-from fxzip.labelling.labels import FIRST, LabelGraph
+from fxzip.labelling.labels import FIRST, LabelGraph, ParameterAxis
 from fxzip.labelling.refinement import colours
 
 
@@ -32,7 +33,7 @@ class _Builder:
 
     def __init__(self, graph: LabelGraph, classes: Classes) -> None:
         self.graph, self.classes = graph, classes
-        self.colour = colours(graph, classes.of, classes.reason, classes.nests)
+        self.colour, self.order = colours(graph, classes.of, classes.reason, classes.nests)
         self._keep_lonely()
         self.parent = np.full(classes.count, -1)
         for pairs in classes.nests.values():
@@ -113,8 +114,7 @@ class _Builder:
     def build(self) -> tuple[tuple[ChannelSpace, ...], tuple[FrozenSpace, ...], Layout]:
         loud = self.classes.reason > QUIET
         by_label = [torch.from_numpy(by_class[self.of]) for by_class in (self.space, self.channel, loud)]
-        order = torch.from_numpy(self.colour[self.classes.of])
-        layout = Layout(by_label[0], by_label[1], by_label[2], order)
+        layout = Layout(by_label[0], by_label[1], by_label[2], torch.from_numpy(self.order))
         layout.space[:FIRST] = -1
         spaces = self._spaces()
         return spaces, self._frozen(), layout
@@ -145,23 +145,20 @@ class _Builder:
         sites = defaultdict(list)
         known: dict[bytes, list[tuple[int, torch.Tensor]]] = {}  # a norm's parameters lie alike, and are many
         for axis in self.graph.axes.values():
-            classes = self.classes.of[axis.labels.numpy().reshape(-1)]
-            key = classes.tobytes()
+            labels = axis.labels.numpy().reshape(-1)
+            classes, order = self.classes.of[labels], self.order[labels]
+            key = classes.tobytes() + order.tobytes()
             if key not in known:
-                known[key] = self._places(classes)
+                known[key] = self._places(classes, order)
             for number, index in known[key]:
-                rows = None
-                if axis.rows is not None:
-                    width = axis.labels.shape[1]
-                    rows = axis.rows[torch.unique_consecutive(index[:, 0] // width)]
-                    index = index % width
-                sites[number].append(Site(axis.parameter, axis.axis, axis.role, index, rows, axis.statistic))
+                for here, rows in _by_groups(axis, index):
+                    sites[number].append(Site(axis.parameter, axis.axis, axis.role, here, rows, axis.statistic))
         return sites
 
-    def _places(self, classes: Ints) -> list[tuple[int, torch.Tensor]]:
+    def _places(self, classes: Ints, order_in: Ints) -> list[tuple[int, torch.Tensor]]:
         """The spaces that lie along an axis, each with the positions (channels, copies) of its channels."""
         owner, channel = self.space[self.into[classes]], self.channel[self.into[classes]]
-        order = np.lexsort((self.colour[classes], channel, owner))
+        order = np.lexsort((order_in, channel, owner))
         order = order[np.searchsorted(owner[order], 0) :]
         found = []
         for index in np.split(order, np.flatnonzero(np.diff(owner[order])) + 1) if len(order) else ():
@@ -204,3 +201,14 @@ class _Builder:
             found.setdefault((members.tobytes(), why), (parameter.removesuffix(".weight"), len(members)))
         texts = self.classes.texts
         return tuple(FrozenSpace(name, size, texts[why]) for (_, why), (name, size) in found.items())
+
+
+def _by_groups(axis: ParameterAxis, index: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The (channels, copies) index of a site and its rows; several where copies lie in different groups."""
+    if axis.rows is None:
+        yield index, None
+        return
+    width = axis.labels.shape[1]
+    groups, which = torch.unique(index // width, dim=1, return_inverse=True)
+    for number, group in enumerate(groups.T):
+        yield index[:, which == number] % width, axis.rows[torch.unique_consecutive(group)]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fxzip.labelling.copies import Copies
 from fxzip.labelling.labels import LabelGraph
 
 Ints = NDArray[np.int64]
@@ -20,34 +21,50 @@ Words = NDArray[np.uint64]
 _SEEDS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)
 
 
-def colours(graph: LabelGraph, of: Ints, reason: Ints, nests: Mapping[str, Ints]) -> Ints:
-    """A colour for each class, so that only interchangeable ones have the same; numbered by their first classes.
+def colours(graph: LabelGraph, of: Ints, reason: Ints, nests: Mapping[str, Ints]) -> tuple[Ints, Ints]:
+    """A colour for each class and each label, so that only interchangeable ones have the same.
 
     Args:
         graph: The labels, for the axes of parameters and for uses.
         of: The class of each label; (labels,).
         reason: For each class zero, or why it may not move: such a class is like no other; (classes,).
         nests: Pairs (child class, block class), of shape (pairs, 2), by relation.
+
+    Returns:
+        The colours of the classes, numbered by their first classes, and those of the labels: equal where labels of
+        two classes of one colour correspond, in ascending order among the labels of a class.
     """
     count = len(reason)
     frozen = np.flatnonzero(reason)
-    kinds: dict[tuple[object, ...], int] = {}
-    marks: list[tuple[Ints, int]] = []
-    for axis in graph.axes.values():
-        kind = kinds.setdefault((axis.parameter, axis.axis), len(kinds))
-        marks.append((of[axis.labels.numpy().reshape(-1)], kind))
-    for node, labels in graph.uses:
-        marks.append((np.unique(of[labels.numpy()]), kinds.setdefault((node,), len(kinds))))
-    places = []
-    fixed = [(node, labels.numpy(), where.numpy()) for node, labels, where in graph.places]
-    for node, members, where in (*fixed, *_copies(graph, of)):
-        kind = kinds.setdefault((node, "place"), len(kinds))
-        classes, place = np.unique(np.stack([of[members], where], 1), axis=0).T
-        places.append((classes, kind + ((place + 1) << 32)))
-    owners = [classes for classes, _ in marks]
-    keys = np.repeat(np.array([kind for _, kind in marks], dtype=np.int64), [len(o) for o in owners])
-    first = (np.concatenate([*owners, frozen]), np.concatenate([keys, -1 - frozen]))
-    colour = _recolour(count, [first, *places])
+    marks, sets = _marks(graph, of)
+    one_by_one = [(of[labels], keys) for labels, keys in marks]
+    together = [_distinct(of, labels, keys) for labels, keys in sets]
+    first = (frozen, -1 - frozen)
+    colour = _stable(_recolour(count, [first, *one_by_one, *together]), nests)
+    copies = Copies.of(graph, of, reason == 0, [*marks, *sets])
+    while len(copies.labels):
+        by_label = copies.colours(colour)
+        new = _stable(_recolour(count, [(np.arange(count), colour), (copies.classes, by_label)]), nests)
+        if new.max(initial=0) == colour.max(initial=0):
+            break
+        colour = new
+    order = colour[of]
+    if len(copies.labels):
+        order = order * 0 + _numbered(order)
+        order[copies.labels] = by_label
+        order = _numbered(order)
+    return _numbered(colour), order
+
+
+def _numbered(colour: Ints) -> Ints:
+    """The colours as numbers, in the order in which they come first."""
+    _, begin, which = np.unique(colour, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(begin))[which]
+
+
+def _stable(colour: Ints, nests: Mapping[str, Ints]) -> Ints:
+    """The colours after those of blocks and of what lies in them have told apart what they can."""
+    count = len(colour)
     while True:
         finer: list[tuple[Ints, Ints]] = [(np.arange(count), colour)]
         for number, (child, block) in enumerate(pairs.T for pairs in nests.values()):
@@ -56,9 +73,37 @@ def colours(graph: LabelGraph, of: Ints, reason: Ints, nests: Mapping[str, Ints]
             finer.append((block, colour[child] + count * down))
         new = _recolour(count, finer)
         if new.max(initial=0) == colour.max(initial=0):
-            _, begin, which = np.unique(new, return_index=True, return_inverse=True)
-            return np.argsort(np.argsort(begin))[which]
+            return new
         colour = new
+
+
+def _marks(graph: LabelGraph, of: Ints) -> tuple[list[tuple[Ints, Ints]], list[tuple[Ints, Ints]]]:
+    """The marks of labels as (labels, keys): those that count each time, and those of sets, counted once a class."""
+    kinds: dict[tuple[object, ...], int] = {}
+    axes = list(graph.axes.values())
+    numbers = [kinds.setdefault((axis.parameter, axis.axis), len(kinds)) for axis in axes]
+    owners = [axis.labels.numpy().reshape(-1) for axis in axes]
+    none = np.zeros(0, dtype=np.int64)
+    keys = np.repeat(np.array(numbers, dtype=np.int64), [len(o) for o in owners])
+    sets = []
+    for node, labels in graph.uses:
+        kind = kinds.setdefault((node,), len(kinds))
+        sets.append((labels.numpy(), np.full(len(labels), kind)))
+    fixed = [(node, labels.numpy(), where.numpy()) for node, labels, where in graph.places]
+    for node, members, where in (*fixed, *_copies(graph, of)):
+        kind = kinds.setdefault((node, "place"), len(kinds))
+        sets.append((members, kind + ((where + 1) << 32)))
+    return [(np.concatenate([none, *owners]), keys)], sets
+
+
+def _distinct(of: Ints, labels: Ints, keys: Ints) -> tuple[Ints, Ints]:
+    """The marks of a set by class, each once."""
+    classes = of[labels]
+    if len(keys) and (keys == keys[0]).all():
+        found = np.unique(classes)
+        return found, np.full(len(found), keys[0])
+    found, which = np.unique(np.stack([classes, keys], 1), axis=0).T
+    return found, which
 
 
 def _copies(graph: LabelGraph, of: Ints) -> Iterator[tuple[str, Ints, Ints]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,13 +52,14 @@ def _settled(ctx: RuleContext, x: Labelled, axis: int) -> Labelled:
     axis %= len(x.shape)
     factors = []
     for factor in x.factors:
-        others = varying(factor) - {axis}
-        if axis in varying(factor) and math.prod(factor.shape[a] for a in others) > factor.shape[axis]:
-            first = factor.amax(axis, keepdim=True)
-            ctx.graph.unite(factor, first)
-            factor = first
+        others = sorted(varying(factor) - {axis})
+        if axis in varying(factor) and others:
+            along_others, along_axis = factor.amax(axis, keepdim=True), factor.amax(others)
+            if len(along_others.unique()) > len(along_axis.unique()):
+                ctx.graph.unite(factor, along_others)
+                factor = along_others
         factors.append(factor)
-    return Labelled(x.shape, tuple(factors), x.parameter, x.uniform)
+    return replace(x, factors=tuple(factors), versions=())
 
 
 @register_rule(nn.Linear, kind="layer", linear=weights.dense, fresh=True)
@@ -71,7 +72,7 @@ def linear_module(ctx: RuleContext, module: nn.Linear, input: Labelled) -> Label
 def linear(ctx: RuleContext, input: Labelled, weight: Labelled, bias: Any = None) -> Labelled:
     """Y = x Wᵀ + b over the last axis."""
     name, (rows, columns) = _name(weight), weight.shape
-    input = _settled(ctx, input, -1)
+    input = _settled(ctx, ctx.graph.opened(input), -1)
     _contract(ctx, input, -1, ctx.graph.axis(name, 1, columns, "contract"))
     out = ctx.graph.axis(name, 0, rows, "produce")
     last = len(input.shape) - 1
@@ -118,7 +119,7 @@ def conv_transpose(
 
 def _conv(ctx: RuleContext, x: Labelled, weight: Labelled, bias: Any, groups: int, stride: Any) -> Labelled:
     name, (rows, columns) = _name(weight), weight.shape[:2]
-    out = ctx.graph.axis(name, 0, rows, "produce")
+    out, x = ctx.graph.axis(name, 0, rows, "produce"), ctx.graph.opened(x)
     if groups == 1:
         x = _settled(ctx, x, 1) if all(size == 1 for size in weight.shape[2:]) else x
         _contract(ctx, x, 1, ctx.graph.axis(name, 1, columns, "contract"))
@@ -130,7 +131,7 @@ def _conv(ctx: RuleContext, x: Labelled, weight: Labelled, bias: Any, groups: in
 
 
 def _conv_transpose(ctx: RuleContext, x: Labelled, weight: Labelled, bias: Any, groups: int) -> Labelled:
-    name, (rows, columns) = _name(weight), weight.shape[:2]
+    (name, (rows, columns)), x = (_name(weight), weight.shape[:2]), ctx.graph.opened(x)
     kept = _off_channels(ctx, x, weight.shape[2:], 2)
     if groups == 1:
         _contract(ctx, x, 1, ctx.graph.axis(name, 0, rows, "contract"))

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxzip.labelling.labels import FIXED, VOID, Labelled, compress, mixed, varying
+from fxzip.rules.order import Copies, constants_apart
 from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, key_of, mapped, register_rule
 
 NAMES = """
 atleast_1d atleast_2d atleast_3d bfloat16 broadcast_to broadcast_tensors cat channel_shuffle chunk concat
-concatenate contiguous detach double dsplit expand expand_as flatten flip float getitem half hsplit hstack im2col
-index_select movedim moveaxis narrow numpy_T pad permute pixel_shuffle pixel_unshuffle repeat repeat_interleave
+concatenate contiguous detach double dsplit expand expand_as flatten flip float getattr getitem half hsplit hstack
+im2col index_select movedim moveaxis narrow numpy_T pad permute pixel_shuffle pixel_unshuffle repeat repeat_interleave
 reshape reshape_as roll rot90 select slice split split_with_sizes squeeze stack swapaxes swapdims t tensor_split
 tile to transpose type type_as unbind unflatten unfold unsqueeze view view_as vsplit vstack constant_pad_nd to_copy
 alias lift_fresh_copy
@@ -37,6 +38,12 @@ CASTS = {
     "contiguous",
 }
 _RESHAPES = {"reshape", "view", "flatten", "unflatten", "reshape_as", "view_as"}
+_JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
+"""What puts tensors side by side, as they are."""
+_KEEPS = {"squeeze", "unsqueeze", "atleast_1d", "atleast_2d", "atleast_3d", "lift_fresh_copy"}
+"""What leaves all elements in order."""
+_SHAPED = {"expand_as", "type_as", "view_as", "reshape_as"}
+"""What takes only the shape of its second operand."""
 _FILLS = {"pad": 3, "constant_pad_nd": 2}
 """Where operations take the value that they fill up with."""
 
@@ -56,7 +63,12 @@ def move(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     if name in _FILLS:  # what is written beside the channels is no label: a constant is the same for all of them
         args, kwargs = (*args[: _FILLS[name]], *args[_FILLS[name] + 1 :]), {**kwargs, "value": VOID}
     if str(getattr(target, "__name__", target)).strip("_") in CASTS:
-        return Labelled(ctx.shape, ctx.graph.opened(as_labelled(args[0])).factors)
+        value = ctx.graph.opened(as_labelled(args[0]))
+        return Labelled(ctx.shape, value.factors, versions=value.versions)
+    if name == "getitem" and isinstance(args[0], tuple | list):  # one of several tensors
+        return args[0][args[1]]
+    if name == "roll" and (rolled := _rolled(ctx, *args, **kwargs)) is not None:
+        return rolled
     if name in _RESHAPES:
         return _reshaped(ctx, as_labelled(args[0] if args else kwargs["input"]))
     if isinstance(target, str):
@@ -82,15 +94,40 @@ def _reshaped(ctx: RuleContext, x: Labelled) -> Labelled:
     return reshaped(replace(x, factors=ctx.graph.opened(x).factors, parameter=None), *ctx.shape)
 
 
+def _rolled(ctx: RuleContext, input: Labelled, shifts: Any, dims: Any = ()) -> Labelled | None:
+    """A roll without spreading positions out; None where channels lie at several places along the axes."""
+    input = ctx.graph.opened(input)
+    pairs = zip(*([v] if isinstance(v, int) else list(v) for v in (shifts, dims)), strict=False)
+    moved = {dim % len(input.shape): shift for shift, dim in pairs}
+    if not moved or not all(map(ctx.graph.is_injective, input.factors)):
+        return None
+    found, versions = [], []
+    for factor in input.factors:
+        mine = {axis: shift for axis, shift in moved.items() if factor.shape[axis] > 1}
+        by_position = any(shift % input.shape[axis] for axis, shift in moved.items() if axis not in mine)
+        found.append(factor.roll(list(mine.values()), list(mine)) if mine else factor)
+        versions.append(ctx.name if by_position else input.version(factor))
+        if by_position:
+            ctx.graph.use(ctx.name, factor)
+    return Labelled(ctx.shape, tuple(found), uniform=input.uniform, versions=tuple(versions))
+
+
 def run(ctx: RuleContext, op: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
     """Run ``op`` once for each factor that its tensor arguments have."""
     args, kwargs = mapped((args, kwargs), lambda v: ctx.graph.opened(v) if isinstance(v, Labelled) else v)
     found: list[Labelled] = []
     mapped((args, kwargs), lambda v: found.append(v) if isinstance(v, Labelled) else None)
+
+    def instead(tensor: Callable[[Labelled], Any]) -> Any:
+        return _attempt(op, *mapped((args, kwargs), lambda v: tensor(v) if isinstance(v, Labelled) else v))
+
+    name = str(key_of(ctx.node.target))
+    moved = found[:1] if name in _SHAPED else found
     results = []
     for slot in _slots(found):
-        dense = partial(_dense_argument, slot=slot)
-        results.append(_attempt(op, *mapped((args, kwargs), dense)))
+        copies = Copies(ctx, instead, moved, slot, name in _JOINS, name in _KEEPS)
+        copies.fills = name in _FILLS or hasattr(ctx.module, "value")
+        results.append((instead(partial(_dense, slot=slot)), copies))
     uniform = bool(found) and all(v.uniform for v in found)
     return _gather(ctx.outputs, results, uniform)
 
@@ -140,10 +177,6 @@ def overwrite_indexed(
     return run(ctx, lambda a, k: torch.ops.aten.index_put(a[0], indices, a[1]), (input, values), {})
 
 
-def _dense_argument(value: Any, slot: dict[int, Tensor]) -> Any:
-    return _dense(value, slot) if isinstance(value, Labelled) else value
-
-
 def _dense(value: Labelled, slot: dict[int, Tensor]) -> Tensor:
     """One factor at the value's full size; what has no labels of that kind is fixed, or void if it is uniform."""
     if id(value) in slot:
@@ -159,26 +192,30 @@ def _attempt(op: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
         args, kwargs = mapped(
             (args, kwargs), lambda v: v.double() if isinstance(v, Tensor) and v.dtype == torch.int64 else v
         )
-        result = op(args, kwargs)
+        try:
+            result = op(args, kwargs)
+        except (RuntimeError, NotImplementedError, IndexError, TypeError) as error:
+            raise Unsupported(f"it cannot be run on labels: {error}") from error
         return mapped(result, lambda v: v.long() if isinstance(v, Tensor) else v)
 
 
-def _gather(outputs: Any, results: list[Any], uniform: bool) -> Any:
+def _gather(outputs: Any, results: list[tuple[Any, Copies]], uniform: bool, path: tuple[int, ...] = ()) -> Any:
     """Put the factors of each output tensor together again."""
     if isinstance(outputs, (tuple, list)):
-        parts = [_gather(out, [r[i] for r in results], uniform) for i, out in enumerate(outputs)]
-        return tuple(parts)
-    factors = [compress(r) for r in results]
+        parts = enumerate(outputs)
+        return tuple(_gather(o, [(r[i], copies) for r, copies in results], uniform, (*path, i)) for i, o in parts)
     shape = tuple(outputs.shape)
-    if any(r.shape != outputs.shape for r in results):
+    if any(result.shape != outputs.shape for result, _ in results):
         raise Unsupported("an operation whose result depends on more than the positions of its input")
-    return Labelled(shape, tuple(f for f in factors if f is not None), uniform=uniform)
+    found = [(constants_apart(compress(result), copies), copies) for result, copies in results]
+    known = [(factor, copies.version(factor, shape, path)) for factor, copies in found if factor is not None]
+    return Labelled(shape, tuple(f for f, _ in known), uniform=uniform, versions=tuple(v for _, v in known))
 
 
 def reshaped(value: Labelled, *shape: int) -> Labelled:
     """The value seen with another shape; axes along which no label varies are not spread out for it."""
     groups = _groups(value.shape, shape)
-    factors = []
+    found = []
     for f in value.factors:
         spread: list[int] = []
         seen: list[int] = []
@@ -186,8 +223,11 @@ def reshaped(value: Labelled, *shape: int) -> Labelled:
             varies = any(size > 1 for size in f.shape[old])
             spread += value.shape[old] if varies else f.shape[old]
             seen += shape[new] if varies else [1] * len(shape[new])
-        factors.append(compress(f.expand(spread).reshape(seen)))
-    return Labelled(shape, tuple(f for f in factors if f is not None), uniform=value.uniform)
+        factor = compress(f.expand(spread).reshape(seen))
+        if factor is not None:
+            found.append((factor, value.version(f)))
+    factors, versions = tuple(f for f, _ in found), tuple(v for _, v in found)
+    return Labelled(shape, factors, uniform=value.uniform, versions=versions)
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[slice, slice]]:

@@ -41,7 +41,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any, Literal, TypeVar
@@ -172,6 +172,13 @@ class RuleContext:
             for factor in value.factors:
                 self.graph.use(self.name, factor)
         return value
+
+    def changed(self, value: Any) -> Any:
+        """The value as this node's own: its channels were treated alike, and are no longer what they were."""
+        if not isinstance(value, Labelled):
+            return value
+        self.use(value)
+        return replace(value, versions=(self.name,) * len(value.factors))
 
     def freeze(self, value: Any, why: str) -> None:
         """Keep in place all channels that a value carries."""

@@ -10,8 +10,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from fxzip.channels import ChannelSpec, Layout
 from fxzip.data.batches import with_batch_size
-from fxzip.errors import FrozenSpaceWarning
+from fxzip.errors import FrozenSpaceWarning, RuleError
 from fxzip.graphs import attribute, run_call
 from fxzip.labelling.labels import LabelGraph, Labelled, simplified
 from fxzip.labelling.partition import partition
@@ -134,12 +135,18 @@ class Flow:
         args, kwargs = mapped((args, kwargs), _operand)
         try:
             result = mapped(rule(ctx, *own, *args, **kwargs), self._simplified)
-            if rule not in (move, move_module):  # the values change, so all channels must be treated alike
-                mapped(result, ctx.use)
-            return result
+            # Where the values change, all channels must be treated alike; a move says so itself.
+            return result if rule in (move, move_module) else mapped(result, ctx.changed)
         except Unsupported as error:
             return self._probe(ctx, args, kwargs, str(error))
         except Exception as error:
+            if not _takes(rule, (ctx, *own, *args), kwargs):
+                return self._probe(ctx, args, kwargs, "its rule does not take these arguments")
+            if rule.__module__.split(".")[0] == "fxzip":
+                raise RuleError(
+                    f"{_title(ctx)}: fxzip's own rule {rule.__qualname__} failed, which is a fault of fxzip; please "
+                    f"report it, with what it says here: {error}"
+                ) from error
             return self._freeze(ctx, args, kwargs, f"its rule failed: {error}")
 
     def _simplified(self, value: Any) -> Any:
@@ -153,7 +160,7 @@ class Flow:
             result, found = probe(ctx, (args, kwargs), fakes)
         except Unsupported as error:
             return self._freeze(ctx, args, kwargs, f"{why}, {error}")
-        mapped(result, ctx.use)
+        result = mapped(result, ctx.changed)
         self.probed.append(f"{_title(ctx)}: {found}")
         return result
 
@@ -183,6 +190,15 @@ class Flow:
         return frozenset(
             n.name for n, v in self.values.items() if not isinstance(v, Labelled) and _any(v, {}, Labelled)
         )
+
+
+def _takes(rule: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a rule can be called with these arguments."""
+    try:
+        inspect.signature(rule).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _operand(value: Any) -> Any:

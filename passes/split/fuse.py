@@ -144,11 +144,15 @@ def _mixed_in_rows(tensor: Tensor, axis: int, index: Tensor, rows: Tensor, matri
     sum over source blocks, of which only one is not zero.
     """
     blocks, width = len(rows), len(index) // len(rows)
-    inner = matrix.reshape(blocks, width, blocks, width).sum(2)
-    result = tensor.clone()
+    parts = matrix.reshape(blocks, width, blocks, width)
+    inner, source = parts.sum(2), parts.abs().sum((1, 3)).argmax(1)  # channels may lie otherwise in the source block
+    result, places = tensor.clone(), index.reshape(blocks, width, -1)
     for block in range(blocks):
-        here = index[block * width : (block + 1) * width]
-        result[rows[block]] = mixed_along(tensor[rows[block]], (axis,), here, Mixing(width, matrix=inner[block]))
+        here, there = places[block], places[source[block]]
+        part = tensor[rows[block]]
+        if not torch.equal(here, there):
+            part = part.index_copy(axis, here.reshape(-1), part.index_select(axis, there.reshape(-1)))
+        result[rows[block]] = mixed_along(part, (axis,), here, Mixing(width, matrix=inner[block]))
     return result
 
 
