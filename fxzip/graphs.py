@@ -6,14 +6,13 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxzip.rules.calls import Call, Linear, Norm
-from fxzip.rules.calls import attribute as attribute
 from fxzip.rules.registry import Entry, find_entry, key_of, kind_of, target_of
 
 _IN_PLACE_OPERATORS = frozenset(
@@ -98,10 +97,10 @@ def call_of(module: nn.Module, node: fx.Node) -> Call | None:
     if entry is None:
         return None
     target, arguments = target_of(module, node), entry.arguments(node.args, node.kwargs)
-    if not isinstance(target, nn.Module):
-        return Call(module, node, None, entry.names, arguments)
-    own = {**vars(target), **target._parameters, **target._buffers}
-    return Call(module, node, target, entry.names, {**own, **arguments})
+    called = target if isinstance(target, nn.Module) else None
+    if called is not None:
+        arguments = {**vars(called), **called._parameters, **called._buffers, **arguments}
+    return Call(node, called, entry.names, arguments, partial(attribute, module))
 
 
 def linear_of(module: nn.Module, node: fx.Node) -> Linear | None:
@@ -179,6 +178,11 @@ def parameter_uses(module: nn.Module, nodes: Iterable[fx.Node]) -> Counter[int]:
 
 
 # ---- values
+
+
+def attribute(module: nn.Module, target: str) -> Any:
+    """What a qualified name stands for in ``module``."""
+    return operator.attrgetter(target)(module)
 
 
 def compute(module: nn.Module, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
