@@ -91,7 +91,7 @@ def _entry(module: nn.Module, node: fx.Node) -> Entry | None:
     return find_entry(target_of(module, node)) if node.op in ("call_module", "call_function", "call_method") else None
 
 
-def call_of(module: nn.Module, node: fx.Node) -> Call | None:
+def named_call(module: nn.Module, node: fx.Node) -> Call | None:
     """A node as a call with named arguments; None where no rule says how they are called."""
     entry = _entry(module, node)
     if entry is None:
@@ -105,19 +105,19 @@ def call_of(module: nn.Module, node: fx.Node) -> Call | None:
 
 def linear_of(module: nn.Module, node: fx.Node) -> Linear | None:
     """The weight that a node is linear in; None where there is none, or its rule does not say."""
-    entry, call = _entry(module, node), call_of(module, node)
+    entry, call = _entry(module, node), named_call(module, node)
     return None if entry is None or entry.linear is None or call is None else entry.linear(call)
 
 
 def norm_of(module: nn.Module, node: fx.Node) -> Norm | None:
     """What a node normalises; None for anything but a norm."""
-    entry, call = _entry(module, node), call_of(module, node)
+    entry, call = _entry(module, node), named_call(module, node)
     return None if entry is None or entry.norm is None or call is None else entry.norm(call.arguments)
 
 
 def does_nothing(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node gives its only input unchanged: an identity, or a dropout in eval mode."""
-    entry, call = _entry(module, node), call_of(module, node)
+    entry, call = _entry(module, node), named_call(module, node)
     if entry is None or entry.idle is None or call is None or len(node.all_input_nodes) != 1:
         return False
     return entry.idle(call.arguments)

@@ -96,7 +96,7 @@ def test_inputs_are_bound_by_name_and_place() -> None:
 GROUND = {
     *("writes_in_place", "call_writes", "is_static", "static_value", "attribute", "placeholders", "bind_inputs"),
     *("nodes_by_name", "free_name", "new_parameter", "parameter_uses", "learned", "is_relu", "is_random", "has_effect"),
-    *("call_of", "linear_of", "norm_of", "does_nothing", "is_fresh"),
+    *("named_call", "linear_of", "norm_of", "does_nothing", "is_fresh"),
 }
 OLD = {"_has_effect", "mutates", "_is_relu", "_attribute", "_placeholders", "in_order", "_feed", "_free"}
 
