@@ -6,14 +6,13 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxzip.rules.calls import Call, Linear, Norm
-from fxzip.rules.calls import attribute as attribute
 from fxzip.rules.registry import Entry, find_entry, key_of, kind_of, target_of
 
 _IN_PLACE_OPERATORS = frozenset(
@@ -119,33 +118,33 @@ def _entry(module: nn.Module, node: fx.Node) -> Entry | None:
     return find_entry(target_of(module, node)) if node.op in ("call_module", "call_function", "call_method") else None
 
 
-def call_of(module: nn.Module, node: fx.Node) -> Call | None:
+def named_call(module: nn.Module, node: fx.Node) -> Call | None:
     """A node as a call with named arguments; None where no rule says how they are called."""
     entry = _entry(module, node)
     if entry is None:
         return None
     target, arguments = target_of(module, node), entry.arguments(node.args, node.kwargs)
-    if not isinstance(target, nn.Module):
-        return Call(module, node, None, entry.names, arguments)
-    own = {**vars(target), **target._parameters, **target._buffers}
-    return Call(module, node, target, entry.names, {**own, **arguments})
+    called = target if isinstance(target, nn.Module) else None
+    if called is not None:
+        arguments = {**vars(called), **called._parameters, **called._buffers, **arguments}
+    return Call(node, called, entry.names, arguments, partial(attribute, module))
 
 
 def linear_of(module: nn.Module, node: fx.Node) -> Linear | None:
     """The weight that a node is linear in; None where there is none, or its rule does not say."""
-    entry, call = _entry(module, node), call_of(module, node)
+    entry, call = _entry(module, node), named_call(module, node)
     return None if entry is None or entry.linear is None or call is None else entry.linear(call)
 
 
 def norm_of(module: nn.Module, node: fx.Node) -> Norm | None:
     """What a node normalises; None for anything but a norm."""
-    entry, call = _entry(module, node), call_of(module, node)
+    entry, call = _entry(module, node), named_call(module, node)
     return None if entry is None or entry.norm is None or call is None else entry.norm(call.arguments)
 
 
 def does_nothing(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node gives its only input unchanged: an identity, or a dropout in eval mode."""
-    entry, call = _entry(module, node), call_of(module, node)
+    entry, call = _entry(module, node), named_call(module, node)
     if entry is None or entry.idle is None or call is None or len(node.all_input_nodes) != 1:
         return False
     return entry.idle(call.arguments)
@@ -203,6 +202,11 @@ def parameter_uses(module: nn.Module, nodes: Iterable[fx.Node]) -> Counter[int]:
             if isinstance(value, Tensor):
                 used[id(value)] += len(node.users)
     return used
+
+
+def attribute(module: nn.Module, target: str) -> Any:
+    """What a qualified name stands for in ``module``."""
+    return operator.attrgetter(target)(module)
 
 
 def compute(module: nn.Module, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxzip.data.loops import device_of, evaluating, feed
 from fxzip.errors import CalibrationError
-from fxzip.graphs import attribute, call_of, is_within, norm_of
+from fxzip.graphs import attribute, is_within, named_call, norm_of
 from fxzip.moments import is_noise
 from fxzip.rules.registry import Entry, find_entry
 
@@ -166,7 +166,7 @@ def _find(module: nn.Module) -> dict[int, _Layer]:
 def _find_functions(prefix: str, module: fx.GraphModule) -> Iterable[_Layer]:
     """The layers of a graph's BatchNorm functions whose statistics are attributes."""
     for node in module.graph.nodes:
-        norm, call = norm_of(module, node), call_of(module, node)
+        norm, call = norm_of(module, node), named_call(module, node)
         if call is None or call.module is not None or norm is None or not norm.statistics:
             continue
         mean, var = (call.parameter(name) for name in _STATISTICS)

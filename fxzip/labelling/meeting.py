@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fxzip.labelling.labels import VOID, LabelGraph, Labelled, aligned, compress, determines, varying
+from fxzip.labelling.folding import determines
+from fxzip.labelling.labels import VOID, LabelGraph, Labelled, aligned, compress, varying
 
 
 def meet(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:

@@ -6,7 +6,6 @@ so that both share one answer. A rule's ``linear`` gives a `Linear` of it, its `
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,6 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxzip.contraction import Contraction
-
-
-def attribute(module: nn.Module, target: str) -> Any:
-    """What a qualified name stands for in ``module``."""
-    return operator.attrgetter(target)(module)
 
 
 def rank_of(node: Any) -> int | None:
@@ -37,19 +31,19 @@ class Call:
     """A node as a call with named arguments.
 
     Attributes:
-        owner: The module whose graph the node is in.
         node: The node.
         module: What it calls, at a call_module node.
         names: The arguments that can be given by place, in order, as the rule's signature calls them.
         arguments: The arguments by name, defaults and the module's attributes included; tensors are nodes, but for
             those that the module has.
+        tensor: Gives the parameter or buffer of a qualified name.
     """
 
-    owner: nn.Module
     node: fx.Node
     module: nn.Module | None
     names: tuple[str, ...]
     arguments: Mapping[str, Any]
+    tensor: Callable[[str], Tensor]
 
     def parameter(self, name: str) -> str | None:
         """The qualified name of the parameter or buffer that an argument is; None where it is anything else."""
@@ -59,7 +53,7 @@ class Call:
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         """The shape of a parameter or buffer, by its qualified name."""
-        return tuple(attribute(self.owner, parameter).shape)
+        return tuple(self.tensor(parameter).shape)
 
     def source(self, name: str) -> fx.Node | None:
         """The node that computes an argument from the network's inputs; None where no node does."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxzip.labelling.labels import Labelled, along, mixed, reduce, varying
+from fxzip.labelling.folding import along, mixed, reduce
+from fxzip.labelling.labels import Labelled, varying
 from fxzip.labelling.meeting import meet
 from fxzip.rules import linear as weights
 from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, register_rule

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxzip.labelling.labels import FIXED, VOID, Labelled, compress, mixed, varying
+from fxzip.labelling.folding import mixed
+from fxzip.labelling.labels import FIXED, VOID, Labelled, compress, varying
 from fxzip.rules.order import Copies, constants_apart
 from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, key_of, mapped, register_rule
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxzip.labelling.labels import Labelled, along
+from fxzip.labelling.folding import along
+from fxzip.labelling.labels import Labelled
 from fxzip.rules.calls import Norm
 from fxzip.rules.registry import RuleContext, Unsupported, register_rule
 

@@ -51,7 +51,8 @@ from torch import Tensor, fx, nn
 
 from fxzip.channels import Statistic
 from fxzip.errors import OptionError
-from fxzip.labelling.labels import LabelGraph, Labelled, reduce
+from fxzip.labelling.folding import reduce
+from fxzip.labelling.labels import LabelGraph, Labelled
 from fxzip.labelling.meeting import meet
 from fxzip.rules.calls import IdleRule, LinearRule, NormRule
 

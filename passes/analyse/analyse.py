@@ -24,7 +24,8 @@ from fxzip.channels import ChannelSpec, Layout
 from fxzip.data.batches import with_batch_size
 from fxzip.errors import FrozenSpaceWarning, RuleError
 from fxzip.graphs import attribute, run_call
-from fxzip.labelling.labels import LabelGraph, Labelled, simplified
+from fxzip.labelling.folding import simplified
+from fxzip.labelling.labels import LabelGraph, Labelled
 from fxzip.labelling.partition import partition
 from fxzip.passes.analyse.shapes import propagate_shapes
 from fxzip.rules import RuleContext, Unsupported, find_rule, target_of

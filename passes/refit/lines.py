@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxzip.graphs import call_of, is_static, norm_of, static_value
+from fxzip.graphs import is_static, named_call, norm_of, static_value
 from fxzip.passes.refit.slots import slot
 from fxzip.rules.calls import rank_of
 from fxzip.rules.registry import key_of
@@ -31,7 +31,7 @@ def line_of(module: nn.Module, node: fx.Node, x: fx.Node) -> tuple[Tensor, Tenso
 
 
 def _normed(module: nn.Module, node: fx.Node, x: fx.Node, axis: int) -> tuple[Tensor, Tensor] | None:
-    call, rank = call_of(module, node), rank_of(node)
+    call, rank = named_call(module, node), rank_of(node)
     names = ("running_mean", "running_var", "weight", "bias")
     mean, var, weight, bias = (None if t is None else t.double() for t in (slot(module, node, k) for k in names))
     if call is None or mean is None or var is None or rank is None or call.source("input") is not x:

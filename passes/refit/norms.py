@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from fxzip.graphs import call_of, norm_of
+from fxzip.graphs import named_call, norm_of
 from fxzip.passes.refit.regression import scale_and_shift
 from fxzip.passes.refit.slots import Uses, fill, slot
 
@@ -45,7 +45,7 @@ class Norm:
 
 def find_norm(module: fx.GraphModule, node: fx.Node, uses: Uses) -> Norm | None:
     """The norm that a node is, as its rule says, used once and of one value; None for anything else."""
-    found, call = norm_of(module, node), call_of(module, node)
+    found, call = norm_of(module, node), named_call(module, node)
     if found is None or call is None or found.several or not uses.alone(node):
         return None
     return Norm(node, found.axis, call.takes("bias"))

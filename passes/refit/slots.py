@@ -6,12 +6,12 @@ from collections import Counter
 
 from torch import Tensor, fx, nn
 
-from fxzip.graphs import call_of, new_parameter, parameter_uses, static_value
+from fxzip.graphs import named_call, new_parameter, parameter_uses, static_value
 
 
 def slot(module: nn.Module, node: fx.Node, name: str) -> Tensor | None:
     """A node's parameter or buffer of that name; None if it has none."""
-    call = call_of(module, node)
+    call = named_call(module, node)
     value = None if call is None else call.arguments.get(name)
     return value.detach() if isinstance(value, Tensor) else static_value(module, value)
 
@@ -25,7 +25,7 @@ def fill(module: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> Non
             if hasattr(target, flag):
                 setattr(target, flag, True)
         return
-    call = call_of(module, node)
+    call = named_call(module, node)
     assert call is not None
     place = call.names.index(name)
     source = new_parameter(module, node, name, value)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,9 @@ from torch.utils import _pytree as pytree
 
 from fxzip.errors import TraceError
 from fxzip.graphs import writes_in_place
-from fxzip.passes.trace.views import is_basic, overwritten, steps_of, undone
+from fxzip.passes.trace.aliases import Alias, Memory, alike
+from fxzip.passes.trace.assign import assigned
+from fxzip.passes.trace.views import undone
 from fxzip.passes.trace.writes import Call, Memories, name_of, plain_call, without_shape_changes, written
 
 _EMPTY: dict[Any, Any] = {
@@ -53,43 +54,14 @@ def has_writes(module: fx.GraphModule) -> bool:
     return any(writes_in_place(node, module) for node in module.graph.nodes)
 
 
-@dataclass(eq=False)
-class _Memory:
-    """Memory that nodes look at: the node that holds all of it now, and how often it was written to."""
-
-    now: fx.Node
-    version: int = 0
-
-
-@dataclass(eq=False)
-class _Alias:
-    """How a node looks at memory.
-
-    Attributes:
-        memory: What it looks at.
-        parent: The alias that the view was taken of; None: the node is all of the memory.
-        made: The node that took the view; None where that is not known.
-        source: The node that ``made`` takes the view of.
-        now: The node that gives the view's value.
-        version: The writing after which it does.
-    """
-
-    memory: _Memory
-    parent: _Alias | None
-    made: fx.Node | None
-    source: fx.Node | None
-    now: fx.Node
-    version: int
-
-
 class Functionaliser:
     """Visits the nodes in order; see `functionalise`."""
 
     def __init__(self, module: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
         self.module, self.graph = module, module.graph
         self._values = values
-        self._aliases: dict[fx.Node, _Alias] = {}
-        self._memories: dict[int, _Alias] = {}
+        self._aliases: dict[fx.Node, Alias] = {}
+        self._memories: dict[int, Alias] = {}
         fakes = [
             leaf for value in values.values() for leaf in pytree.tree_leaves(value) if isinstance(leaf, FakeTensor)
         ]
@@ -120,7 +92,7 @@ class Functionaliser:
 
     # ---- what nodes look at
 
-    def _bring_up_to_date(self, node: fx.Node) -> dict[fx.Node, _Alias]:
+    def _bring_up_to_date(self, node: fx.Node) -> dict[fx.Node, Alias]:
         """Let a node read its inputs as they are by now; what each of them, as it is by now, looks at."""
         inputs = {n: self._now(self._aliases[n]) if n in self._aliases else n for n in node.all_input_nodes}
         if any(old is not new for old, new in inputs.items()):
@@ -128,7 +100,7 @@ class Functionaliser:
             node.kwargs = fx.node.map_arg(node.kwargs, inputs.__getitem__)
         return {new: self._aliases[old] for old, new in inputs.items() if old in self._aliases}
 
-    def _now(self, alias: _Alias) -> fx.Node:
+    def _now(self, alias: Alias) -> fx.Node:
         """The node that gives what ``alias`` looks at as it is by now: the view is taken again if need be."""
         if alias.version != alias.memory.version:
             if alias.parent is None:
@@ -145,7 +117,7 @@ class Functionaliser:
             alias.version = alias.memory.version
         return alias.now
 
-    def _look(self, node: fx.Node, inputs: dict[fx.Node, _Alias]) -> None:
+    def _look(self, node: fx.Node, inputs: dict[fx.Node, Alias]) -> None:
         """Note which memory a node looks at."""
         keys = [
             self._memory_of(leaf) for leaf in pytree.tree_leaves(self._values.get(node)) if isinstance(leaf, Tensor)
@@ -154,21 +126,21 @@ class Functionaliser:
             return
         for source, alias in inputs.items():
             if self._memories.get(keys[0]) is not None and alias.memory is self._memories[keys[0]].memory:
-                self._aliases[node] = _Alias(alias.memory, alias, node, source, node, alias.memory.version)
+                self._aliases[node] = Alias(alias.memory, alias, node, source, node, alias.memory.version)
                 return
         if not isinstance(self._values[node], Tensor):
             return
         known = self._memories.get(keys[0])
         if known is None:
-            memory = _Memory(node)
-            known = self._memories[keys[0]] = _Alias(memory, None, node, None, node, 0)
-        elif not _alike(self._values[known.made], self._values[node]):  # type: ignore[index]
-            known = _Alias(known.memory, known, None, None, node, 0)
+            memory = Memory(node)
+            known = self._memories[keys[0]] = Alias(memory, None, node, None, node, 0)
+        elif not alike(self._values[known.made], self._values[node]):  # type: ignore[index]
+            known = Alias(known.memory, known, None, None, node, 0)
         self._aliases[node] = known
 
     # ---- writing
 
-    def _write(self, node: fx.Node, inputs: dict[fx.Node, _Alias]) -> None:
+    def _write(self, node: fx.Node, inputs: dict[fx.Node, Alias]) -> None:
         """Compute what a node writes, and put it where it belongs."""
         target = written(node)
         if not isinstance(self.value(target), Tensor):  # a number: x += 1
@@ -187,18 +159,18 @@ class Functionaliser:
         if node.op == "call_module":
             return node
         if node.target is operator.setitem:
-            return self._assigned(target, *node.args[1:])
+            return assigned(self, target, *node.args[1:])
         if name == "copy_":
-            return self._fitted(node.args[1], target)
+            return self.fitted(node.args[1], target)
         if name in _FILLS:
             place = _FILLS[name]
-            return self._fitted(0 if place is None else (*node.args, *node.kwargs.values())[place], target)
+            return self.fitted(0 if place is None else (*node.args, *node.kwargs.values())[place], target)
         if name == "fill_diagonal_":
             return self._with_diagonal(node, target)
         call = plain_call(node)
         flagged = call.op == node.op and call.target is node.target and "out" not in node.kwargs  # inplace=True
         value = self._become(node, call, like=target if flagged else None)
-        return self._cast(value, target) if "out" in node.kwargs else self._fitted(value, target)
+        return self.cast(value, target) if "out" in node.kwargs else self.fitted(value, target)
 
     def _become(self, node: fx.Node, call: Call, like: fx.Node | None = None) -> fx.Node:
         """Let a node call something else; its name stays."""
@@ -214,90 +186,37 @@ class Functionaliser:
         fill = node.args[1] if len(node.args) > 1 else node.kwargs["fill_value"]
         diagonal = self.emit(Call("call_function", torch.diagonal, (target,), {}))
         return self.emit(
-            Call("call_function", torch.diagonal_scatter, (target, self._fitted(fill, diagonal)), {}), target
+            Call("call_function", torch.diagonal_scatter, (target, self.fitted(fill, diagonal)), {}), target
         )
 
-    def _assigned(self, target: fx.Node, key: Any, value: Any) -> fx.Node:
-        """``target`` after ``target[key] = value``."""
-        if is_basic(self, key):
-            part = self.emit(Call("call_function", operator.getitem, (target, key), {}))
-            steps = list(steps_of(key, self.value(target).dim()))
-            return overwritten(self, target, steps, self._fitted(value, part))
-        if self._covers(key, target) and not (isinstance(value, fx.Node) and self.value(value).dim()):
-            fill = self._cast(value, target) if isinstance(value, fx.Node) else value
-            return self.emit(Call("call_function", torch.masked_fill, (target, key, fill), {}), target)
-        basic, indices = self._split_index(key, self.value(target).dim())
-        part = self.emit(Call("call_function", operator.getitem, (target, basic), {}))
-        if not isinstance(value, fx.Node):
-            value = self.emit(Call("call_function", torch.tensor, (value,), {"dtype": self.value(target).dtype}))
-        arguments = (part, indices, self._cast(value, target))
-        filled = self.emit(Call("call_function", torch.ops.aten.index_put.default, arguments, {}), part)
-        return overwritten(self, target, list(steps_of(basic, self.value(target).dim())), filled)
-
-    def _covers(self, key: Any, target: fx.Node) -> bool:
-        """Whether an index is a mask with an element for each element of the target."""
-        mask = self.value(key)
-        return isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == self.value(target).dim()
-
-    def _split_index(self, key: Any, rank: int) -> tuple[tuple[Any, ...], list[Any]]:
-        """An index as torch reads it: first the basic parts, then tensors for axes of what these give."""
-        parts = list(key) if isinstance(key, tuple) else [key]
-        spans = [self._span(part) for part in parts]
-        if Ellipsis in [part for part in parts if not isinstance(part, fx.Node)]:
-            place = next(i for i, part in enumerate(parts) if part is Ellipsis)
-            missing = rank - sum(spans)
-            parts[place : place + 1], spans[place : place + 1] = [slice(None)] * missing, [1] * missing
-        basic: list[Any] = []
-        indices: list[Any] = []
-        for part, span in zip(parts, spans, strict=True):
-            if part is None or isinstance(part, slice):
-                basic.append(part)
-                indices.append(None)
-            elif is_basic(self, part):
-                basic.append(part)
-            else:
-                basic += [slice(None)] * span
-                indices.append(part if isinstance(part, fx.Node) else self._index(part))
-        return tuple(basic), indices
-
-    def _span(self, part: Any) -> int:
-        """How many axes a part of an index is for."""
-        value = self.value(part)
-        if part is None or part is Ellipsis:
-            return 0
-        if isinstance(value, bool):
-            raise TraceError(f"{self._here()}: an index that is True or False alone is not known; use torch.where")
-        return value.dim() if isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8) else 1
-
-    def _index(self, part: Any) -> fx.Node:
-        return self.emit(Call("call_function", torch.tensor, (list(part),), {}))
-
-    def _here(self) -> str:
+    def here(self) -> str:
+        """The node that is rewritten, to be shown."""
         return self._current.name if self._current is not None else "the graph"
 
-    def _fitted(self, value: Any, like: fx.Node) -> fx.Node:
+    def fitted(self, value: Any, like: fx.Node) -> fx.Node:
         """A value of the shape and the dtype of ``like``, which it can be broadcast to."""
         if not isinstance(value, fx.Node) or not isinstance(self.value(value), Tensor):
             return self.emit(Call("call_function", torch.full_like, (like, value), {}), like)
-        fitted, wanted = self._cast(value, like), self.value(like)
+        fitted, wanted = self.cast(value, like), self.value(like)
         while self.value(fitted).dim() > wanted.dim():  # as assignments allow: leading axes of size 1
             fitted = self.emit(Call("call_function", operator.getitem, (fitted, 0), {}))
         if [str(s) for s in self.value(fitted).shape] != [str(s) for s in wanted.shape]:
             fitted = self.emit(Call("call_method", "expand_as", (fitted, like), {}))
         return fitted
 
-    def _cast(self, value: fx.Node, like: fx.Node) -> fx.Node:
+    def cast(self, value: fx.Node, like: fx.Node) -> fx.Node:
+        """A value in the dtype of ``like``."""
         dtype = self.value(like).dtype
         if self.value(value).dtype == dtype:
             return value
         return self.emit(Call("call_method", "to", (value, dtype), {}))
 
-    def _put(self, alias: _Alias, value: fx.Node) -> None:
+    def _put(self, alias: Alias, value: fx.Node) -> None:
         """Make ``value`` what ``alias`` gives, and with it what all of its memory holds."""
         memory, fresh = alias.memory, [(alias, value)]
         while alias.parent is not None:
             if alias.made is None:
-                raise TraceError(f"{self._here()} writes to memory that is shared in a way that is not known")
+                raise TraceError(f"{self.here()} writes to memory that is shared in a way that is not known")
             parent = alias.parent
             if not isinstance(self._values[parent.now], Tensor) and parent.parent is not None:
                 parent = parent.parent  # what was split, not the parts
@@ -313,7 +232,7 @@ class Functionaliser:
             if known is not alias and self._laid_out_alike(known, node):  # else the view is taken again
                 known.now, known.version = node, memory.version
 
-    def _laid_out_alike(self, alias: _Alias, value: fx.Node) -> bool:
+    def _laid_out_alike(self, alias: Alias, value: fx.Node) -> bool:
         """Whether views can be taken of ``value`` as they can of what was there before."""
         before = self._values[alias.made] if alias.made is not None else None
         after = self.value(value)
@@ -347,7 +266,7 @@ class Functionaliser:
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 return node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception as error:
-            raise TraceError(f"{self._here()} writes in place in a way that cannot be followed: {error}") from error
+            raise TraceError(f"{self.here()} writes in place in a way that cannot be followed: {error}") from error
 
 
 def _fill_empty(node: fx.Node) -> None:
@@ -356,12 +275,6 @@ def _fill_empty(node: fx.Node) -> None:
         node.target = _EMPTY[name]
         if name == "empty":
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one memory are the same view of it."""
-    layouts = [[*map(str, (*t.shape, *t.stride(), t.storage_offset())), t.dtype] for t in (one, other)]
-    return layouts[0] == layouts[1]
 
 
 @contextlib.contextmanager

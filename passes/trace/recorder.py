@@ -8,19 +8,17 @@ is looked into. Which node made a tensor is known by the tensor's identity.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fxzip.errors import TraceError
 from fxzip.graphs import call_writes
 from fxzip.passes.trace.autocast import is_on, without_autocast
 from fxzip.passes.trace.calls import (
@@ -29,28 +27,32 @@ from fxzip.passes.trace.calls import (
     READS_VALUES,
     call_of,
     is_constant,
-    is_symbolic,
     with_free_axis,
 )
 from fxzip.passes.trace.constants import constant_value
 from fxzip.passes.trace.copies import is_torchs, title_of
-from fxzip.passes.trace.sizes import BatchSizes
-from fxzip.passes.trace.writes import Memories, changes_shape
+from fxzip.passes.trace.writer import GraphWriter
+from fxzip.passes.trace.writes import changes_shape
+from fxzip.rules.registry import find_entry
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether ``module`` is torch's own layer, has no parts, and no tensors besides its parameters and buffers.
+    """Whether ``module`` is a node of the graph, and not looked into.
 
-    Weights that a parametrization or a hook computes (weight_norm) are no leaf's: they belong in the graph.
+    A module of a class that a rule was registered for is one; and torch's own layers without parts, and without tensors
+    besides their parameters and buffers: weights that a parametrization or a hook computes (weight_norm) are no leaf's,
+    they belong in the graph.
     """
     home = type(module).__module__
+    if not home.startswith("torch.") and find_entry(type(module)) is not None:
+        return True
     own = home.startswith("torch.nn.") and not home.startswith("torch.nn.utils.")
     computed = any(isinstance(value, Tensor) for value in module.__dict__.values())
     container = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
     return own and not computed and not container and next(module.children(), None) is None
 
 
-class GraphRecorder(TorchFunctionMode):
+class GraphRecorder(GraphWriter, TorchFunctionMode):
     """Writes each call of torch on known tensors into ``graph``.
 
     Args:
@@ -63,20 +65,11 @@ class GraphRecorder(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.graph = fx.Graph()
-        self.attributes: dict[str, Any] = {}
+        GraphWriter.__init__(self, model)
+        TorchFunctionMode.__init__(self)
         self._model = model
         self._recording = True
-        self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}
-        self._names = {id(tensor): name for name, tensor in _named_tensors(model)}
-        self._sizes = BatchSizes(self.graph, self._node_of)
-        self._device_node: fx.Node | None = None
-        self._stack: list[tuple[str, type]] = []
         self._wrapped: list[tuple[nn.Module, object]] = []
-        self._inputs: list[Tensor] = []
-        self._device_type = "cpu"
-        self._memories: Memories | None = None
         self._changed: set[int] = set()
         self.ignored: dict[str, str] = {}
 
@@ -227,137 +220,3 @@ class GraphRecorder(TorchFunctionMode):
         for node in self.graph.nodes:
             if any(node.meta.get("val") is tensor for tensor in tensors if isinstance(tensor, Tensor)):
                 node.meta["val"] = torch.ops.aten.alias.default(node.meta["val"])
-
-    # ---- nodes
-
-    def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        plain = target.strip("_") if op == "call_method" else None  # the name of what `functional` makes of it
-        node = self.graph.create_node(op, target, tuple(args), dict(kwargs), plain)
-        node.meta["nn_module_stack"] = {name: (name, kind) for name, kind in self._stack if name}
-        return node
-
-    def add_input(self, name: str, value: Any) -> None:
-        """Adds a placeholder for ``value``, whose tensors are fake."""
-        node = self.graph.placeholder(name)
-        self._inputs += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-        if self._inputs:
-            self._device_type = self._inputs[0].device.type
-            if self._memories is None and isinstance(self._inputs[0], FakeTensor):
-                self._memories = Memories(self._inputs[0].fake_mode)
-        self._bind(value, node, True)
-
-    def add_output(self, value: Any) -> None:
-        """Ends the graph with ``value``."""
-        node = self.graph.output(self._lower(_plain(value)))
-        node.meta["val"] = value
-
-    def knows_batch(self) -> bool:
-        """Whether the inputs' batch size is still symbolic."""
-        return any(is_symbolic(tensor.shape[0]) for tensor in self._inputs if tensor.dim() > 0)
-
-    def _bind(self, value: Any, node: fx.Node, same: bool) -> Any:
-        """Notes that ``node`` gives ``value``, whose tensors are known by identity from now on.
-
-        A function that gave back its own argument (``contiguous``) would pass its name on; it gives an
-        alias unless ``same``, which says that the argument itself is what changed.
-        """
-        node.meta["val"] = value
-        if isinstance(value, Tensor):
-            known = id(value) in self._nodes or id(value) in self._names
-            if known and not same:
-                value = torch.ops.aten.alias.default(value)
-                node.meta["val"] = value
-            self._know(value, node)
-        elif isinstance(value, Mapping):
-            for key, part in value.items():
-                self._bind_part(part, node, key, same)
-        elif isinstance(value, (tuple, list)):
-            for index, part in enumerate(value):
-                self._bind_part(part, node, index, same)
-        return value
-
-    def _bind_part(self, part: Any, node: fx.Node, key: Any, same: bool) -> None:
-        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(part)):
-            self._bind(part, self._create("call_function", operator.getitem, (node, key), {}), True)
-
-    def _node_of(self, tensor: Tensor) -> fx.Node:
-        if id(tensor) in self._nodes:
-            return self._nodes[id(tensor)][1]
-        name = self._names.get(id(tensor))
-        if name is None:
-            name = self._constant_name(tensor)
-        self.attributes[name] = tensor
-        node = self._create("get_attr", name, (), {})
-        node.meta["val"] = tensor
-        self._know(tensor, node)
-        return node
-
-    def _know(self, tensor: Tensor, node: fx.Node) -> None:
-        self._nodes[id(tensor)] = (tensor, node)
-
-    def _constant_name(self, tensor: Tensor) -> str:
-        if isinstance(tensor, FakeTensor):
-            raise TraceError(
-                f"a tensor of shape {tuple(tensor.shape)} came from a call that cannot be followed "
-                "(a scripted function, a custom kernel, or a tensor kept from an earlier call)"
-            )
-        name = f"_tensor_constant{sum(key.startswith('_tensor_constant') for key in self.attributes)}"
-        self._names[id(tensor)] = name
-        return name
-
-    def _lower(self, value: Any, near: list[Tensor] | None = None) -> Any:
-        """``value`` with nodes for the tensors and for the sizes that hang on the batch."""
-        if isinstance(value, Tensor):
-            return self._node_of(value)
-        if isinstance(value, (torch.SymInt, torch.SymFloat)):
-            return self._sizes.node_for(value, near or [], self._inputs)
-        if isinstance(value, torch.SymBool):
-            return bool(value)
-        if isinstance(value, torch.device):
-            return self._device(value)
-        lower = functools.partial(self._lower, near=near)
-        if isinstance(value, tuple):
-            parts = [lower(part) for part in value]
-            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-        if isinstance(value, list):
-            return [lower(part) for part in value]
-        if isinstance(value, Mapping):
-            return {key: lower(part) for key, part in value.items()}
-        if isinstance(value, slice):
-            return slice(lower(value.start), lower(value.stop), lower(value.step))
-        if hasattr(value, "dtype") and hasattr(value, "item"):
-            return value.item()  # a scalar of numpy
-        return value
-
-    def _device(self, device: torch.device) -> Any:
-        """The device of the inputs is a node, so that the graph can move; another is what the model says."""
-        if not self._inputs or self._inputs[0].device != device:
-            return device
-        if self._device_node is None:
-            source = self._node_of(self._inputs[0])
-            self._device_node = self._create("call_function", getattr, (source, "device"), {})
-        return self._device_node
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers and plain tensor attributes; of one with many names the first comes last."""
-    found: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    for prefix, module in model.named_modules():
-        for key, value in module.__dict__.items():
-            if isinstance(value, Tensor):
-                found.append((f"{prefix}.{key}" if prefix else key, value))
-    return reversed(found)
-
-
-def _plain(value: Any) -> Any:
-    """A model's output made of tuples, lists and dicts only."""
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, tuple):
-        parts = [_plain(part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return value

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
+from fxzip.labelling.labels import Labelled
 from fxzip.passes.recalibrate import recalibrate
 from fxzip.passes.trace import trace
 from fxzip.passes.trace.clean import clean
-from fxzip.rules import Norm, product
+from fxzip.rules import Norm, RuleContext, product
 from fxzip.rules.contractions import matmul
 from fxzip.rules.registry import unregister_rule
-from tests.nets import Net, pair, permuted_copy
-from tests.oracles import call, difference, permutation_error, randomise
+from tests.nets import Net, conv, pair, permuted_copy
+from tests.oracles import TOLERANCE, call, difference, images, permutation_error, randomise
 
 
 @torch.library.custom_op("tests::my_linear", mutates_args=())
@@ -197,4 +198,33 @@ def test_layers_that_are_functions_are_folded_at_the_cut(kind: str) -> None:
 )
 def test_dropouts_go_where_they_drop_nothing(function: Any, gone: bool) -> None:
     module = torch.fx.symbolic_trace(Net(lambda m, x: function(x) + 1))
-    assert ("dropout" in clean(module).code) is not gone
+    assert ("dropout" in clean(module, lambda _: {}).code) is not gone
+
+
+def test_a_rule_for_a_module_class_of_ones_own_is_used() -> None:
+    """Such a module is a node of the graph; without its rule it would be looked into."""
+
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale[:, None, None] * 2
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.b(m.own(F.relu(m.a(x))))).mean((2, 3)))
+
+    def rule(ctx: RuleContext, module: nn.Module, x: Labelled) -> Labelled:
+        seen.append(ctx.name)
+        return ctx.elementwise(x, ctx.per_channel("scale", axis=1, like=x))
+
+    seen: list[str] = []
+    x = images(4, 6)
+    net = randomise(Net(forward, a=conv(3, 8), own=Doubled(), b=conv(8, 6), head=nn.Linear(6, 3)), x)
+    fxzip.register_rule(Doubled)(rule)
+    try:
+        assert permutation_error(net, x) < TOLERANCE
+        assert seen == ["own"]
+    finally:
+        unregister_rule(Doubled)

@@ -9,14 +9,14 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.errors import OptionError
-from fxzip.passes.points import Which, merge_points
+from fxzip.passes.points import Points, merge_points
 from tests.nets import Net, Residual, chain, conv
 from tests.oracles import TOLERANCE, images, randomise, self_zip_errors
 
 X = images(6, 8)
 
 
-def points(model: nn.Module, which: Which = "last", until: str | None = None) -> dict[str, list[str]]:
+def points(model: nn.Module, which: Points = "last", until: str | None = None) -> dict[str, list[str]]:
     """The nodes that each space is observed at, in the trunk before a cut."""
     model = randomise(model, X)
     prepared = fxzip.prepare(model, model, example_inputs=X)

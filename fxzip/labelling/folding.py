@@ -1,0 +1,124 @@
+"""Axes that are taken together, mixed or reduced: what becomes of the labels along them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fxzip.labelling.labels import FIXED, VOID, LabelGraph, Labelled, occurrences, varying
+
+
+def collapse(graph: LabelGraph, factor: Tensor, axis: int) -> Tensor:
+    """Tie labels that differ only off ``axis``; labels of shape (size,) along it."""
+    flat = factor.movedim(axis, 0).reshape(factor.shape[axis], -1)
+    known = flat.amax(1)
+    if flat.shape[1] > 1:
+        graph.unite(flat, known[:, None])
+    return known
+
+
+def along(graph: LabelGraph, value: Labelled, axis: int) -> Tensor | None:
+    """The labels (size,) of a value along one axis, tied over the others; None if the axis is positional.
+
+    Where the axis is a product (heads by channels of a head, each with labels of its own), its elements get labels
+    of their own, which move with both.
+    """
+    axis %= len(value.shape)
+    found = [collapse(graph, f, axis) for f in value.factors if f.shape[axis] > 1]
+    found = [f for f in _without_redundant(graph, found) if bool((f != VOID).any())]
+    if len(found) < 2:
+        return found[0] if found else None
+    labels = graph.fresh(value.shape[axis])
+    for other in found:
+        graph.nest(f"product:{int(labels[0])}:{int(other.amax())}", labels, other)
+    _, which = torch.stack(found, 1).unique(dim=0, return_inverse=True)
+    graph.place(f"{graph.node}:product", labels, occurrences(which))  # of one product each is a position of its own
+    return labels
+
+
+def simplified(graph: LabelGraph, value: Labelled) -> Labelled:
+    """The value without the factors that another factor of it determines; what moves with what is noted."""
+    if len(value.factors) < 2:
+        return value
+    factors = tuple(_without_redundant(graph, list(value.factors)))
+    return replace(value, factors=factors, versions=tuple(value.version(f) for f in factors))
+
+
+def _without_redundant(graph: LabelGraph, factors: list[Tensor]) -> list[Tensor]:
+    for coarse in sorted(factors, key=lambda f: f.numel()):
+        for fine in factors:
+            if fine is not coarse and varying(coarse) <= varying(fine) and determines(fine, coarse):
+                if varying(coarse) == varying(fine) and determines(coarse, fine):
+                    graph.unite(fine, coarse)
+                else:
+                    graph.nest(f"within:{int(fine.amax())}:{int(coarse.amax())}", fine, coarse)
+                factors = [f for f in factors if f is not coarse]
+                break
+    return factors
+
+
+def determines(fine: Tensor, coarse: Tensor) -> bool:
+    """Whether equal labels of the one always come with equal labels of the other."""
+    fine, coarse = (t.reshape(-1) for t in torch.broadcast_tensors(fine, coarse))
+    place = fine - fine.amin()
+    one = torch.empty(int(place.amax()) + 1, dtype=coarse.dtype).index_put_((place,), coarse)
+    return torch.equal(one[place], coarse)
+
+
+def mixed(graph: LabelGraph, factor: Tensor, axes: Sequence[int], reason: str) -> Tensor | None:
+    """What is left of a factor when positions along ``axes`` are mixed (by a kernel, by a resize).
+
+    Labels that differ along those axes only (subpixels of a channel, after a pixel shuffle) are tied; where
+    nothing else tells channels apart, their order matters and they are frozen: None.
+    """
+    moved = varying(factor) & set(axes)
+    if not moved:
+        return factor
+    if varying(factor) <= moved:
+        graph.freeze(factor, reason)
+        return None
+    known = factor.amax(sorted(moved), keepdim=True)
+    graph.unite(factor, known)
+    return known
+
+
+def reduce(graph: LabelGraph, node: str, value: Labelled, axes: Sequence[int], keepdim: bool = False) -> Labelled:
+    """Take a symmetric function (sum, mean, maximum, norm) over axes.
+
+    Where labels vary along other axes too, what is left is labelled by block: the channels that were reduced
+    together move together.
+    """
+    value = graph.opened(value)
+    rank = len(value.shape)
+    gone = {axis % rank for axis in axes}
+    factors = []
+    for f in value.factors:
+        if varying(f) & gone:
+            graph.use(node, f)
+            if varying(f) <= gone:
+                continue
+            blocks = _blocks(graph, f, sorted(varying(f) - gone))
+            graph.nest(f"{node}:reduce", f, blocks)
+            f = blocks
+        factors.append(f)
+    shape = tuple(1 if a in gone else size for a, size in enumerate(value.shape))
+    if not keepdim:
+        shape = tuple(size for a, size in enumerate(shape) if a not in gone)
+        factors = [f.reshape([size for a, size in enumerate(f.shape) if a not in gone]) for f in factors]
+    return Labelled(shape, tuple(factors), uniform=value.uniform)
+
+
+def _blocks(graph: LabelGraph, factor: Tensor, axes: Sequence[int]) -> Tensor:
+    """Labels for what is reduced together at each place along ``axes``; equal sets of labels are one block.
+
+    A set with an element that must stay where it is is `FIXED` as a whole.
+    """
+    rows = factor.movedim(list(axes), list(range(len(axes))))
+    rows = rows.reshape(int(torch.Size(rows.shape[: len(axes)]).numel()), -1).sort(1).values
+    distinct, number = torch.unique(rows, dim=0, return_inverse=True)
+    labels = graph.fresh(len(distinct))
+    labels = labels.where((distinct != FIXED).all(1), FIXED).where((distinct != VOID).any(1), VOID)
+    return labels[number].reshape([size if a in axes else 1 for a, size in enumerate(factor.shape)])
