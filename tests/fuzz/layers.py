@@ -165,7 +165,7 @@ def a_norm(b: Builder) -> None:
         f"nn.BatchNorm{dims}d({channels})", f"nn.BatchNorm{dims}d({channels})", f"nn.LayerNorm({last})",
         f"nn.LayerNorm({shape[1:]})", f"nn.GroupNorm({groups}, {channels})", f"nn.GroupNorm(1, {channels})",
         f"nn.InstanceNorm{dims}d({channels}, affine=True, track_running_stats={b.chance(0.5)})",
-        f"nn.RMSNorm({last})", f"nn.LocalResponseNorm(3)", f"nn.PReLU({channels})", "nn.Softmax(1)",
+        f"nn.RMSNorm({last})", "nn.LocalResponseNorm(3)", f"nn.PReLU({channels})", "nn.Softmax(1)",
     )  # fmt: skip
     maybe_activation(b, b.add(f"{b.part(own)}({v})"), 0.4)
 

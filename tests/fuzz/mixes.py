@@ -40,7 +40,8 @@ def two_that_fit(b: Builder) -> None:
         b.choose(
             f"{v} + {other}", f"{v} * {other}", f"{v} * {other}.sigmoid()", f"torch.maximum({v}, {other})",
             f"torch.where({v} > 0, {v}, {other})", f"torch.cat([{v}, {other}], 1)", f"torch.lerp({v}, {other}, 0.3)",
-            f"torch.stack([{v}, {other}], 1).mean(1)", f"torch.cat([{v}, {other}], -1)", f"torch.addcmul({v}, {v}, {other})",
+            f"torch.stack([{v}, {other}], 1).mean(1)", f"torch.cat([{v}, {other}], -1)",
+            f"torch.addcmul({v}, {v}, {other})",
             f"sum([{v}, {other}])", f"torch.stack([{v}, {other}], 2).flatten(1, 2)",
         )
     )  # fmt: skip

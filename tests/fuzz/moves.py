@@ -41,7 +41,8 @@ def other_shape(b: Builder, v: str) -> str:
     lead = ":, " * axis
     start, stop = sorted((b.number(0, size // 2), b.number(size // 2 + 1, size)))
     options = [
-        f"{v}[{lead}{start}:{stop}]", f"{v}[{lead}::2]", f"{v}[{lead}1::2]", f"{v}.narrow({axis}, {start}, {stop - start})",
+        f"{v}[{lead}{start}:{stop}]", f"{v}[{lead}::2]", f"{v}[{lead}1::2]",
+        f"{v}.narrow({axis}, {start}, {stop - start})",
         f"{v}[{lead}{b.random.choices(range(size), k=b.number(1, size))}]",
         f"torch.cat([{v}, {v}], {axis})", f"torch.cat([{v}, -{v}], {axis})", f"{v}.repeat_interleave(2, {axis})",
         f"torch.cat([{v}, torch.zeros_like({v})], {axis})",
@@ -58,7 +59,8 @@ def other_shape(b: Builder, v: str) -> str:
     if len(shape) == 4:
         options += [
             f"F.max_pool2d({v}, 2)", f"F.avg_pool2d({v}, 3, 1, 1)", f"F.adaptive_avg_pool2d({v}, {b.number(1, 2)})",
-            f"F.interpolate({v}, scale_factor=2)", f"F.pad({v}, (1, 1, 1, 1), mode='{b.choose('reflect', 'circular')}')",
+            f"F.interpolate({v}, scale_factor=2)",
+            f"F.pad({v}, (1, 1, 1, 1), mode='{b.choose('reflect', 'circular')}')",
             f"F.pad({v}, (0, 1), value=0.5)", f"F.pad({v}, (0, 0, 0, 0, 1, 1))", f"F.pixel_shuffle({v}, 2)",
             f"F.pixel_unshuffle({v}, 2)", f"{v}[:, :, 1:-1, 1:-1]", f"F.unfold({v}, 2)", f"F.unfold({v}, 2, stride=2)",
             f"{v}.unfold(2, 2, 2)", f"{v}.permute(0, 2, 3, 1)", f"{v}.permute(0, 3, 1, 2)",
@@ -166,7 +168,7 @@ def windows(b: Builder) -> None:
     b.add(
         b.choose(
             f"{v}.view({n}, {c}, {h // 2}, 2, {w // 2}, 2).permute(0, 2, 4, 3, 5, 1).reshape({n}, -1, {4 * c})",
-            f"{v}.view({n}, {c}, {h // 2}, 2, {w // 2}, 2).permute(0, 1, 3, 5, 2, 4).reshape({n}, -1, {h // 2}, {w // 2})",
+            f"{v}.view({n}, {c}, {h // 2}, 2, {w // 2}, 2).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)",
             f"{v}.view({n}, {c}, {h // 2}, 2, {w // 2}, 2).amax((3, 5))",
             f"{v}.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5))",
             f"F.fold(F.unfold({v}, 2, stride=2), ({h}, {w}), 2, stride=2)",

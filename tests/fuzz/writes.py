@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from tests.fuzz.builder import Builder, Failed
 from tests.fuzz.moves import moved
 from tests.fuzz.vocabulary import step
@@ -58,10 +60,8 @@ def an_item(b: Builder) -> None:
     at = b.number(1, max(1, size - 1))
     where = b.choose(f"[{lead}:{at}]", f"[{lead}{at}:]", f"[{lead}::2]", f"[{lead}{b.number(0, size - 1)}]")
     what = b.choose(f"{v}{where} * 2", f"F.relu({v}{where})", "0", "0.5", f"{v}{where}.tanh()", f"-{v}{where}")
-    try:
+    with suppress(Failed):
         what = f"{b.like(v)}{where}" if b.chance(0.4) else what
-    except Failed:
-        pass
     if b.chance(0.3):
         b.do(f"{v}{where} {b.choose('*=', '+=', '-=')} {b.choose('2', '0.5')}")
     else:
@@ -72,10 +72,8 @@ def an_item(b: Builder) -> None:
 def an_augmented_variable(b: Builder) -> None:
     v = fresh(b)
     other = b.choose("2", "0.5", f"{v}.mean(1, keepdim=True)")
-    try:
+    with suppress(Failed):
         other = b.like(v) if b.chance(0.5) else other
-    except Failed:
-        pass
     b.do(f"{v} {b.choose('*=', '+=', '-=')} {other}")
 
 
