@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.fuzz.program import SCOPE, Program
+from tests.fuzz.program import SCOPE, VARIABLE, Program
 
 CHANNELS = 12
 """Most channels that a layer gives."""
 _ELEMENTS = 1200
 """Most elements of a value, for one example."""
 _BATCH = 2
-_VARIABLE = r"\b(?:v[0-9]+|[xyz])\b(?!=)"
 
 
 class Failed(Exception):
@@ -164,11 +163,11 @@ class Builder:
         except Exception as error:
             raise Failed(str(error)) from error
         self._steps.append(statement)
-        self._read |= set(re.findall(_VARIABLE, statement)[1:])  # the first is what is written to
+        self._read |= set(re.findall(VARIABLE, statement)[1:])  # the first is what is written to
 
     def _note(self, line: str) -> None:
         self._steps.append(line)
-        self._read |= set(re.findall(_VARIABLE, line.partition(" = ")[2]))
+        self._read |= set(re.findall(VARIABLE, line.partition(" = ")[2]))
 
     # ---- a place to go back to
 

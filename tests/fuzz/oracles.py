@@ -35,6 +35,7 @@ from fxzip.passes.trace import trace
 from fxzip.prepared import task_names
 from tests.fuzz.outcome import Outcome
 from tests.fuzz.program import Program, build, inputs_of, off, run, tensors
+from tests.fuzz.ties import tied_spaces
 from tests.nets import snapshot
 
 PERMUTED, MERGED, REFITTED = 1e-8, 1e-6, 0.05
@@ -122,6 +123,8 @@ class Check:
         with self._tried("observe"):
             prepared.observe([self._batch], progress=False)
             self._converts(prepared)
+        if self.outcome.mismatched and tied_spaces(prepared.alignment.modules[0], prepared.spec, self.inputs):
+            self.outcome.mismatched = {}
 
     def _spans(self, prepared: fxzip.Prepared) -> list[tuple[int, int, str]]:
         """The places to merge: the default cut, the empty trunk, some cuts between, and some with a start."""

@@ -14,6 +14,7 @@ what the module holds, in lines that begin with ``m.``; then what its forward do
 from __future__ import annotations
 
 import ast
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from torch.utils import _pytree as pytree
 
 SCOPE: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "parametrizations": parametrizations}
 """What the lines of a program can use besides ``m`` and their inputs."""
+VARIABLE = r"\b(?:v[0-9]+|[xyz])\b(?!=)"
+"""A pattern for the names of variables."""
 
 
 @dataclass(frozen=True)
@@ -133,3 +136,40 @@ def off(wanted: Any, found: Any) -> float:
         return float("inf")
     worst = max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-9)) for a, b in zip(left, right, strict=True))
     return worst if worst == worst else float("inf")
+
+
+def targets(line: str) -> list[str]:
+    """The variables that a line makes; none where it writes into one."""
+    left = line.partition(" = ")[0]
+    return left.split(", ") if re.fullmatch(rf"(?:{VARIABLE}|, )+", left) else []
+
+
+def tidy(program: Program) -> Program:
+    """The program without variables, parts and inputs that nothing uses."""
+    steps = list(program.steps)
+    while True:
+        text = [*steps, program.result]
+        dead = [
+            i
+            for i, line in enumerate(steps)
+            if (made := targets(line))
+            and not any(re.search(rf"\b{name}\b", later) for name in made for later in text[i + 1 :])
+        ]
+        dead = [i for i in dead if not re.search(r"_\(|inplace=True|out=", steps[i])]
+        if not dead:
+            break
+        del steps[dead[-1]]
+    body = "\n".join([*steps, program.result])
+    parts = list(program.parts)
+    for part in reversed(program.parts):
+        name = _part(part)
+        others = "\n".join([*(p for p in parts if p is not part), body])
+        if name and not re.search(rf"\bm\.{name}\b", others):
+            parts.remove(part)
+    inputs = tuple((name, shape) for name, shape in program.inputs if re.search(rf"\b{name}\b", body))
+    return Program(inputs or program.inputs[:1], tuple(parts), tuple(steps), program.result)
+
+
+def _part(line: str) -> str | None:
+    found = re.match(r"m\.(\w+) = |m\.register_buffer\(\"(\w+)\"", line)
+    return found and (found[1] or found[2])
