@@ -1,12 +1,15 @@
-# make demo | test | lint | docs | dev: each makes .venv first where it is missing or older than its inputs.
+# make demo | test | fuzz | lint | docs | dev: each makes .venv first where it is missing or older than its inputs.
 
 PYTHON ?= python3
 WORKERS ?= 2
+GRAPHS ?= 5000
+FILES ?= 10000
+TIME ?= 3600
 BIN := .venv/bin
 STAMP := .venv/.stamp
 
 .DELETE_ON_ERROR:
-.PHONY: zoo zoo-all demo test lint docs pictures dev format clean
+.PHONY: fuzz zoo zoo-all demo test lint docs pictures dev format clean
 
 demo: $(STAMP)
 	$(BIN)/fxzip demo $(ARGS)
@@ -16,6 +19,13 @@ test: $(STAMP)
 
 zoo zoo-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo $(if $(filter zoo-all,$@),--all) $(ARGS)
+
+# Random networks, then mutated files: at most TIME seconds each. Called again, it goes on where it ended.
+fuzz: $(STAMP)
+	@export OMP_NUM_THREADS=1; status=0; \
+	$(BIN)/python -m tests.fuzz --graphs $(GRAPHS) --seconds $(TIME) $(ARGS) || status=1; \
+	$(BIN)/python -m tests.fuzz.files --count $(FILES) --seconds $(TIME) || status=1; \
+	exit $$status
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
