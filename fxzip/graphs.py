@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzip.rules.calls import Call, Linear, Norm
-from fxzip.rules.registry import Entry, find_entry, key_of, kind_of, target_of
+from fxzip.rules.keys import key_of
+from fxzip.rules.registry import Entry, find_entry, kind_of, target_of
 
 _IN_PLACE_OPERATORS = frozenset(
     {

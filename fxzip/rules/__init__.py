@@ -1,6 +1,6 @@
 """Rules of operations, by kind; importing this package registers them all."""
 
-from fxzip.rules import contractions, elementwise, movement, norms, products, reductions
+from fxzip.rules import contractions, elementwise, movement, norms, patches, products, reductions
 from fxzip.rules.calls import Call, Linear, Norm, product
 from fxzip.rules.registry import (
     RuleContext,
@@ -24,6 +24,7 @@ __all__ = [
     "kind_of",
     "movement",
     "norms",
+    "patches",
     "product",
     "products",
     "reductions",

@@ -223,34 +223,6 @@ def matmul(ctx: RuleContext, input: Any, other: Any) -> Labelled:
     return reduce(ctx.graph, ctx.name, product, [-2])
 
 
-def _transposed(value: Labelled) -> Labelled:
-    shape = (*value.shape[:-2], value.shape[-1], value.shape[-2])
-    return Labelled(shape, tuple(f.transpose(-2, -1) for f in value.factors))
-
-
-def _repeated(ctx: RuleContext, value: Labelled, times: int) -> Labelled:
-    """The value with each of its heads (axis -3) so many times in a row."""
-    value = ctx.graph.opened(value)
-    shape = (*value.shape[:-3], value.shape[-3] * times, *value.shape[-2:])
-    factors = (f if f.shape[-3] == 1 else f.repeat_interleave(times, -3) for f in value.factors)
-    return Labelled(shape, tuple(factors), uniform=value.uniform)
-
-
-@register_rule("scaled_dot_product_attention")
-def attention(
-    ctx: RuleContext, query: Labelled, key: Labelled, value: Labelled, attn_mask: Any = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Labelled:  # fmt: skip
-    """softmax(Q Kᵀ) V: two products and a softmax; with ``enable_gqa`` some heads of Q share one of K and V."""
-    if enable_gqa:
-        key, value = (_repeated(ctx, v, query.shape[-3] // v.shape[-3]) for v in (key, value))
-    logits = matmul(ctx, query, _transposed(key))
-    if attn_mask is not None:
-        logits = ctx.elementwise(logits, attn_mask)
-    reduce(ctx.graph, ctx.name, logits, [-1])
-    return matmul(ctx, logits, value)
-
-
 @register_rule("einsum", kind="layer", linear=weights.einsum_product)
 def einsum(ctx: RuleContext, equation: str, *operands: Any) -> Labelled:
     """A product over named axes: operands meet, then what is not in the result is reduced."""

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from fxzip.labelling.folding import mixed
 from fxzip.labelling.labels import FIXED, VOID, Labelled, compress, varying
+from fxzip.rules.keys import key_of
 from fxzip.rules.order import Copies, constants_apart
-from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, key_of, mapped, register_rule
+from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, mapped, register_rule
 
 NAMES = """
 atleast_1d atleast_2d atleast_3d bfloat16 broadcast_to broadcast_tensors cat channel_shuffle chunk concat
@@ -256,31 +257,6 @@ def cut_in_half(value: Labelled, axis: int) -> tuple[Labelled, Labelled]:
         Labelled(tuple(shape), tuple(f for f in first if f is not None)),
         Labelled(tuple(shape), tuple(f for f in second if f is not None)),
     )
-
-
-@register_rule("fold", "col2im", nn.Fold, kind="passive")
-def fold(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
-    """Patches back into an image: overlapping patches are summed, and labels that are summed are tied."""
-    called = isinstance(args[0], nn.Fold)
-    x = as_labelled(args[called])
-    module = args[0] if called else nn.Fold(*args[1:], **kwargs)
-    places = _pixels(module, ctx.shape)
-    factors = []
-    for f in x.factors:
-        dense = f.expand(x.shape).reshape(-1)
-        image = torch.zeros(1 + torch.Size(ctx.shape).numel(), dtype=torch.int64)
-        image = image.scatter_reduce(0, places, dense, "amax")
-        pairs = torch.stack([dense, image[places]], 1)[places > 0].unique(dim=0)
-        ctx.graph.unite(pairs[:, 0], pairs[:, 1])
-        factors.append(compress(image[1:].reshape(ctx.shape)))
-    return Labelled(ctx.shape, tuple(f for f in factors if f is not None))
-
-
-def _pixels(module: nn.Fold, shape: tuple[int, ...]) -> Tensor:
-    """For each element of the patches, flat, one plus the element of the image that it is added to; 0 for none."""
-    image = torch.arange(1, 1 + torch.Size(shape).numel()).double().reshape(shape)
-    patches = F.unfold(image, module.kernel_size, module.dilation, module.padding, module.stride)
-    return patches.long().reshape(-1)
 
 
 @register_rule(

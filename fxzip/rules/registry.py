@@ -39,14 +39,11 @@ compute what ``model`` does.
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxzip.channels import Statistic
@@ -55,11 +52,11 @@ from fxzip.labelling.folding import reduce
 from fxzip.labelling.labels import LabelGraph, Labelled
 from fxzip.labelling.meeting import meet
 from fxzip.rules.calls import IdleRule, LinearRule, NormRule
+from fxzip.rules.keys import key_of
 
 Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
 Kind = Literal["layer", "passive", "pointwise"]
-_NATIVE = ("torch", "_operator", "math", "builtins", "einops")
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,31 +205,6 @@ def as_labelled(value: Labelled | Tensor) -> Labelled:
     many = value.numel() > 1 and not value.is_meta
     same = value.numel() == 1 or (many and bool((value == value.reshape(-1)[0]).all()))
     return Labelled(tuple(value.shape), uniform=same)
-
-
-def key_of(target: object) -> object:
-    """What a rule for this target is found under: PyTorch's own functions go by their bare name."""
-    if isinstance(target, type | nn.Module):
-        return target
-    if isinstance(target, str):
-        return _bare(target)
-    if isinstance(target, torch._ops.OpOverload):
-        return _bare(target.overloadpacket.__name__)
-    native = str(getattr(target, "__module__", None) or "torch").split(".")[0] in _NATIVE
-    if native or isinstance(target, (BuiltinFunctionType, MethodDescriptorType)):
-        return _bare(getattr(target, "__name__", str(target)))
-    return target
-
-
-def _bare(name: str) -> str:
-    """A name without underscores; the reflected and in-place forms of an operator (``__radd__``, ``iadd``) are it."""
-    bare = name.strip("_")
-    if not name.startswith("__") and hasattr(torch, bare):  # torch.rand is no reflected ``and``
-        return bare
-    for prefix in ("r", "i"):
-        if bare.startswith(prefix) and hasattr(operator, f"__{bare[1:]}__") and not hasattr(Tensor, bare):
-            return bare[1:]
-    return bare
 
 
 def register_rule(

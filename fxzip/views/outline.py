@@ -15,7 +15,7 @@ from fxzip.graphs import bind_inputs, placeholders
 from fxzip.passes.cut import is_layer
 from fxzip.report import LayerRow
 from fxzip.rules import target_of
-from fxzip.rules.registry import key_of
+from fxzip.rules.keys import key_of
 
 FEW = 24
 """Up to so many blocks, modules that are no mere lists of others are opened."""

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from fxzip.graphs import is_static, named_call, norm_of, static_value
 from fxzip.passes.refit.slots import slot
 from fxzip.rules.calls import rank_of
-from fxzip.rules.registry import key_of
+from fxzip.rules.keys import key_of
 
 _OPERATIONS: dict[object, Callable[[Any, Any], Any]] = {"mul": operator.mul, "add": operator.add, "sub": operator.sub}
 _OPERATIONS |= {"div": operator.truediv, "truediv": operator.truediv}

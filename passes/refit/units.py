@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from fxzip.graphs import is_static
 from fxzip.passes.refit.layers import Layer, find_layer
 from fxzip.passes.refit.slots import Uses
-from fxzip.rules.registry import key_of
+from fxzip.rules.keys import key_of
 
 
 @dataclass(frozen=True, eq=False)
