@@ -78,7 +78,7 @@ def _stable(colour: Ints, nests: Mapping[str, Ints]) -> Ints:
 
 
 def _marks(graph: LabelGraph, of: Ints) -> tuple[list[tuple[Ints, Ints]], list[tuple[Ints, Ints]]]:
-    """The marks of labels as (labels, keys): those that count each time, and those of sets, which count once a class."""
+    """The marks of labels as (labels, keys): those that count each time, and those of sets, once for each class."""
     kinds: dict[tuple[object, ...], int] = {}
     axes = list(graph.axes.values())
     numbers = [kinds.setdefault((axis.parameter, axis.axis), len(kinds)) for axis in axes]

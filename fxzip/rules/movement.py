@@ -18,7 +18,8 @@ from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, key_of, 
 
 NAMES = """
 atleast_1d atleast_2d atleast_3d bfloat16 broadcast_to broadcast_tensors cat channel_shuffle chunk concat
-concatenate contiguous detach double dsplit expand expand_as flatten flip float getattr getitem half hsplit hstack im2col
+concatenate contiguous detach double dsplit expand expand_as flatten flip float getattr getitem half
+hsplit hstack im2col
 index_select movedim moveaxis narrow numpy_T pad permute pixel_shuffle pixel_unshuffle repeat repeat_interleave
 reshape reshape_as roll rot90 select slice split split_with_sizes squeeze stack swapaxes swapdims t tensor_split
 tile to transpose type type_as unbind unflatten unfold unsqueeze view view_as vsplit vstack constant_pad_nd to_copy
