@@ -36,7 +36,7 @@ class Window:
         stride: Steps from position to position.
         dilation: Steps inside the kernel.
         padding: What is added before and behind the input; negative cuts off.
-        mode: How, as `torch.nn.functional.pad` calls it.
+        mode: The padding mode, as `torch.nn.functional.pad` names it.
         spacing: How far apart the input's elements are put first, zeros between them.
     """
 

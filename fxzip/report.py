@@ -210,7 +210,7 @@ def spec_table(spec: ChannelSpec) -> str:
             frozen.add_row(row.name, str(row.size), row.reason)
         text += render(frozen)
     if spec.probed:
-        probed = new_table("found by trying, for want of a rule", "operation and channels")
+        probed = new_table("found by trial, as there is no rule", "operation and channels")
         for sentence in spec.probed:
             probed.add_row(sentence)
         text += render(probed)

@@ -146,7 +146,7 @@ def test_a_model_on_another_device_than_its_peer(nets: list[nn.Module]) -> None:
         zipped(nets[0], far)
     far = copy.deepcopy(nets[1])
     far.head.to("meta")
-    with refused(AlignmentError, "model 1 lies on several devices: cpu, meta", nets[0], far):
+    with refused(AlignmentError, "model 1 is spread over several devices, move it to one: cpu, meta", nets[0], far):
         zipped(nets[0], far)
 
 
@@ -400,9 +400,12 @@ class Unread:
         ({"progress": "no"}, "progress='no': give True or False"),
         ({"points": ["last"]}, r"points=\['last'\] is unknown; use 'last' or 'all'"),
         ({"ridge": 0.1}, r"'ridge' is a setting of refit: give refit=fxzip\.RefitOptions\(ridge=0\.1\)"),
-        ({"device": "cuda"}, "'device'; it is no argument of zip.* no option of method 'zip', which takes alpha, beta"),
-        ({"alhpa": 0.5}, r"unknown argument 'alhpa'.*; near: alpha"),
-        ({"reset_batch_norm": False}, r"unknown argument 'reset_batch_norm'; it is no argument of zip\(\)"),
+        (
+            {"device": "cuda"},
+            "'device'; it is neither .* nor an option of method 'zip', which takes alpha, beta",
+        ),
+        ({"alhpa": 0.5}, r"unknown argument 'alhpa'.*; did you mean alpha"),
+        ({"reset_batch_norm": False}, r"unknown argument 'reset_batch_norm'; it is neither an argument of zip\(\)"),
         ({"method": ["zip"]}, r"unknown matching method \['zip'\]"),
         ({"names": ["a"]}, "one name for each of the 2 models"),
     ],
@@ -447,7 +450,7 @@ def test_a_sweep_checks_all_its_merges_before_the_first(nets: list[nn.Module]) -
         (["average", {"method": "zip", "alpha": 2}], "alpha=2"),
         (["average", {"refit": "no"}], "refit='no'"),
         ([{"cut": "b"}], "give sweep its cuts apart"),
-        ([{"points": "all"}], r"'points'; it is no argument of convert\(\)"),
+        ([{"points": "all"}], r"'points'; it is neither an argument of convert\(\)"),
     ):
         with refused(OptionError, says, *nets):
             prepared.sweep([None], methods, lambda _: pytest.fail("it was merged"), progress=False)
@@ -456,7 +459,7 @@ def test_a_sweep_checks_all_its_merges_before_the_first(nets: list[nn.Module]) -
 
 
 def test_an_option_that_the_method_does_not_take(nets: list[nn.Module]) -> None:
-    with refused(OptionError, "'alpha'; it is no .* no option of method 'permute', which takes none", *nets):
+    with refused(OptionError, "'alpha'; it is neither .* nor an option of method 'permute', which takes none", *nets):
         zipped(*nets, method="permute", alpha=0.5)
     with refused(OptionError, "unknown matching method 'zap'; did you mean 'zip'", *nets):
         zipped(*nets, method="zap")

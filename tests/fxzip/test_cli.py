@@ -356,7 +356,7 @@ def test_one_checkpoint_is_not_enough(place: Path, tmp_path: Path) -> None:
 
 def test_recipe_with_an_unknown_option(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("cutt: layer3")
-    assert "unknown option 'cutt'; near: cut" in one_line(run("zip", "--recipe", tmp_path / "r.yaml"))
+    assert "unknown option 'cutt'; did you mean cut" in one_line(run("zip", "--recipe", tmp_path / "r.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ class Box:
         title: Its module.
         lines: What is said of it.
         colour: Of the space of its result.
-        space: Name of that space; empty without.
+        space: Name of that space; empty if there is none.
         share: Its share of the largest block's operations, 0 to 1.
         within: Share of matches within one model; None where nothing was matched.
         takes: Titles of the boxes it takes its inputs from, where that is not just the one before it.
