@@ -47,7 +47,7 @@ def zip(
             Or a loader for each network: a list of them, or a dict by the tasks' names.
         cut: The module or node that the heads begin at, a share (0 to 1) of the layers for the trunk, a budget
             (``"flops<=1.3x"`` of one network: the earliest cut that meets it), or None for everything up to where
-            the models part or their classifiers begin.
+            the models diverge or their classifiers begin.
         start: The module or node that merging starts at, or a share (0 to 1) of the layers: what comes before is run
             as each network has it, side by side. None: at the input.
         method: ``zip``, ``select``, ``permute``, ``average``, ``optimal``, ``weights``, ``dual`` or ``cca`` (see

@@ -143,7 +143,7 @@ class _ChannelView:
         axes = place.axes
         if max(axes) >= tensor.ndim or min(axes) < -tensor.ndim:
             raise CalibrationError(
-                f"the activation at node {place.node!r} has shape {tuple(tensor.shape)}, which lacks some of axes {axes}"
+                f"the activation at node {place.node!r} has shape {tuple(tensor.shape)}, which lacks axes of {axes}"
             )
         if place.pooled:
             tensor = tensor.mean(place.pooled, keepdim=True)

@@ -306,7 +306,7 @@ class GraphRecorder(TorchFunctionMode):
         return name
 
     def _lower(self, value: Any, near: list[Tensor] | None = None) -> Any:
-        """``value`` with nodes for the tensors and for the sizes that hang on the batch."""
+        """``value`` with nodes for the tensors and for the sizes that depend on the batch."""
         if isinstance(value, Tensor):
             return self._node_of(value)
         if isinstance(value, (torch.SymInt, torch.SymFloat)):

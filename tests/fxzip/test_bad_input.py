@@ -59,7 +59,7 @@ def zipped(*models: nn.Module, loader: Any = None, **options: Any) -> fxzip.Zipp
 
 def test_models_that_differ_from_the_first_layer(nets: list[nn.Module]) -> None:
     other = randomise(Net(chain, a=conv(3, 7), b=conv(7, 6), head=nn.Linear(6, 3)), X)
-    match = r"share no layer: model 0 and model 1 part at a \(Conv2d, weight 8 x 3.*7 x 3.*out_channels is 8"
+    match = r"share no layer: model 0 and model 1 diverge at a \(Conv2d, weight 8 x 3.*7 x 3.*out_channels is 8"
     with refused(AlignmentError, match, nets[0], other):
         zipped(nets[0], other)
 
@@ -68,7 +68,7 @@ def test_models_that_share_no_layer_but_a_norm() -> None:
     models = [
         randomise(Net(chain, norm=nn.BatchNorm2d(3), a=conv(3, width), head=nn.Linear(width, 3)), X) for width in (8, 7)
     ]
-    with refused(CutError, r"no layer comes before.*part at a \(Conv2d, weight 8 x 3", *models):
+    with refused(CutError, r"no layer comes before.*diverge at a \(Conv2d, weight 8 x 3", *models):
         zipped(*models)
 
 
@@ -94,7 +94,7 @@ def test_no_shared_space_before_the_cut() -> None:
     models = pair(Ordered, X)
     with refused(CutError, "cut='b': the layers before it share no channel space.*a: cumsum", *models):
         zipped(*models, cut="b")
-    with refused(CutError, "cut='cumsum': the trunk cannot end there.*near: .*b", *models):
+    with refused(CutError, "cut='cumsum': the trunk cannot end there.*valid nearby: .*b", *models):
         zipped(*models, cut="cumsum")
 
 
@@ -220,9 +220,11 @@ def test_one_module_given_twice(nets: list[nn.Module]) -> None:
 
 def test_an_unknown_cut_names_the_nearest(nets: list[nn.Module]) -> None:
     models = pair(Residual, X)
-    with refused(CutError, r"cut='layer_2': no shared module or node of that name; near: .*\blayer2\b", *models):
+    with refused(
+        CutError, r"cut='layer_2': no shared module or node of that name; valid nearby: .*\blayer2\b", *models
+    ):
         zipped(*models, cut="layer_2")
-    with refused(CutError, "cut='zzzz': no shared module.*near: stem, norm", *models):
+    with refused(CutError, "cut='zzzz': no shared module.*valid nearby: stem, norm", *models):
         zipped(*models, cut="zzzz")
 
 
@@ -232,13 +234,13 @@ def test_a_cut_where_bundles_cross_or_beyond_the_classifier(nets: list[nn.Module
         return m.out(F.relu(m.head(F.relu(left * right).mean((2, 3)))))
 
     models = pair(lambda: Net(halves, a=conv(3, 8), head=nn.Linear(4, 6), out=nn.Linear(6, 3)), X)
-    with refused(CutError, "cut='getitem': the trunk cannot end there.*bundled.*near: .*chunk", *models):
+    with refused(CutError, "cut='getitem': the trunk cannot end there.*bundled.*valid nearby: .*chunk", *models):
         zipped(*models, cut="getitem")
     tail = pair(
         lambda: Net(lambda m, x: m.act(m.head(m.a(x).mean((2, 3)))), a=conv(3, 8), head=nn.Linear(8, 3), act=nn.ReLU()),
         X,
     )
-    with refused(CutError, "cut='act'.*classifiers begin before it; near: .*head", *tail):
+    with refused(CutError, "cut='act'.*classifiers begin at head; valid nearby: .*head", *tail):
         zipped(*tail, cut="act")
 
 

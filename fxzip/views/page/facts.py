@@ -147,7 +147,7 @@ def _layer_row(report: Report, row: LayerRow) -> tuple[str, ...]:
 
 def _notes(report: Report) -> Iterator[str]:
     if report.parting:
-        yield f"The models part: {report.parting}"
+        yield f"The models diverge: {report.parting}"
     if report.refitted:
         yield f"Layers whose weights were solved for (refit): {report.refitted}"
     if report.recalibrated:
