@@ -173,9 +173,9 @@ class Contraction:
 
     @cached_property
     def mixed(self) -> dict[int, int]:
-        """The axes of the input, from the end, whose elements the weight mixes in every output, each with its own.
+        """Axes of the input, counted from the end, over which the weight sums, each with the weight's axis for it.
 
-        A matrix that is applied to the input along the one may be applied to the weight along the other. Axes of
+        A matrix applied to the input along the former can be applied to the weight along the latter instead. Axes of
         groups are left out, and those that a convolution moves its kernel along.
         """
         if self.window is None:

@@ -75,7 +75,7 @@ class Verified:
     """What was checked, and how far it was off, as shares of the outputs' largest value.
 
     Attributes:
-        dtype: What was computed in.
+        dtype: The dtype of the computation.
         permutation: Of the network with permuted channels.
         merge: Of the network merged with its permuted copy as asked for; None where nothing is merged.
         ensemble: Of the heads behind an empty trunk.

@@ -21,7 +21,7 @@ class Setting:
     """A number that a user may set.
 
     Attributes:
-        default: What it is if nothing is given; an int: it is a whole number.
+        default: Its value if nothing is given; an int says that it is a whole number.
         help: What it does, in one line.
         low: The least that it may be.
         high: The most that it may be.
@@ -62,7 +62,7 @@ class Setting:
             value: What was given; NumPy's numbers will do.
 
         Raises:
-            OptionError: It is no number (True is none), not finite, not whole where it must be, or out of range.
+            OptionError: Not a number (True is none), not finite, not whole as it must be, or out of range.
         """
         number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
         fits = math.isfinite(number) and self.low <= number <= self.high
@@ -89,12 +89,12 @@ class RefitOptions:
         ridge: λ as a share of the mean of the inputs' sums of squares; 0 or more.
         rounds: How often an inner layer (of a residual branch, of an MLP) and the layer that uses it are solved in
             turn, in the trunk; in the heads it is once. 0: each layer is solved once.
-        images: Most images to use, of those that the loader gives; fewer where ``memory`` does not hold them.
-        samples: Positions that a layer is fitted on, at the least, if there are as many: layers with large feature
-            maps take fewer images, so that memory is that of so many positions.
-        memory: Bytes of inputs to keep, and of activations, at the most, unless ``least_images`` need more: where
-            they would not fit, fewer images are taken.
-        least_images: Images that every layer is fitted on, if there are as many.
+        images: Most images to use from the loader; fewer where ``memory`` does not hold them.
+        samples: Least number of positions that a layer is fitted on, if there are as many. Layers with large feature
+            maps take fewer images, so that memory is bounded by this number.
+        memory: Most bytes of inputs and activations to keep, unless ``least_images`` need more: where they would
+            not fit, fewer images are used.
+        least_images: Least number of images that every layer is fitted on, if there are as many.
         seed: Seed for the random choice of positions.
 
     Raises:

@@ -23,7 +23,7 @@ from fxzip.data.loaders import as_one_loader
 from fxzip.errors import CalibrationError, DroppedInputWarning, OptionError
 
 LABELS = frozenset({"label", "labels", "target", "targets"})
-"""Keys of a batch that are no inputs, unless a forward cannot do without."""
+"""Keys of a batch that are not inputs, unless a forward requires them."""
 _CALL = "fxzip.zip(model_a, model_b, loader)"
 
 

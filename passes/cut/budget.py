@@ -20,7 +20,7 @@ _BUDGET = re.compile(r"\s*flops\s*<=?\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*x\
 
 
 def parse_budget(cut: object) -> float | None:
-    """The bound of a cut like ``"flops<=1.3x"``, in networks; None for another kind of cut.
+    """The bound of a cut like ``"flops<=1.3x"``, in multiples of one network's FLOPs; None for another kind of cut.
 
     Raises:
         CutError: It starts like a budget but cannot be read as one.

@@ -15,7 +15,7 @@ from fxzip.moments import ROUNDINGS
 
 _SLICE = 2**24  # elements of the inputs that are shifted and multiplied at once
 SLIGHT = 1e-3
-"""An input whose variance is below this share of its mean square counts for λ as if it were that share."""
+"""Inputs whose variance is below this share of their mean square count for λ as if it were that share."""
 
 
 class Residuals:

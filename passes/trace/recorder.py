@@ -340,7 +340,7 @@ class GraphRecorder(TorchFunctionMode):
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers and plain tensor attributes; of one with many names the first comes last."""
+    """Parameters, buffers and plain tensor attributes; if one has many names, its first name comes last."""
     found: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     for prefix, module in model.named_modules():
         for key, value in module.__dict__.items():
