@@ -133,7 +133,7 @@ def _check_labels(labels: Tensor, logits: Tensor, task: str, classes: Sequence[s
     if classes is not None and len(classes) != size:
         raise CalibrationError(
             f"{task}: the images are in folders of {len(classes)} classes ({', '.join(classes[:4])}...), and the head "
-            f"has {size}; a class without images needs a folder, too"
+            f"has {size}; give every class a folder, even one without images"
         )
     if int(labels.max()) >= size or int(labels.min()) < 0:
         raise CalibrationError(f"{task}: a label is {int(labels.max())}, and the head has {size} classes from 0 on")

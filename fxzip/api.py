@@ -47,7 +47,7 @@ def zip(
             Or a loader for each network: a list of them, or a dict by the tasks' names.
         cut: The module or node that the heads begin at, a share (0 to 1) of the layers for the trunk, a budget
             (``"flops<=1.3x"`` of one network: the earliest cut that meets it), or None for everything up to where
-            the models part or their classifiers begin.
+            the models diverge or their classifiers begin.
         start: The module or node that merging starts at, or a share (0 to 1) of the layers: what comes before is run
             as each network has it, side by side. None: at the input.
         method: ``zip``, ``select``, ``permute``, ``average``, ``optimal``, ``weights``, ``dual`` or ``cca`` (see
@@ -55,12 +55,12 @@ def zip(
         names: Names of the tasks; default: ``task0``, ``task1`` ...
         points: One merge point for each space (``last``), or ``all`` of them pooled.
         refit: Solve each merged layer in closed form, so that it gives what the parents give on the loader's images
-            (`fxzip.passes.refit`). `fxzip.RefitOptions` is True with other settings; False: the paper's rule, and
-            BatchNorm statistics are reset.
+            (`fxzip.passes.refit`). True: with default settings; `fxzip.RefitOptions`: with these settings; False: the
+            weights are merged by ZipIt!'s rule alone, and BatchNorm statistics are reset.
         verify: Check the merge before it is fitted: the first network, merged with a permuted copy of itself, must be
-            itself again (`fxzip.passes.verify`). What is not is kept in place, with a warning.
+            itself again (`fxzip.passes.verify`). Channel spaces that fail are kept in place, with a warning.
         progress: Show bars.
-        **options: Of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
+        **options: Options of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
             `fxzip.matching.settings_of` says what they do, and their ranges and defaults.
 
     Raises:
@@ -92,15 +92,15 @@ def prepare(
 
     Args:
         models: Two networks or more; modules or GraphModules.
-        example_inputs: What one of them takes: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        example_inputs: Inputs for one of them: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         names: Names of the tasks.
-        verify: Check the channel spaces on the example (`fxzip.passes.verify`); what is wrong is kept in place.
+        verify: Check the channel spaces on the example (`fxzip.passes.verify`); spaces that fail are kept in place.
 
     Raises:
         TraceError: A model cannot be traced.
-        VerificationError: The channel spaces are wrong, and it cannot be said which.
+        VerificationError: The channel spaces are wrong, and fxzip cannot tell which of them.
         AlignmentError: The models share nothing, or are on different devices.
-        OptionError: Fewer than two models, something that is no module, or unusable names.
+        OptionError: Fewer than two models, an argument that is not a module, or unusable names.
     """
     check_order(models, "fxzip.prepare(model_a, model_b, example_inputs=images)")
     check_models(models)

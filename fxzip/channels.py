@@ -59,8 +59,8 @@ class MergePoint:
         axes: Axes of the node's output over which the channels lie, mostly ``(1,)``.
         index: Positions in the row-major product of those axes, int64 of shape (channels, copies); further
             copies of a channel are further samples of it.
-        pooled: Axes over which the activations are averaged: other spaces' channels lie there, and which of one
-            model's belongs to which of another's is not known yet, so they are no samples.
+        pooled: Axes over which the activations are averaged: channels of other spaces lie there, and as it is not known
+            yet how those correspond between the models, they cannot count as samples.
     """
 
     node: str

@@ -58,8 +58,8 @@ def load_state(model: nn.Module, state: State, *, source: str, name: str) -> Non
     Args:
         model: The model.
         state: Its weights.
-        source: The checkpoint, as the user calls it.
-        name: The architecture, as the user calls it.
+        source: The checkpoint, as the user named it.
+        name: The architecture, as the user named it.
 
     Raises:
         CheckpointError: Names are missing or unknown, or shapes are others; some of them are named.

@@ -39,7 +39,7 @@ class Choice:
 
 
 def check_merge(call: Callable[..., Any], n_models: int, /, **given: Any) -> Choice:
-    """Raise what is wrong with the arguments of a merge, and sort them.
+    """Check the arguments of a merge, and sort them into the method's options and those of refit.
 
     Args:
         call: What the user called, `fxzip.zip` or `Prepared.convert`: it says which arguments there are; all others
@@ -48,7 +48,7 @@ def check_merge(call: Callable[..., Any], n_models: int, /, **given: Any) -> Cho
         given: Its keyword arguments; those that are left out have their defaults.
 
     Raises:
-        CutError: The cut or the start can be none, in any network.
+        CutError: The cut or the start would not be valid in any network.
         OptionError: An argument is unknown, of the wrong kind or out of range.
     """
     own = {p.name: p.default for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY}
@@ -65,16 +65,16 @@ def check_merge(call: Callable[..., Any], n_models: int, /, **given: Any) -> Cho
 
 
 def _check_known(name: str, value: object, call: str, arguments: Sequence[str], method: str) -> None:
-    """Raise unless an argument is an option of the method."""
+    """Raise OptionError unless an argument is an option of the method."""
     known = settings_of(method)
     if name in known:
         return
     if name in refit_settings():
         raise OptionError(f"{name!r} is a setting of refit: give refit=fxzip.RefitOptions({name}={value!r})")
     near = difflib.get_close_matches(name, [*known, *arguments, *refit_settings()])
-    takes = f"which takes {', '.join(known) or 'none'}" + (f"; near: {', '.join(near)}" if near else "")
+    takes = f"which takes {', '.join(known) or 'none'}" + (f"; did you mean {', '.join(near)}?" if near else "")
     raise OptionError(
-        f"unknown argument {name!r}; it is no argument of {call}() and no option of method {method!r}, {takes}"
+        f"unknown argument {name!r}; it is neither an argument of {call}() nor an option of method {method!r}, {takes}"
     )
 
 
@@ -110,7 +110,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_models(models: Sequence[Any]) -> None:
-    """Raise what is wrong with the models that a user gave."""
+    """Raise unless the models are two or more modules, each of them on one device and all on the same."""
     for number, model in enumerate(models):
         if not isinstance(model, nn.Module):
             raise OptionError(f"model {number} is a {type(model).__name__}, not a torch.nn.Module")
@@ -119,7 +119,9 @@ def check_models(models: Sequence[Any]) -> None:
     devices = [{p.device for p in (*model.parameters(), *model.buffers())} for model in models]
     for number, found in enumerate(devices):
         if len(found) > 1:
-            raise AlignmentError(f"model {number} lies on several devices: {', '.join(sorted(map(str, found)))}")
+            raise AlignmentError(
+                f"model {number} is spread over several devices, move it to one: {', '.join(sorted(map(str, found)))}"
+            )
         if found != devices[0] and found and devices[0]:
             ours, peers = found.pop(), devices[0].pop()
             raise AlignmentError(f"model {number} is on {ours}, model 0 is on {peers}; move them to one device")

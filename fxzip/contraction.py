@@ -36,7 +36,7 @@ class Window:
         stride: Steps from position to position.
         dilation: Steps inside the kernel.
         padding: What is added before and behind the input; negative cuts off.
-        mode: How, as `torch.nn.functional.pad` calls it.
+        mode: The padding mode, as `torch.nn.functional.pad` names it.
         spacing: How far apart the input's elements are put first, zeros between them.
     """
 
@@ -173,9 +173,9 @@ class Contraction:
 
     @cached_property
     def mixed(self) -> dict[int, int]:
-        """The axes of the input, from the end, whose elements the weight mixes in every output, each with its own.
+        """Axes of the input, counted from the end, over which the weight sums, each with the weight's axis for it.
 
-        A matrix that is applied to the input along the one may be applied to the weight along the other. Axes of
+        A matrix applied to the input along the former can be applied to the weight along the latter instead. Axes of
         groups are left out, and those that a convolution moves its kernel along.
         """
         if self.window is None:

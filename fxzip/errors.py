@@ -6,7 +6,7 @@ class FxzipError(Exception):
 
 
 class TraceError(FxzipError, RuntimeError):
-    """A model could not be turned into a graph, or its graph computes something else."""
+    """A model could not be turned into a graph, or the graph computes something else than the model."""
 
 
 class AlignmentError(FxzipError, ValueError):
@@ -26,11 +26,11 @@ class OptionError(FxzipError, ValueError):
 
 
 class VerificationError(FxzipError, RuntimeError):
-    """A merge that must be exact is not: fxzip misunderstood the network, and gives no wrong answer."""
+    """A merge that must be exact is not: fxzip misread the network, and stops rather than give a wrong result."""
 
 
 class SaveError(FxzipError, RuntimeError):
-    """The merged network, or the place where it should go, does not let it be saved."""
+    """The merged network cannot be saved, or not at the given path."""
 
 
 class CheckpointError(FxzipError, ValueError):
@@ -38,7 +38,7 @@ class CheckpointError(FxzipError, ValueError):
 
 
 class FileFormatError(FxzipError, ValueError):
-    """A saved network is missing, cut short, altered, too new, or asks for what a file may not."""
+    """A saved network is missing, cut short, altered, too new, or asks for what a saved network may not do."""
 
 
 class ExportError(FxzipError, RuntimeError):
@@ -46,7 +46,7 @@ class ExportError(FxzipError, RuntimeError):
 
 
 class RuleError(FxzipError, AssertionError):
-    """One of fxzip's own rules failed on a node: a fault of fxzip, please report it."""
+    """One of fxzip's own rules failed on a node: a bug in fxzip, please report it."""
 
 
 class FrozenSpaceWarning(UserWarning):
@@ -54,8 +54,8 @@ class FrozenSpaceWarning(UserWarning):
 
 
 class FewImagesWarning(UserWarning):
-    """There are fewer images than the layers have inputs: what they leave open stays as it was before the fit."""
+    """There are too few images to determine all weights of a layer: the rest keep their values from before the fit."""
 
 
 class DroppedInputWarning(UserWarning):
-    """A loader's batches hold what is no input of the models: labels."""
+    """A loader's batches hold labels, which are not inputs of the models and are left out."""

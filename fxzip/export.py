@@ -47,7 +47,7 @@ class Export:
 
     Attributes:
         path: The file.
-        difference: The largest difference between the network and the file, over the output's largest size.
+        difference: The largest difference between the network and the file, relative to the output's largest value.
         inputs: The names of the inputs.
         outputs: The names of the outputs, one for each tensor.
     """
@@ -61,7 +61,7 @@ class Export:
         sizes = " and ".join(map(str, CHECKED))
         return (
             f"{self.path}: {', '.join(self.inputs)} -> {', '.join(self.outputs)}; "
-            f"differs from the network by {self.difference:.1e} at the most, at batch sizes {sizes}"
+            f"differs from the network by at most {self.difference:.1e}, at batch sizes {sizes}"
         )
 
 
@@ -83,8 +83,8 @@ def export(
         zipped: The network.
         path: The file; its ending says what it is: ``.onnx`` or ``.pt2``.
         task: Export one head only.
-        opset: Version of ONNX's operators; what torch takes without.
-        example_inputs: A tensor, a tuple of inputs or a dict of keyword inputs; the merge's own without.
+        opset: Version of ONNX's operators; default: the one that torch chooses.
+        example_inputs: A tensor, a tuple of inputs or a dict of keyword inputs; default: the merge's own.
 
     Returns:
         The path, the largest difference, and the names of inputs and outputs. The outputs of a task whose
@@ -105,7 +105,9 @@ def export(
             names, difference = _write(zipped, folder / path.name, task, opset, example)
         allowed = _tolerance(zipped)
         if not difference <= allowed:
-            raise ExportError(f"{path.name} would differ from the network by {difference:.1e}, more than {allowed:.0e}")
+            raise ExportError(
+                f"{path.name} would differ from the network by {difference:.1e}, more than the allowed {allowed:.0e}"
+            )
         replace_files(folder, path.parent, scratch)
     return Export(path, difference, *names)
 

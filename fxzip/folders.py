@@ -14,7 +14,7 @@ from pathlib import Path
 from fxzip.errors import SaveError
 
 OPEN: set[Path] = set()
-"""The scratch folders that there are now: what a process that ends at once has to take away."""
+"""The scratch folders that exist now, to be removed if the process ends at once."""
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def open_regular(path: Path, most: int) -> Iterator[BufferedReader]:
     with os.fdopen(descriptor, "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(f"{path.name} is no regular file")
+            raise OSError(f"{path.name} is not a regular file")
         if found.st_size > most:
             raise OSError(f"{path.name} has {found.st_size:,} bytes, more than the {most:,} that are read")
         yield file

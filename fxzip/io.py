@@ -49,7 +49,7 @@ def save(zipped: ZippedModel, folder: str | PathLike[str], *, overwrite: bool = 
     Args:
         zipped: The network.
         folder: Where to; it appears whole or not at all.
-        overwrite: Write into a folder that holds other things, too.
+        overwrite: Write even into a folder that holds other files.
 
     Returns:
         The folder.
@@ -171,7 +171,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise FileFormatError(f"{path} was cut short or altered ({_one_line(str(error))}): {_AGAIN}") from error
     if not isinstance(plan, dict) or plan.get("format") != "fxzip":
-        raise FileFormatError(f"{path} is no plan of fxzip: give a folder that zipped.save(folder) made")
+        raise FileFormatError(f"{path} is not a plan of fxzip: give a folder that zipped.save(folder) made")
     version = plan.get("version")
     if not isinstance(version, int) or version > VERSION:
         maker = (plan.get("versions") or {}).get("fxzip") if isinstance(plan.get("versions"), dict) else None
@@ -180,14 +180,14 @@ def _read_plan(path: Path) -> dict[str, Any]:
             "pip install -U fxzip"
         )
     if not whole:
-        raise FileFormatError(f"{path} was altered, its SHA-256 is another: {_AGAIN}")
+        raise FileFormatError(f"{path} was altered, its SHA-256 differs: {_AGAIN}")
     return plan
 
 
 def _built(plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ZippedModel:
     names, heads = plan["names"], plan["heads"]
     if not isinstance(names, list) or not isinstance(heads, list) or len(names) != len(heads):
-        raise FileFormatError("the tasks and the heads are not as many")
+        raise FileFormatError("the tasks and the heads differ in number")
     wrong = bad_name(names)
     if wrong is not None or not names or len(set(names)) != len(names):
         raise FileFormatError(wrong or f"the tasks are {names!r}: there must be some, all different")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 ROUNDINGS = 4
-"""What varies by less than so many roundings of its own size is noise of the arithmetic."""
+"""A channel that varies by less than so many roundings of its own size is noise of the arithmetic."""
 _RELATIVE_NOISE = ROUNDINGS * torch.finfo(torch.float32).eps
 _SMALLEST_VARIANCE = torch.finfo(torch.float32).tiny
 

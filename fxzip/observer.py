@@ -41,7 +41,7 @@ class Observer(nn.Module):
         super().__init__()
         sizes = {len(point.index) for point in points}
         if len(sizes) != 1:
-            raise ValueError(f"merge points of one space must be of one size, not {sorted(sizes)}")
+            raise ValueError(f"merge points of one space must have the same number of channels, not {sorted(sizes)}")
         self.name = name
         self.n_models = n_models
         self.size = n_models * sizes.pop()
@@ -80,7 +80,7 @@ class Observer(nn.Module):
         place = self._places[point]
         tensors = [activation.detach() for activation in activations]
         if len(tensors) != self.n_models:
-            raise ValueError(f"{self.n_models} models were to be observed, not {len(tensors)}")
+            raise ValueError(f"expected the activations of {self.n_models} models, got {len(tensors)}")
         if len({tensor.shape for tensor in tensors}) > 1:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
             raise CalibrationError(f"the models' activations at node {place.node!r} differ in shape: {shapes}")
@@ -143,7 +143,7 @@ class _ChannelView:
         axes = place.axes
         if max(axes) >= tensor.ndim or min(axes) < -tensor.ndim:
             raise CalibrationError(
-                f"the activation at node {place.node!r} has shape {tuple(tensor.shape)}, without axes {axes}"
+                f"the activation at node {place.node!r} has shape {tuple(tensor.shape)}, which lacks axes of {axes}"
             )
         if place.pooled:
             tensor = tensor.mean(place.pooled, keepdim=True)

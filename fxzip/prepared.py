@@ -112,7 +112,7 @@ class Prepared:
             reset_batch_norm: Without refit: reset the merged network's BatchNorm statistics on the loader.
             verify: Check the merge before it is fitted (`fxzip.passes.verify`).
             progress: Show a bar.
-            **options: Of the method, as for `fxzip.zip`.
+            **options: Options of the method, as for `fxzip.zip`.
 
         Raises:
             CalibrationError: Nothing was observed yet.
@@ -145,13 +145,13 @@ class Prepared:
         return zipped
 
     def plan(self, *, cut: Cut = None, start: Cut = None, method: str = "zip", **options: Any) -> MergePlan:
-        """What `convert` merges by: the places, and a map for each channel space between them.
+        """The plan that `convert` follows: where to merge, and a map for each channel space in between.
 
         Args:
             cut: As for `fxzip.zip`.
             start: As for `fxzip.zip`.
             method: As for `fxzip.zip`.
-            **options: Of the method, as for `fxzip.zip`.
+            **options: Options of the method, as for `fxzip.zip`.
 
         Raises:
             CutError, OptionError: As for `convert`.

@@ -64,7 +64,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         """The value of a node.
 
         Raises:
-            YAMLError: It is a number without an end.
+            YAMLError: It is a number with too many digits.
         """
         number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
         if number and len(node.value) > _LONGEST_NUMBER:
@@ -75,12 +75,12 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         """A mapping.
 
         Raises:
-            YAMLError: It says a key twice.
+            YAMLError: A key is given twice.
         """
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((name for name in names if names.count(name) > 1), None) if len(names) > len({*names}) else None
         if twice is not None:
-            raise yaml.YAMLError(f"{twice!r} stands there twice: {_mark(node)}")
+            raise yaml.YAMLError(f"{twice!r} is given twice: {_mark(node)}")
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         return found
 
@@ -111,7 +111,7 @@ def read_recipe(path: Path, known: Collection[str] | None = None) -> dict[str, A
     for name in found:
         if known is not None and name not in known:
             near = difflib.get_close_matches(str(name), sorted(known), n=3) or sorted(known)
-            raise OptionError(f"the recipe {path} has an unknown option {name!r}; near: {', '.join(near)}")
+            raise OptionError(f"the recipe {path} has an unknown option {name!r}; did you mean {', '.join(near)}?")
     folder = path.resolve().parent
     return {
         name: _each(value, lambda text: _join(folder, text)) if name in PATHS else value

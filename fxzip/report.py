@@ -75,7 +75,7 @@ class Verified:
     """What was checked, and how far it was off, as shares of the outputs' largest value.
 
     Attributes:
-        dtype: What was computed in.
+        dtype: The dtype of the computation.
         permutation: Of the network with permuted channels.
         merge: Of the network merged with its permuted copy as asked for; None where nothing is merged.
         ensemble: Of the heads behind an empty trunk.
@@ -104,7 +104,7 @@ class Report:
         method: The matcher, with its options.
         cut: Where the heads begin, as the user named it.
         traced_by: How each model was traced.
-        parting: Where and why the models part; None if they do not.
+        parting: Where and why the models diverge; None if they do not.
         spaces: The merged channel spaces.
         frozen: Names of the spaces in the trunk that an operation keeps in place, with the reasons.
         coverage: Share of the first model's weight elements that lie in a channel space.
@@ -190,7 +190,7 @@ class Report:
             ratio = f"{after / before:.3f}" if before else "-"
             costs.add_row(label, f"{before / scale:.3f} {unit}", f"{after / scale:.3f} {unit}", ratio)
         lines = [f"kept in place: {name}" for name in self.frozen]
-        lines += [f"the models part: {self.parting}"] if self.parting else []
+        lines += [f"the models diverge: {self.parting}"] if self.parting else []
         lines += [f"verified: {self.verified}"] if self.verified else []
         lines += [f"layers refitted: {self.refitted}"] if self.refitted else []
         lines += [f"BatchNorm layers reset: {self.recalibrated}"] if self.recalibrated else []
@@ -210,7 +210,7 @@ def spec_table(spec: ChannelSpec) -> str:
             frozen.add_row(row.name, str(row.size), row.reason)
         text += render(frozen)
     if spec.probed:
-        probed = new_table("found by trying, for want of a rule", "operation and channels")
+        probed = new_table("found by trial, as there is no rule", "operation and channels")
         for sentence in spec.probed:
             probed.add_row(sentence)
         text += render(probed)

@@ -1,7 +1,8 @@
 """Settings: the numbers that a user may set, each declared once with its default, its range and its help.
 
 Those of refit are the fields of `RefitOptions`, those of the matchers stand in `MATCHING`. `fxzip.zip`, `convert`, the
-recipes and the command line derive from them. PyTorch is not imported here: the command line shows its help without.
+recipes and the command line derive from them. PyTorch is not imported here, so that the command
+line shows its help at once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Setting:
     """A number that a user may set.
 
     Attributes:
-        default: What it is if nothing is given; an int: it is a whole number.
+        default: Its value if nothing is given; an int says that it is a whole number.
         help: What it does, in one line.
         low: The least that it may be.
         high: The most that it may be.
@@ -61,7 +62,7 @@ class Setting:
             value: What was given; NumPy's numbers will do.
 
         Raises:
-            OptionError: It is no number (True is none), not finite, not whole where it must be, or out of range.
+            OptionError: Not a number (True is none), not finite, not whole as it must be, or out of range.
         """
         number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
         fits = math.isfinite(number) and self.low <= number <= self.high
@@ -86,27 +87,31 @@ class RefitOptions:
 
     Attributes:
         ridge: λ as a share of the mean of the inputs' sums of squares; 0 or more.
-        rounds: How often an inner layer (of a residual branch, of an MLP) and the one that it is for are solved in
+        rounds: How often an inner layer (of a residual branch, of an MLP) and the layer that uses it are solved in
             turn, in the trunk; in the heads it is once. 0: each layer is solved once.
-        images: Most images to use, of those that the loader gives; fewer where ``memory`` does not hold them.
-        samples: Positions that a layer is fitted on, at the least, if there are as many: layers with large feature
-            maps take fewer images, so that memory is that of so many positions.
-        memory: Bytes of inputs to keep, and of activations, at the most, unless ``least_images`` need more: where
-            they would not fit, fewer images are taken.
-        least_images: Images that every layer is fitted on, if there are as many.
-        seed: Of the draw of positions.
+        images: Most images to use from the loader; fewer where ``memory`` does not hold them.
+        samples: Least number of positions that a layer is fitted on, if there are as many. Layers with large feature
+            maps take fewer images, so that memory is bounded by this number.
+        memory: Most bytes of inputs and activations to keep, unless ``least_images`` need more: where they would
+            not fit, fewer images are used.
+        least_images: Least number of images that every layer is fitted on, if there are as many.
+        seed: Seed for the random choice of positions.
 
     Raises:
         OptionError: A value is no number, or out of range.
     """
 
-    ridge: float = _field(1e-3, "how much weights are held to the paper's rule, as a share of the inputs' power", low=0)
+    ridge: float = _field(
+        1e-3, "how strongly weights are pulled to ZipIt!'s rule, as a share of the inputs' power", low=0
+    )
     rounds: int = _field(5, "how often the layers of a branch are solved in turn (0: each only once)", low=0)
-    images: int = _field(10_000, "most images that it takes; the more, the closer to the parents and the slower", low=1)
-    samples: int = _field(2**17, "positions that each layer is fitted on, at the least", low=1)
-    memory: int = _field(3 * 2**30, "bytes of inputs and of activations to keep, at the most", low=0)
-    least_images: int = _field(64, "images that each layer is fitted on, whatever memory they take", low=1)
-    seed: int = _field(0, "of the draw of positions", low=0)
+    images: int = _field(
+        10_000, "most images to use; more are slower and bring the result closer to the parents", low=1
+    )
+    samples: int = _field(2**17, "least number of positions that each layer is fitted on", low=1)
+    memory: int = _field(3 * 2**30, "most bytes of inputs and activations to keep", low=0)
+    least_images: int = _field(64, "least number of images for each layer, whatever memory they take", low=1)
+    seed: int = _field(0, "seed for the random choice of positions", low=0)
 
     def __post_init__(self) -> None:
         for name, setting in refit_settings().items():
@@ -121,7 +126,7 @@ def refit_settings() -> dict[str, Setting]:
 MATCHING: Mapping[str, Mapping[str, Setting]] = {
     "zip": {
         "alpha": Setting(1.0, "how readily merged channels merge again (arXiv 2305.03053, section 4.3)", 0, 1),
-        "beta": Setting(1.0, "budget of merges within one model, as a share", 0, 1),
+        "beta": Setting(1.0, "share of a model's merges that may lie within it", 0, 1),
     },
     "select": {},
     "permute": {},

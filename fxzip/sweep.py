@@ -46,7 +46,7 @@ class Sweep:
     rows: tuple[SweepRow, ...]
 
     def best(self, flops: float, score: str | None = None) -> SweepRow:
-        """The row of the greatest score among those of at most so many networks' FLOPs.
+        """The row with the greatest score among those that cost at most ``flops``.
 
         Args:
             flops: In multiples of the mean network's.

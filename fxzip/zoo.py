@@ -47,7 +47,7 @@ def load(
             (through timm). None: the checkpoint is one of these two.
         checkpoint: A .safetensors or .pth file (see `fxzip.checkpoints`), ``local-dir:FOLDER``, ``hf-hub:REPO``, or a
             folder with a config.json. None: the weights that belong to the name, or random ones.
-        num_classes: Classes; the number is taken from the checkpoint without.
+        num_classes: Number of classes; default: the checkpoint's.
         ema: Prefer averaged weights where the checkpoint has both.
         **model_args: Further arguments of the architecture (``img_size=32``, ``in_chans=1``).
 

@@ -72,8 +72,8 @@ def match_space(
         spec: The channel spaces.
         space: One of them.
         own: What ``method`` is given, by space.
-        similar: Correlations, or what else is greater the more alike two channels are, by space: blocks are assigned
-            by those of the channels in them.
+        similar: Correlations, or other scores that grow with how alike two channels are, by space: blocks are assigned
+            by the scores of the channels in them.
         maps: The maps that are there.
         method: As for `fxzip.matching.match`.
         n_models: Number of models N.

@@ -43,9 +43,8 @@ def observe(
 
     Raises:
         CalibrationError: the loader is empty, a batch is of a wrong type or shape (the message has the shape
-        given
-            and the one expected), activations are not finite (the message names the node), or a model is on the meta
-            device.
+            given and the one expected), activations are not finite (the message names the node), or a model is
+            on the meta device.
     """
     for number, module in enumerate(alignment.modules):
         if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):

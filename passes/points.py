@@ -51,7 +51,7 @@ def merge_points(
 
 
 def check_points(points: object) -> None:
-    """Raise OptionError unless it says which merge points to take."""
+    """Raise OptionError unless ``points`` is ``last`` or ``all``."""
     if points not in get_args(Points):
         raise OptionError(f"points={points!r} is unknown; use 'last' or 'all'")
 

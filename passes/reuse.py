@@ -7,8 +7,8 @@ time on one core). This pass gives such nodes their in-place form back.
 1. The value written to is fresh memory, as its rule says (a convolution's, a linear's, a norm's, a sum's), not a
    view, an input or a parameter.
 2. Nobody reads it later: other users come before, and what they give is not used by anyone (observers).
-3. The result has its shape, dtype and strides (another memory format changes what later kernels round); without
-   ``val`` in the node's meta it is left alone.
+3. The result has its shape, dtype and strides (another memory format changes what later kernels round); a
+   node without ``val`` in its meta is left alone.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from fxzip.errors import OptionError
 
 
 def demo(json_path: p.JsonPath = None, quiet: p.Quiet = False, debug: p.Debug = False) -> None:
-    """Train two small ResNets on digits 0-4 and 5-9, merge them, and print what the merges kept."""
+    """Train two small ResNets on digits 0-4 and 5-9, merge them, and print how much accuracy the merges keep."""
     if json_path is not None and not json_path.resolve().parent.is_dir():
         raise OptionError(f"--json: the folder {json_path.resolve().parent} does not exist")
     from rich.console import Console

@@ -19,8 +19,10 @@ def evaluate(
     ctx: typer.Context,
     folder: p.Network,
     data: p.LabelledData,
-    task: Annotated[list[str] | None, typer.Option(metavar="TASK", help="These tasks only.")] = None,
-    originals: Annotated[bool, typer.Option("--originals", help="Measure the networks that were merged, too.")] = False,
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="Measure this task only; may be repeated; default: all.")
+    ] = None,
+    originals: Annotated[bool, typer.Option("--originals", help="Also measure the networks that were merged.")] = False,
     device: p.Device = "cpu",
     limit: p.Limit = None,
     seed: p.Seed = 0,
@@ -85,14 +87,16 @@ def _loaders(
     missing = [name for name in tasks if name not in groups]
     if missing:
         found = ", ".join(repr(name) for name in groups)
-        raise OptionError(f"{data} has no images of the task {missing[0]!r}: it has {found}; name others by --task")
+        raise OptionError(
+            f"{data} has no images of the task {missing[0]!r}: it has {found}; choose the tasks to measure by --task"
+        )
     config = {key: saved[key] for key in shared.PREPARATION if key in saved}
     config |= {key: given[key] for key in shared.PREPARATION if given[key] is not None}
     files = not all(groups[name].prepared for name in tasks)
     lacking = [key for key in shared.PREPARATION[:3] if key not in config]
     if files and lacking:
         names = ", ".join(f"--{key.replace('_', '-')}" for key in lacking)
-        raise OptionError(f"no recipe beside the network says how images are prepared: give {names}, or a recipe")
+        raise OptionError(f"no recipe beside the network says how images are prepared: give {names}, or --recipe")
     return {
         name: ImageLoader(
             [groups[name]],

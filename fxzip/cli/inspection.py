@@ -18,7 +18,7 @@ def inspect_model(
     model: Annotated[str, typer.Argument(
         metavar="MODEL", help="timm:NAME, torchvision:NAME, local-dir:FOLDER, hf-hub:REPO, or a saved network",
     )],
-    checkpoint: Annotated[str | None, typer.Argument(metavar="CHECKPOINT", help="Its weights, if you like.")] = None,
+    checkpoint: Annotated[str | None, typer.Argument(metavar="CHECKPOINT", help="Its weights (optional).")] = None,
     input_size: p.InputSize = None,
     model_args: p.ModelArgs = None,
     json_path: p.JsonPath = None,

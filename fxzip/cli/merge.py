@@ -48,14 +48,16 @@ def zip_models(
     interpolation: p.Interpolation = None,
     crop_pct: p.CropPct = None,
     crop_mode: p.CropMode = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder with other files.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into a folder even if it holds other files.")
+    ] = False,
     recipe: p.Recipe = None,
     quiet: p.Quiet = False,
     debug: p.Debug = False,
 ) -> None:
     """Merge networks of one architecture into one with a shared trunk and a head for each.
 
-    Beside the network goes recipe.yaml, with every option that was used.
+    Also writes recipe.yaml, with every option that was used, beside the network.
     """
     _Merge({param.name: ctx.params[param.name] for param in ctx.command.params if param.name in ctx.params}).run()
 

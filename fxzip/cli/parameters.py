@@ -28,7 +28,8 @@ _FURTHER = ". ".join(
 Checkpoints = Annotated[
     list[str],
     typer.Argument(
-        metavar="CHECKPOINT", help="Two or more: .safetensors or .pth files, local-dir:FOLDER or hf-hub:REPO."
+        metavar="CHECKPOINT",
+        help="Two or more checkpoints: .safetensors or .pth files, local-dir:FOLDER or hf-hub:REPO.",
     ),
 ]
 Network = Annotated[Path, typer.Argument(metavar="FOLDER", help="A merged network that fxzip saved.")]
@@ -44,29 +45,36 @@ LabelledData = Annotated[
     Path,
     typer.Option(
         metavar="PATH",
-        help="Labelled images: a folder with a folder for each task, and in that one for each class; or an .npz with "
-        "arrays called TASK.images and TASK.labels.",
+        help="Labelled images: a folder with a folder for each task, which has a folder for each class; or an .npz "
+        "with arrays called TASK.images and TASK.labels.",
     ),
 ]
-Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the merged network goes.")]
+Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write the merged network to.")]
 
 # ---- models
 
 Model = Annotated[
     str | None,
-    _models(metavar="NAME", help="timm:NAME or torchvision:NAME; local-dir: and hf-hub: checkpoints need none."),
+    _models(
+        metavar="NAME",
+        help="The architecture, timm:NAME or torchvision:NAME; not needed for local-dir: and hf-hub: checkpoints.",
+    ),
 ]
 Names = Annotated[
     list[str] | None,
-    _models("--name", metavar="TASK", help="A task's name, once for each checkpoint; default: the files' names."),
+    _models(
+        "--name",
+        metavar="TASK",
+        help="Name of a task, once for each checkpoint, in their order; default: the files' names.",
+    ),
 ]
 ModelArgs = Annotated[
     list[str] | None,
     _models("--model-arg", metavar="NAME=VALUE", help="An argument of the architecture, like img_size=32."),
 ]
 Classes = Annotated[int | None, _models(min=1, help="Number of classes; default: the checkpoint's own.")]
-Ema = Annotated[bool, _models(help="Prefer averaged weights, where a checkpoint has both.")]
-Device = Annotated[str, _models(metavar="DEVICE", help="Where the networks run: cpu, cuda, mps...")]
+Ema = Annotated[bool, _models(help="Prefer averaged (EMA) weights where a checkpoint has both.")]
+Device = Annotated[str, _models(metavar="DEVICE", help="Device that the networks run on: cpu, cuda, mps...")]
 
 # ---- merging
 
@@ -82,8 +90,8 @@ Start = Annotated[
     str | None,
     _merging(
         metavar="NAME",
-        help="Where merging starts: a module, or a share of the layers; each network keeps its own layers before "
-        "it; default: at the input.",
+        help="Where merging starts: a module, or a share of the layers; before it each "
+        "network keeps its own layers; default: at the input.",
     ),
 ]
 Method = Annotated[
@@ -98,44 +106,54 @@ Options = Annotated[
 ]
 Points = Annotated[
     Literal["last", "all"],
-    _merging(help="Observe channels where they are used last, or in all places."),
+    _merging(help="Match a channel space by its activations at the last place that uses it, or at all places."),
 ]
-Refit = Annotated[bool, _merging(help="Solve merged layers by least squares; --no-refit: the paper's rule.")]
+Refit = Annotated[
+    bool, _merging(help="Solve merged layers by least squares; --no-refit: only average them, by ZipIt!'s rule.")
+]
 Ridge = Annotated[float | None, _merging(help=f"For refit: {read.DECLARED['ridge']}.")]
 Rounds = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['rounds']}.")]
 Images = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['images']}.")]
 
 # ---- images
 
-Limit = Annotated[int | None, _images(min=1, help="Most images to use, the same number of each task; default: all.")]
-Seed = Annotated[int, _images(min=0, help="Seed of the order and the choice of images.")]
-BatchSize = Annotated[int, _images(min=1, help="Images in a batch.")]
-Workers = Annotated[int, _images(min=0, help="Processes that read images.")]
-Strict = Annotated[bool, _images("--strict", help="A broken image is an error; default: it is skipped.")]
+Limit = Annotated[
+    int | None, _images(min=1, help="Largest number of images to use, spread evenly over the tasks; default: all.")
+]
+Seed = Annotated[int, _images(min=0, help="Seed for the choice and the order of images.")]
+BatchSize = Annotated[int, _images(min=1, help="Number of images in a batch.")]
+Workers = Annotated[int, _images(min=0, help="Number of processes that read images.")]
+Strict = Annotated[bool, _images("--strict", help="Stop at an image that cannot be read; default: skip it.")]
 InputSize = Annotated[
     Any,
-    _images(parser=read.input_size, metavar="C,H,W", help=f"Size of the images{_OWN}"),
+    _images(parser=read.input_size, metavar="C,H,W", help=f"Channels, height and width of the images{_OWN}"),
 ]
 Mean = Annotated[
     Any,
     _images(
         parser=read.numbers,
         metavar="R,G,B",
-        help="Mean that is subtracted from the pixels; default: the architecture's own.",
+        help="Mean of each channel, subtracted from the pixels; default: the architecture's own.",
     ),
 ]
 Std = Annotated[
     Any,
     _images(
-        parser=read.numbers, metavar="R,G,B", help="What the pixels are divided by; default: the architecture's own."
+        parser=read.numbers,
+        metavar="R,G,B",
+        help="Standard deviation of each channel, which divides the pixels; default: the architecture's own.",
     ),
 ]
-Interpolation = Annotated[str | None, _images(metavar="NAME", help=f"bilinear, bicubic, nearest...{_OWN}")]
+Interpolation = Annotated[
+    str | None, _images(metavar="NAME", help=f"How images are resized: bilinear, bicubic, nearest...{_OWN}")
+]
 CropPct = Annotated[
     float | None,
-    _images(metavar="SHARE", help=f"Share of the resized image that is kept{_OWN}"),
+    _images(metavar="SHARE", help=f"Share of the resized image's side that the crop keeps{_OWN}"),
 ]
-CropMode = Annotated[str | None, _images(metavar="NAME", help=f"center, squash or border{_OWN}")]
+CropMode = Annotated[
+    str | None, _images(metavar="NAME", help=f"How images are cropped: center, squash or border{_OWN}")
+]
 
 # ---- every command
 
@@ -148,7 +166,9 @@ Recipe = Annotated[
         help="A YAML file with options; those given on the command line override it.",
     ),
 ]
-JsonPath = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Also write the results there, as JSON.")]
+JsonPath = Annotated[
+    Path | None, typer.Option("--json", metavar="PATH", help="Also write the results to this file, as JSON.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Debug = Annotated[
     bool, typer.Option("--debug", callback=read.set_debug, is_eager=True, help="Show the traceback of an error.")

@@ -14,8 +14,12 @@ from fxzip.cli import parameters as p
 def export(
     folder: p.Network,
     path: Annotated[Path, typer.Argument(metavar="FILE", help="A file that ends in .onnx or .pt2 (torch.export).")],
-    task: Annotated[str | None, typer.Option(metavar="TASK", help="One head only.")] = None,
-    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators.")] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="TASK", help="Export this task's head only; default: all heads.")
+    ] = None,
+    opset: Annotated[
+        int | None, typer.Option(help="ONNX operator set version; default: the one that PyTorch chooses.")
+    ] = None,
     recipe: p.Recipe = None,
     quiet: p.Quiet = False,
     debug: p.Debug = False,

@@ -37,7 +37,9 @@ def model_inputs(batch: object) -> Inputs:
         return (), _keyword_inputs(first)
     where = "" if first is batch else f" whose first element is {_describe(first)}"
     if isinstance(first, np.ndarray):
-        raise CalibrationError(f"the loader gave {describe_value(batch)}, no tensors: write torch.from_numpy(images)")
+        raise CalibrationError(
+            f"the loader gave {describe_value(batch)}, not tensors: convert by torch.from_numpy(images)"
+        )
     raise CalibrationError(
         f"the loader gave {_describe(batch)}{where}; a batch must be a tensor, a tuple or list whose first "
         "element is the input, or a dict of keyword inputs"
@@ -63,7 +65,7 @@ def _keyword_inputs(batch: Mapping[Any, Any]) -> dict[str, Any]:
         )
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(dict(batch))):
         array = any(isinstance(value, np.ndarray) for value in batch.values())
-        hint = f"; write torch.from_numpy for its arrays, {describe_value(batch)}" if array else ""
+        hint = f"; convert its arrays by torch.from_numpy, {describe_value(batch)}" if array else ""
         raise CalibrationError(f"the loader gave a dict without a tensor: {sorted(batch)}{hint}")
     return dict(batch)
 

@@ -1,4 +1,4 @@
-"""What users give in the place of a loader or a batch: likely mistakes, told before any work.
+"""Likely mistakes in the loaders and batches that users give, reported before any work.
 
 A batch that passes is made ready: labels are taken out, and floats get the precision of the models.
 """
@@ -23,7 +23,7 @@ from fxzip.data.loaders import as_one_loader
 from fxzip.errors import CalibrationError, DroppedInputWarning, OptionError
 
 LABELS = frozenset({"label", "labels", "target", "targets"})
-"""Keys of a batch that are no inputs, unless a forward cannot do without."""
+"""Keys of a batch that are not inputs, unless a forward requires them."""
 _CALL = "fxzip.zip(model_a, model_b, loader)"
 
 
@@ -31,12 +31,12 @@ def check_order(given: Sequence[Any], call: str = _CALL) -> None:
     """Raise where a loader or an example stands among the models.
 
     Raises:
-        OptionError: One of them is no module, but gives batches.
+        OptionError: One of them gives batches and is not a module.
     """
     for number, value in enumerate(given):
         if not isinstance(value, nn.Module | str | bytes) and isinstance(value, Iterable):
             what = describe_value(value)
-            raise OptionError(f"argument {number + 1} of {len(given)} is no model, but a {what}; write {call}")
+            raise OptionError(f"argument {number + 1} of {len(given)} is a {what}, not a model; write {call}")
 
 
 def ready_loader(loader: Any, names: Sequence[str], models: Sequence[nn.Module]) -> Ready:
@@ -122,7 +122,7 @@ class Ready:
             self._warn(labels)
             kwargs = {name: value for name, value in kwargs.items() if name not in labels}
         if labels and not kwargs and not args:
-            raise CalibrationError(f"the batch holds nothing but {', '.join(map(repr, labels))}: give the inputs, too")
+            raise CalibrationError(f"the batch holds only {', '.join(map(repr, labels))}: give the inputs as well")
         _check_tensors(args, kwargs)
         if args and isinstance(args[0], Tensor) and _lacks_batch_axis(args[0], self._models):
             raise CalibrationError(_single(args[0], args[0]))
@@ -135,7 +135,7 @@ class Ready:
     def _warn(self, labels: Sequence[str]) -> None:
         if not self._warned:
             self._warned = True
-            text = f"the batches hold {', '.join(map(repr, labels))}: labels are no inputs of the models, and left out"
+            text = f"the batches hold {', '.join(map(repr, labels))}: labels are not inputs of the models, left out"
             warnings.warn(text, DroppedInputWarning, stacklevel=2)
 
 

@@ -138,7 +138,7 @@ def _check_arrays(name: str, images: npt.NDArray[Any], labels: npt.NDArray[Any] 
     if not bytes_ and not (floating and images.ndim == 4):
         raise CalibrationError(
             f"{name} is {images.dtype}{list(images.shape)}; images are uint8 (n, height, width[, channels]), "
-            "or floating-point (n, channels, height, width), which are taken as prepared"
+            "or floating-point (n, channels, height, width) if they are prepared already"
         )
     if labels is None and labelled:
         raise CalibrationError(f"{name} has no labels beside it: {name.rpartition('images')[0].split()[-1]}labels")

@@ -74,7 +74,7 @@ class ImageLoader:
                 some = True
                 yield batch.images, batch.labels
         if not some:
-            raise CalibrationError(f"not one of the images can be read; {_first(self.broken)}")
+            raise CalibrationError(f"none of the images can be read; {_first(self.broken)}")
 
     def skipped(self) -> str | None:
         """A sentence on the images that were passed over; None if there were none."""

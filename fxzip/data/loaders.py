@@ -12,7 +12,7 @@ from fxzip.errors import OptionError
 
 
 class Interleaved:
-    """The batches of several loaders in turn, until all have ended: those of short ones come first."""
+    """The batches of several loaders in turn; when a loader ends, the others go on without it."""
 
     def __init__(self, loaders: Sequence[Iterable[Any]]) -> None:
         self._loaders = tuple(loaders)
@@ -48,7 +48,9 @@ def as_one_loader(loader: Any, names: Sequence[str]) -> Any:
     """
     if isinstance(loader, Mapping):
         if set(loader) != set(names):
-            raise OptionError(f"loaders for {', '.join(map(str, loader))}, tasks {', '.join(names)}: give one for each")
+            raise OptionError(
+                f"loaders for {', '.join(map(str, loader))}, but tasks {', '.join(names)}: give a loader for each task"
+            )
         return Interleaved([loader[name] for name in names])
     if not isinstance(loader, list | tuple) or not loader or not all(map(_is_loader, loader)):
         return loader

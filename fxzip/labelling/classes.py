@@ -19,7 +19,7 @@ from fxzip.labelling.labels import FIRST, FIXED, LabelGraph
 
 Ints = NDArray[np.int64]
 SILENT = ("input", "output", "position", "meets fixed")
-"""Reasons that every network has: what is frozen for these is not worth a line in the report."""
+"""Reasons that every network has: channels that are frozen for these get no line in the report."""
 FREE, QUIET = 0, 1
 """Codes of classes that may move, and of those that may not for a silent reason; higher codes name a reason."""
 

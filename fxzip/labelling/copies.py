@@ -20,7 +20,7 @@ from fxzip.labelling.labels import FIRST, LabelGraph
 
 Ints = NDArray[np.int64]
 _ROUNDS = 64
-"""So often a label is singled out; what looks alike after that is taken for different."""
+"""Most rounds in which a label is singled out; labels that still look alike after them count as different."""
 
 
 @dataclass(eq=False)
@@ -59,7 +59,7 @@ class Copies:
         inside, relations = _insides(graph, of, number)
         return cls(labels, of[labels], total, ends, kinds, inside, relations)
 
-    def colours(self, of_class: Ints) -> Ints:
+    def label_colours(self, of_class: Ints) -> Ints:
         """A colour for each label, given the colours of all classes: no two labels of a class have the same."""
         colour = self._refined(self.marks + scrambled(of_class[self.classes]), of_class)
         for _ in range(_ROUNDS):

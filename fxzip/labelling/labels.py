@@ -22,7 +22,7 @@ FIXED = 1
 FIRST = 2
 """The first label that names a channel."""
 SMALL = 4096
-"""Up to so many elements a simple pass over them is cheaper than cleverness."""
+"""Up to this many elements a simple pass over all of them is cheaper than looking for a shortcut."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,7 +43,7 @@ def colours(graph: LabelGraph, of: Ints, reason: Ints, nests: Mapping[str, Ints]
     colour = _stable(_recolour(count, [first, *one_by_one, *together]), nests)
     copies = Copies.of(graph, of, reason == 0, [*marks, *sets])
     while len(copies.labels):
-        by_label = copies.colours(colour)
+        by_label = copies.label_colours(colour)
         new = _stable(_recolour(count, [(np.arange(count), colour), (copies.classes, by_label)]), nests)
         if new.max(initial=0) == colour.max(initial=0):
             break

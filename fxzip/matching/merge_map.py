@@ -67,7 +67,7 @@ class MergeMap:
             )
         channels, n = channels.long(), size // n_models
         if not torch.equal(torch.unique(channels), torch.arange(n)):
-            raise OptionError(f"each of 0 ... {n - 1} must come up in an assignment of {size} channels")
+            raise OptionError(f"an assignment of {size} channels to {n} merged ones must use each of 0 ... {n - 1}")
         return cls(n_models, (channels, 1.0 / channels.bincount()[channels].double()))
 
     @classmethod
@@ -150,7 +150,7 @@ class MergeMap:
         return float(_pairs(members).sum()) / pairs if pairs else 0.0
 
     def mean_correlation(self, similarity: Tensor | npt.ArrayLike) -> float:
-        """The mean of ``similarity`` (Σn, Σn) over the matched pairs of `within_share`; NaN without any.
+        """The mean of ``similarity`` (Σn, Σn) over the matched pairs of `within_share`; NaN if there are none.
 
         Raises:
             OptionError: The similarity does not fit this map or is not finite.

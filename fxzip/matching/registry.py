@@ -29,7 +29,7 @@ def matcher(
 
     Args:
         name: What users call it by.
-        of: What it wants to be given.
+        of: The kind of matrix that it takes: correlations, covariances, or similarities of weights.
         options: The options that it takes, by name: it is called with all of them.
 
     Raises:
@@ -96,7 +96,7 @@ def match(method: str, similarity: Tensor | npt.ArrayLike, n_models: int = 2, **
 
     Args:
         method: ``average``, ``permute``, ``zip``, ``optimal``, ``select`` or any other registered name.
-        similarity: Correlations, or what else `evidence` says, shape (Σn, Σn) with Σn = N · n; rows
+        similarity: Correlations, or the kind of matrix that `evidence` names, of shape (Σn, Σn) with Σn = N · n; rows
             ``[k * n : (k + 1) * n]`` are model k.
         n_models: N.
         **chosen: The method's options; `settings_of` lists them.

@@ -48,7 +48,7 @@ def read_example(entry: Any) -> Inputs | None:
         return None
     example = _Maker().made(decode(entry))
     if not (isinstance(example, tuple) and len(example) == 2 and isinstance(example[0], tuple)):
-        raise FileFormatError("the example is no pair of inputs and keyword inputs")
+        raise FileFormatError("the example is not a pair of inputs and keyword inputs")
     args, kwargs = example
     if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
         raise FileFormatError("the example's keyword inputs have no names")
@@ -75,14 +75,14 @@ class _Maker:
     def _tensor(self, shape: Any, dtype: Any, limits: Any) -> Tensor:
         sizes = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
         if not sizes or not isinstance(dtype, torch.dtype):
-            raise FileFormatError(f"an example input of shape {shape!r} and type {dtype!r}")
+            raise FileFormatError(f"an example input cannot have shape {shape!r} and type {dtype!r}")
         self._left -= math.prod(shape)
         if self._left < 0:
             raise FileFormatError(f"the example inputs have more than {_LARGEST:,} elements")
         if dtype.is_floating_point or dtype.is_complex:
             return torch.randn(shape, generator=self._generator, dtype=torch.float32).to(dtype)
         if not (isinstance(limits, tuple) and len(limits) == 2 and all(type(limit) is int for limit in limits)):
-            raise FileFormatError(f"an example input with the range {limits!r}")
+            raise FileFormatError(f"an example input cannot have the range {limits!r}")
         low, high = limits
         whole: Tensor = torch.arange(math.prod(shape)).reshape(shape) % (max(high - low, 0) + 1) + low
         return whole.to(dtype)

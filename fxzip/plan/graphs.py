@@ -110,7 +110,7 @@ def _write_target(node: fx.Node) -> str:
         if name is None:
             kind = getattr(node.target, "__module__", "") or ""
             shown = f"{kind}.{getattr(node.target, '__name__', node.target)}".strip(".")
-            raise SaveError(f"it calls {shown}, which is no function of torch that fxzip knows to be safe to load")
+            raise SaveError(f"it calls {shown}, which is not a function of torch that fxzip knows to be safe to load")
         return name
     target = str(node.target)
     if node.op == "call_method" and target not in targets.methods():
@@ -151,7 +151,7 @@ def _read_node(known: _Known, graph: fx.Graph, entry: Mapping[str, Any], nodes: 
     if op == "call_function":
         targets.check_arguments(found, args, kwargs)
     elif op == "call_method" and not (args and isinstance(args[0], fx.Node)):
-        raise FileFormatError("a method is called on what is no node")
+        raise FileFormatError("a method is called on something that is not a node")
     elif op in _MOST_ARGUMENTS and (kwargs or len(args) > _MOST_ARGUMENTS[op] or (op == "output" and not args)):
         raise FileFormatError(f"a node of the kind {op} does not take such arguments")
     return graph.create_node(str(op), found, args, kwargs, name=entry["name"])
@@ -170,7 +170,7 @@ def _read_target(known: _Known, op: object, target: str) -> Any:
     if op == "get_attr" and _checked_path(target) not in known.tensors:
         raise FileFormatError(f"there is no tensor {target}")
     if op not in ("call_method", "call_module", "get_attr", "output") or (op == "output" and target != "output"):
-        raise FileFormatError(f"{op!r} {target!r} is no kind of node that a saved graph may have")
+        raise FileFormatError(f"{op!r} {target!r} is not a kind of node that a saved graph may have")
     return target
 
 
@@ -206,7 +206,7 @@ def _read_module(modules: dict[str, nn.Module], entry: Any) -> int:
             return len(tensors_of(_add_tensors(modules[""], entry)))
         owner, _, name = _checked_path(path).rpartition(".")
         if owner not in modules or hasattr(modules[owner], name):
-            raise FileFormatError("it has no parent, or stands there twice")
+            raise FileFormatError("it has no parent, or is listed twice")
         modules[path] = make_layer(entry) if "class" in entry else _add_tensors(nn.Module(), entry)
         modules[owner].add_module(name, modules[path])
         return len(tensors_of(modules[path]))
@@ -219,7 +219,7 @@ def _add_tensors(module: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
     names = {kind: entry.get(kind) for kind in _KINDS}
     for kind, found in names.items():
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-            raise FileFormatError(f"its {kind} are no list of names")
+            raise FileFormatError(f"its {kind} are not a list of names")
         for name in found if kind != "transient" else ():
             if "." in _checked_path(name) or hasattr(module, name):
                 raise FileFormatError(f"a tensor cannot be called {name!r}")

@@ -150,7 +150,7 @@ def make_layer(entry: Mapping[str, Any]) -> nn.Module:
     name, config = entry.get("class"), entry.get("config")
     kind = layer_classes().get(name) if isinstance(name, str) else None
     if kind is None:
-        raise FileFormatError(f"the class {name!r} is none of torch.nn's layers")
+        raise FileFormatError(f"the class {name!r} is not a layer of torch.nn")
     if not isinstance(config, dict) or not set(config) <= set(_arguments(kind)):
         raise FileFormatError(f"{name} does not take the arguments {config!r}")
     values = {key: decode(value) for key, value in config.items()}
@@ -175,7 +175,7 @@ def _change(layer: nn.Module, entry: Mapping[str, Any]) -> None:
     settings, shapes = entry.get("set", {}), entry.get("shapes", {})
     name = type(layer).__name__
     if not isinstance(settings, dict) or not isinstance(shapes, dict):
-        raise FileFormatError(f"what was changed of the {name} cannot be read")
+        raise FileFormatError(f"the changes to the {name} cannot be read")
     if (settings or shapes) and isinstance(layer, _FIXED):
         raise FileFormatError(f"a {name} cannot be changed")
     known = set(_settings(layer))

@@ -86,9 +86,9 @@ def read_state(module: nn.Module, tensors: Mapping[str, Tensor], notes: Any) -> 
 def _checked_notes(notes: Any) -> tuple[dict[str, str], dict[str, list[int]], set[str]]:
     kinds = {"tied": dict, "order": dict, "fixed": list}
     if not isinstance(notes, dict) or not all(isinstance(notes.get(key), kind) for key, kind in kinds.items()):
-        raise FileFormatError("what is said of the tensors is incomplete")
+        raise FileFormatError("the notes on the tensors are incomplete")
     if not all(isinstance(name, str) for name in (*notes["tied"].values(), *notes["fixed"])):
-        raise FileFormatError("what is said of the tensors is no list of names")
+        raise FileFormatError("the notes on the tensors are not a list of names")
     return notes["tied"], notes["order"], set(notes["fixed"])
 
 

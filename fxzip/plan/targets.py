@@ -185,7 +185,7 @@ def check_arguments(target: object, args: tuple[Any, ...], kwargs: Mapping[str, 
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             kind = _ENUMERATIONS.get(str(argument.real_type).removeprefix("Optional[").removesuffix("]"))
             if kind is not None and value is not None and not isinstance(value, kind) and not _reads_attribute(value):
-                raise FileFormatError(f"its {argument.name} is {value!r}, which is no {kind.__name__}")
+                raise FileFormatError(f"its {argument.name} is {value!r}, which is not a {kind.__name__}")
 
 
 def _reads_attribute(value: object) -> bool:

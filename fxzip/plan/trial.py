@@ -123,7 +123,7 @@ class _Watch(TorchDispatchMode):
 
 def _refuse(size: int, limit: int) -> None:
     raise FileFormatError(
-        f"it takes {size / 1e9:,.1f} GB at once on the example; networks with such weights may take {limit / 1e9:,.1f}"
+        f"it takes {size / 1e9:,.1f} GB at once on the example, more than the allowed {limit / 1e9:,.1f} GB"
     )
 
 
@@ -266,7 +266,7 @@ def _check_number(value: Any) -> None:
     if isinstance(value, int) and not -_MOST <= value < _MOST:
         raise FileFormatError("it gives a number that does not fit into 64 bits")
     if isinstance(value, str) and len(value) > MOST_PIECES:
-        raise FileFormatError("it gives a text without an end")
+        raise FileFormatError("it gives a text that is too long")
 
 
 # ---- sizes that depend on values
@@ -286,7 +286,7 @@ def _largest(name: str, args: tuple[Any, ...], error: Exception) -> Any:
         return operator.getitem(x, tuple(part for place in places for part in _all_of(place)))
     if name in ("one_hot", "repeat_interleave"):
         raise FileFormatError(
-            f"how much {name} gives depends on values: say it as a number (num_classes, output_size)"
+            f"the size of what {name} gives depends on values: give it as a number (num_classes, output_size)"
         ) from error
     raise error
 

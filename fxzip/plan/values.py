@@ -89,7 +89,7 @@ def decode(value: Any, nodes: Nodes | None = None) -> Any:
         ((kind, content),) = value.items()
         if kind in _READERS:
             return _READERS[kind](content, nodes or {})
-    raise FileFormatError(f"{_shown(value)} is no value that a saved graph may hold")
+    raise FileFormatError(f"{_shown(value)} is not a value that a saved graph may hold")
 
 
 def _shown(value: Any) -> str:
@@ -99,37 +99,37 @@ def _shown(value: Any) -> str:
 
 def _parts(content: Any, nodes: Nodes, count: int | None = None) -> list[Any]:
     if not isinstance(content, list) or (count is not None and len(content) != count):
-        raise FileFormatError(f"{_shown(content)} is no list of values")
+        raise FileFormatError(f"{_shown(content)} is not a list of values")
     return [decode(part, nodes) for part in content]
 
 
 def _node(content: Any, nodes: Nodes) -> fx.Node:
     if not isinstance(content, str) or content not in nodes:
-        raise FileFormatError(f"it uses {_shown(content)}, which is no node before it")
+        raise FileFormatError(f"it uses {_shown(content)}, which is not a node before it")
     return nodes[content]
 
 
 def _dict(content: Any, nodes: Nodes) -> dict[str | int, Any]:
     if not isinstance(content, list):
-        raise FileFormatError(f"{_shown(content)} is no list of pairs")
+        raise FileFormatError(f"{_shown(content)} is not a list of pairs")
     result: dict[str | int, Any] = {}
     for pair in content:
         if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) not in (str, int):
-            raise FileFormatError(f"{_shown(pair)} is no pair of a key and a value")
+            raise FileFormatError(f"{_shown(pair)} is not a pair of a key and a value")
         result[pair[0]] = decode(pair[1], nodes)
     return result
 
 
 def _device(content: Any, _: Nodes) -> torch.device:
     if not isinstance(content, str) or not DEVICE.fullmatch(content):
-        raise FileFormatError(f"{_shown(content)} is no device")
+        raise FileFormatError(f"{_shown(content)} is not a device")
     return torch.device(content)
 
 
 def _one_of(table: Mapping[str, Any], what: str) -> Callable[[Any, Nodes], Any]:
     def read(content: Any, _: Nodes) -> Any:
         if not isinstance(content, str) or content not in table:
-            raise FileFormatError(f"{_shown(content)} is no {what}")
+            raise FileFormatError(f"{_shown(content)} is not a {what}")
         return table[content]
 
     return read

@@ -223,7 +223,7 @@ def register_rule(
     Args:
         targets: What the rule is for.
         kind: ``layer``: weights contract channels. ``pointwise``: it acts on each element alone. ``passive``: it
-            hands on the values of its input, moved or pooled, so that the activations that decide a merge map
+            passes on the values of its input, moved or pooled, so that the activations that decide a merge map
             are those before it. None: anything else.
         linear: Which weight a call is linear in: a `fxzip.rules.Linear` of a `fxzip.rules.Call`, or None if there is
             none; mostly made by `fxzip.rules.product`.

@@ -1,4 +1,4 @@
-"""Align: several models' graphs are walked side by side, up to where they part."""
+"""Align: several models' graphs are walked side by side, up to where they diverge."""
 
 from fxzip.passes.align.align import Alignment, align
 

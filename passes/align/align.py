@@ -1,4 +1,4 @@
-"""The second half of tracing: several models' graphs are walked side by side, up to where they part.
+"""The second half of tracing: several models' graphs are walked side by side, up to where they diverge.
 
 Two nodes agree when
 
@@ -39,7 +39,7 @@ class Alignment:
     Attributes:
         modules: The models' graphs.
         shared: For each shared node, in graph order, its names, one per model.
-        parting: Where and why the models part, in a sentence; None where they agree up to the output.
+        parting: Where and why the models diverge, in a sentence; None where they agree up to the output.
     """
 
     modules: tuple[fx.GraphModule, ...]
@@ -128,7 +128,7 @@ class _Pair:
         if left.op != right.op:
             return "they are of different kinds"
         if left.op in {"call_function", "call_method"} and left.target != right.target:
-            return "they call different things"
+            return "they call different functions or modules"
         reason = None
         if left.op == "call_module":
             reason = module_difference(

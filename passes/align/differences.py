@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxzip.graphs import attribute
 
-# What a module is set to but its output in eval mode does not hang on.
+# Settings of a module on which its output in eval mode does not depend.
 _NO_MATTER = {"training", "inplace", "momentum", "forward"}
 
 
@@ -123,9 +123,9 @@ def _is_transient(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def parting_sentence(modules: Sequence[fx.GraphModule], number: int, left: fx.Node, right: fx.Node, reason: str) -> str:
-    """Where and why the first model and another one part."""
+    """Where and why the first model and another one diverge."""
     return (
-        f"model 0 and model {number} part at {_describe(modules[0], left)} and "
+        f"model 0 and model {number} diverge at {_describe(modules[0], left)} and "
         f"{_describe(modules[number], right)}: {reason}"
     )
 

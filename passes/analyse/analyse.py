@@ -145,8 +145,8 @@ class Flow:
                 return self._probe(ctx, args, kwargs, "its rule does not take these arguments")
             if rule.__module__.split(".")[0] == "fxzip":
                 raise RuleError(
-                    f"{_title(ctx)}: fxzip's own rule {rule.__qualname__} failed, which is a fault of fxzip; please "
-                    f"report it, with what it says here: {error}"
+                    f"{_title(ctx)}: fxzip's own rule {rule.__qualname__} failed, which is a bug in fxzip; please "
+                    f"report it with this message: {error}"
                 ) from error
             return self._freeze(ctx, args, kwargs, f"its rule failed: {error}")
 

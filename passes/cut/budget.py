@@ -20,10 +20,10 @@ _BUDGET = re.compile(r"\s*flops\s*<=?\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*x\
 
 
 def parse_budget(cut: object) -> float | None:
-    """The bound of a cut like ``"flops<=1.3x"``, in networks; None for another kind of cut.
+    """The bound of a cut like ``"flops<=1.3x"``, in multiples of one network's FLOPs; None for another kind of cut.
 
     Raises:
-        CutError: It begins like a budget and is none.
+        CutError: It starts like a budget but cannot be read as one.
     """
     if not isinstance(cut, str) or not cut.lower().lstrip().startswith("flops"):
         return None
@@ -114,7 +114,7 @@ def cut_within(costs: Mapping[int, float], budget: float) -> int:
     """The earliest place that the budget allows: of those the least is merged.
 
     Raises:
-        CutError: None is; the cheapest that there is, is named.
+        CutError: No place is within the budget; the message names the cheapest.
     """
     allowed = [place for place, cost in costs.items() if cost <= budget]
     if not allowed:

@@ -29,7 +29,7 @@ class Cuts:
         named: The place of each module and node that heads can begin at, in graph order.
         valid: The valid places, ascending; a place is the number of shared nodes before it.
         default: The last valid place before the classifiers, before layers that cannot be merged, and before the
-            models part.
+            models diverge.
         layers: The places just before each layer with weights, in the first model's whole graph.
         reason: Why the default is not later.
     """
@@ -54,9 +54,9 @@ class Cuts:
         """The place that a user's cut means.
 
         Args:
-            cut: Name of the module or node that the heads begin at; a share (0 to 1) of the layers that the
-                trunk has at the most (with none of them it is empty); None for the default.
-            what: What it is called.
+            cut: Name of the module or node that the heads begin at; the largest share (0 to 1) of the layers that
+                the trunk may have (0: it is empty); None for the default.
+            what: The name of the argument, for messages.
 
         Raises:
             CutError: The name is unknown, or nothing can be cut there; the nearest valid ones are named.
@@ -73,18 +73,20 @@ class Cuts:
     def _by_name(self, cut: str, what: str) -> int:
         if cut not in self.named:
             near = difflib.get_close_matches(cut, self.names, n=5, cutoff=0.3) or list(self.names[:5])
-            raise CutError(f"{what}={cut!r}: no shared module or node of that name; near: {', '.join(near)}")
+            raise CutError(f"{what}={cut!r}: no shared module or node of that name; valid nearby: {', '.join(near)}")
         place = self.named[cut]
         if place in self.valid and place <= self.default:
             return place
         near = sorted(self.names, key=lambda name: abs(self.named[name] - place))[:4]
         verb = "end" if what == "cut" else what
         where = (
-            "channels cross there that are kept in place or bundled, or that are a part of those that belong together"
+            "a tensor that crosses there has channels that are kept in place, bundled, or only part of a channel space"
         )
         if place > self.default:
             where = self.reason
-        raise CutError(f"{what}={cut!r}: the trunk cannot {verb} there, {where}; near: {', '.join(near)}")
+        raise CutError(
+            f"{what}={cut!r}: the trunk cannot {verb} there because {where}; valid nearby: {', '.join(near)}"
+        )
 
 
 def check_cut(cut: object, what: str = "cut") -> None:
@@ -131,7 +133,7 @@ def find_cuts(alignment: Alignment, spec: ChannelSpec) -> Cuts:
 
 
 def _ends(alignment: Alignment, spec: ChannelSpec) -> Iterator[tuple[int, str]]:
-    """The places that no default cut lies behind, each with the reason."""
+    """The places that limit the default cut, each with the reason."""
     yield len(alignment.shared), alignment.parting or "the models end there"
     for model, module in enumerate(alignment.modules):
         of = {names[model]: i for i, names in enumerate(alignment.shared)}

@@ -139,7 +139,7 @@ def joined_channels(alignment: Alignment, spec: ChannelSpec, begin: int) -> dict
         node = alignment.shared[place][0]
         axes = {axis for _, axes, _ in spec.locate(node) for axis in axes}
         if len(axes) > 1:
-            raise CutError(f"start: {node} crosses there, and has channels along {len(axes)} axes; start elsewhere")
+            raise CutError(f"start: the tensor {node} there has channels along {len(axes)} axes; choose another start")
         for axis in axes:
             found[place] = max(factor.shape[axis] for factor in spec.layout.factors[node])
     return found

@@ -1,12 +1,12 @@
 """Fitting: the least-squares solution of a unit, and of two units in a row for what the second one gives.
 
-A unit is solved by steps: what it leaves to explain, over all samples, times its inputs, times the inverse of their
+A unit is solved by steps: its residuals over all samples, times its inputs, times the inverse of their
 Gram matrix. Products of residuals with inputs are cheap; the Gram matrix is not, so it is taken once and of some
 samples. With all of them one step is the solution, with some a second one comes close to it.
 
 A unit whose value goes through nothing but ReLUs is fitted to what these should give: where that is 0, any value below
-0 does. So errors are one-sided there, and steps are repeated with what the last solution leaves (networks are thinned
-so by Zhang et al., "Accelerating very deep convolutional networks", arXiv 1505.06798, section 3.2).
+0 does. So errors are one-sided there, and steps are repeated with the residuals of the last solution (networks are
+thinned so by Zhang et al., "Accelerating very deep convolutional networks", arXiv 1505.06798, section 3.2).
 
 Where an inner unit's value goes to one outer unit only (the convolutions of a residual branch, the layers of an MLP),
 it matters by what the outer one makes of it. The two are solved in turn: the inner one by a damped Gauss-Newton step
@@ -33,11 +33,11 @@ from fxzip.passes.refit.sums import add_residuals, columns, curved, gram_samples
 from fxzip.passes.refit.units import Unit
 
 STEPS = (2.0, 1.0, 0.5, 0.25)
-"""Lengths that are tried of a Gauss-Newton step: the curvature leaves out what lies between positions."""
+"""Lengths that are tried for a Gauss-Newton step: the curvature ignores how positions act on one another."""
 ONE_SIDED = 2
 """How often the targets of a one-sided fit are set again."""
 PROBED = 4
-"""Lengths of steps are found on one batch of so many."""
+"""Step lengths are found on one of this many batches."""
 
 Target = Callable[[str, Sequence[Tensor]], Tensor]
 
@@ -53,7 +53,7 @@ class Fit:
         sizes: How many of the d inputs each layer has.
         weights: (groups, o, d).
         bias: (groups, o).
-        told: The outputs that the inputs say something about (groups, o); None until they were looked at.
+        told: The outputs that depend on the inputs, bool (groups, o); None until that was determined.
     """
 
     unit: Unit
@@ -111,14 +111,14 @@ class Fitter:
         for _ in range(steps):
             self._solve(found, self._linear)
         for _ in range(ONE_SIDED if self._one_sided(unit) else 0):
-            self._solve(found, self._left)
+            self._solve(found, self._residual)
         return found
 
     def _alternate(self, pair: Pair, inner: Fit, outer: Fit, rounds: int) -> None:
         for _ in range(rounds):
             if not self._step(pair, inner):
                 break
-            self._solve(outer, self._left, changed=True)
+            self._solve(outer, self._residual, changed=True)
 
     def _started(self, unit: Unit) -> Fit:
         """A fit that is at W₀, with the bias that is best for the first batch."""
@@ -129,12 +129,12 @@ class Fitter:
         self._write(found, prior, found.bias)
         if inputs.intercept:
             contraction = unit.layers[0].contraction
-            left = contraction.rows(self._linear(first, unit, self._run(first, unit)))
-            self._write(found, prior, left.mean(2, dtype=torch.float64))
+            residual = contraction.rows(self._linear(first, unit, self._run(first, unit)))
+            self._write(found, prior, residual.mean(2, dtype=torch.float64))
         return found
 
     def _told(self, fit: Fit) -> Tensor:
-        """The outputs (groups, o) in which the inputs are seen: they change by more than rounding while W₀ stands."""
+        """The outputs (groups, o) that depend on the inputs: under W₀ they vary by more than rounding."""
         first, power, count = fit.unit.layers[0].contraction, torch.zeros((), dtype=torch.float64), 0
         for batch in self.lock.seen:
             wanted = precise(self._wanted(batch, fit.unit))
@@ -142,8 +142,8 @@ class Fitter:
             count += first.samples(wanted)
         return fit.inputs.spread(fit.prior) > noise_of(wanted.dtype) ** 2 * power / count
 
-    def _left(self, batch: Batch, unit: Unit, has: Tensor) -> Tensor:
-        """What is left to explain of a unit's value; none where a ReLU makes 0 of it, as it should."""
+    def _residual(self, batch: Batch, unit: Unit, has: Tensor) -> Tensor:
+        """The residual of a unit's value; 0 where a ReLU makes 0 of it, as it should."""
         wanted = self._wanted(batch, unit)
         if not self._one_sided(unit):
             return wanted - has
@@ -151,9 +151,9 @@ class Fitter:
         return torch.minimum(wanted - has, wanted * torch.finfo(wanted.dtype).max)
 
     def _linear(self, batch: Batch, unit: Unit, has: Tensor) -> Tensor:
-        """What is left to explain, of the parents' values instead of what ReLUs make of them where these give 0."""
+        """The residual, by the parents' values before the ReLU where ReLUs give 0."""
         if not self._one_sided(unit):
-            return self._left(batch, unit, has)
+            return self._residual(batch, unit, has)
         wanted = self._wanted(batch, unit)
         below = self.target(unit.root.name, [env[unit.root.name] for env in batch.env[:-1]])
         return below.clamp(max=0) * (wanted == 0) + wanted - has
@@ -168,19 +168,19 @@ class Fitter:
                 self._targets[batch] = self.target(unit.root.name, values)
         return self._targets[batch]
 
-    def _solve(self, fit: Fit, left: Callable[[Batch, Unit, Tensor], Tensor], changed: bool = False) -> None:
-        """A step of least squares on what is left.
+    def _solve(self, fit: Fit, residual: Callable[[Batch, Unit, Tensor], Tensor], changed: bool = False) -> None:
+        """A step of least squares on the residuals.
 
         Args:
             fit: The fit to better.
-            left: What is left, where the unit gives a value.
+            residual: Gives a unit's residual on a batch, from its value there.
             changed: Whether its inputs, and so its value, were computed anew since their Gram matrix was: then the
                 length of the step is found, too.
         """
         residuals, some = Residuals(), []
         for number, batch in enumerate(self.lock.seen):
             has = batch.env[-1][fit.unit.root.name] if changed else self._run(batch, fit.unit)
-            here = left(batch, fit.unit, has)
+            here = residual(batch, fit.unit, has)
             add_residuals(residuals, fit.unit, batch, here)
             if changed and number % PROBED == 0:
                 some.append((batch, has, here))
@@ -200,11 +200,11 @@ class Fitter:
         return found
 
     def _best_length(self, unit: Unit, before: Sequence[tuple[Batch, Tensor, Tensor]]) -> float:
-        """The length of a step that leaves the least, from what the unit gave and what was left."""
+        """The length of a step with the least error, from the unit's values and residuals before it."""
         explained = moved = 0.0
-        for batch, had, left in before:
+        for batch, had, residual in before:
             change = (self._run(batch, unit) - had).double()
-            explained += float((change * left).sum())
+            explained += float((change * residual).sum())
             moved += float(change.square().sum())
         return min(max(explained / max(moved, 1e-30), 0.0), STEPS[0])
 
@@ -243,16 +243,16 @@ class Fitter:
             with torch.enable_grad():
                 value = start.detach().requires_grad_()
                 has = self._forward(pair, batch, value)
-            left = self._left(batch, pair.outer, has.detach())
-            gradient = pulled_back(has, value, left)
+            residual = self._residual(batch, pair.outer, has.detach())
+            gradient = pulled_back(has, value, residual)
             if gradient is None:
                 return None
             sizes += torch.stack([power(self._wanted(batch, pair.outer)), power(start)]).cpu()
             add_residuals(residuals, pair.inner, batch, gradient)
             if number % PROBED == 0:
                 starts.append((batch, start))
-                probe = torch.randint(2, has.shape, generator=self.generator).to(left) * 2 - 1
-                probed = pulled_back(has, value, probe * (left != 0))
+                probe = torch.randint(2, has.shape, generator=self.generator).to(residual) * 2 - 1
+                probed = pulled_back(has, value, probe * (residual != 0))
                 assert probed is not None
                 rows = precise(contraction.rows(probed, self._draw(pair.inner, probed)))
                 curvature = curvature + (rows @ rows.mT).double()
@@ -261,14 +261,14 @@ class Fitter:
         return starts, residuals, curvature / probes, least
 
     def _length(self, pair: Pair, starts: Sequence[tuple[Batch, Tensor]]) -> float:
-        """The length of an inner step that leaves the least outer error; 0 where none is better."""
+        """The length of an inner step that gives the least outer error; 0 where none is better."""
         errors = dict.fromkeys((0.0, *STEPS), 0.0)
         for batch, start in starts:
             change = self._run(batch, pair.inner) - start
             for length in errors:
                 has = self._forward(pair, batch, start + length * change)
-                left = self._left(batch, pair.outer, has)
-                errors[length] += float(left.double().square().sum())
+                residual = self._residual(batch, pair.outer, has)
+                errors[length] += float(residual.double().square().sum())
         return min(errors, key=errors.__getitem__)
 
     def _forward(self, pair: Pair, batch: Batch, value: Tensor, into: dict[str, Tensor] | None = None) -> Tensor:

@@ -94,13 +94,13 @@ def _trunk_refitter(parts: Split, plan: MergePlan, inputs: Sequence[Any], option
 
 
 def _warn_of_few(images: int, few: Mapping[str, tuple[int, int]]) -> None:
-    """Say for which layers there were too few images, those that lack most first."""
+    """Warn of the layers with too few images, those with the greatest lack first."""
     worst = sorted(few.items(), key=lambda item: item[1][0] / item[1][1])
     shown = [f"{name} ({samples:,} samples for {inputs:,} inputs)" for name, (samples, inputs) in worst]
     rest = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
     warnings.warn(
         f"{images} image{'s are' if images != 1 else ' is'} not enough for {', '.join(shown[:3])}{rest}: "
-        "what they leave open stays as it was before the fit; give more images",
+        "what they do not determine keeps its values from before the fit; give more images",
         FewImagesWarning,
         stacklevel=2,
     )

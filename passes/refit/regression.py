@@ -15,35 +15,35 @@ from fxzip.moments import ROUNDINGS
 
 _SLICE = 2**24  # elements of the inputs that are shifted and multiplied at once
 SLIGHT = 1e-3
-"""What varies by less power than this share of its whole power counts for λ as if it varied by so much."""
+"""Inputs whose variance is below this share of their mean square count for λ as if it were that share."""
 
 
 class Residuals:
-    """Sums over samples of what is left to explain, for g regressions of o outputs on d inputs each; float64.
+    """Sums of the residuals over samples, for g regressions of o outputs on d inputs each; float64.
 
     Attributes:
         count: How many samples.
-        products: With the inputs (groups, o, d).
-        left: Alone (groups, o).
-        inputs: The inputs (groups, d).
+        products: Of the residuals with the inputs (groups, o, d).
+        residual: Of the residuals alone (groups, o).
+        inputs: Of the inputs (groups, d).
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.products = self.left = self.inputs = torch.zeros((), dtype=torch.float64)
+        self.products = self.residual = self.inputs = torch.zeros((), dtype=torch.float64)
 
-    def add(self, count: int, products: Tensor, left: Tensor, inputs: Tensor) -> None:
-        """Add the sums over so many samples."""
+    def add(self, count: int, products: Tensor, residual: Tensor, inputs: Tensor) -> None:
+        """Add the sums over ``count`` samples."""
         self.count += count
         self.products = self.products + products
-        self.left = self.left + left
+        self.residual = self.residual + residual
         self.inputs = self.inputs + inputs
 
 
 class Regression:
     """The inputs of g regressions of o outputs on d inputs each, and steps that solve them.
 
-    W is found from what it leaves to explain: a step with the Gram matrix of the same samples is the solution. One
+    W is found from its residuals: a step with the Gram matrix of the same samples is the solution. One
     with that of others (fewer of them, or from before the inputs changed a little) comes close, and the next closer.
 
     The sums are float64; products are taken in the dtype of the data, of inputs shifted by the first batch's means,
@@ -77,9 +77,9 @@ class Regression:
         """What to add to the weights and the bias, float64.
 
         Args:
-            residuals: What these leave to explain.
+            residuals: Those of the present weights.
             ridge: λ as a share of the mean of the inputs' sums of squares.
-            back: From the weights to what they are where the samples say nothing, W₀ - W (groups, o, d).
+            back: W₀ - W, towards which weights go that the samples do not determine (groups, o, d).
             told: The outputs whose weights may change (groups, o); None: all.
 
         Returns:
@@ -88,9 +88,9 @@ class Regression:
         Raises:
             ArithmeticError: The inputs are not finite.
         """
-        products, mean_left = residuals.products, residuals.left / residuals.count
+        products, mean = residuals.products, residuals.residual / residuals.count
         if self.intercept:
-            products = torch.baddbmm(products, mean_left[:, :, None], residuals.inputs[:, None, :], alpha=-1)
+            products = torch.baddbmm(products, mean[:, :, None], residuals.inputs[:, None, :], alpha=-1)
         products = products * (self.count / residuals.count)
         factor, damping = self._factored(ridge)
         if back is not None:
@@ -99,8 +99,8 @@ class Regression:
         if told is not None:
             weights = weights * told[:, :, None]
         if not self.intercept:
-            return weights, torch.zeros_like(mean_left)
-        return weights, mean_left - (weights @ residuals.inputs[:, :, None])[..., 0] / residuals.count
+            return weights, torch.zeros_like(mean)
+        return weights, mean - (weights @ residuals.inputs[:, :, None])[..., 0] / residuals.count
 
     def spread(self, weights: Tensor) -> Tensor:
         """How much weights (groups, o, d) make of the inputs' variation: the variance of each output (groups, o)."""

@@ -12,9 +12,10 @@ from fxzip.passes.refit.regression import Residuals
 from fxzip.passes.refit.units import Unit
 
 GRAM_SAMPLES, GRAM_LEAST = 28, 2**15
-"""Samples in a Gram matrix, for each input and at the least: residuals are of all, so it need only be near."""
+"""Samples in a Gram matrix: this many for each input, and no fewer than the second in all. It may be approximate, as
+residuals are taken over all samples."""
 DAMPING = 0.1
-"""Of the curvature, as a share of its mean eigenvalue."""
+"""What is added to the curvature, as a share of its mean eigenvalue."""
 
 
 def width(unit: Unit) -> int:
@@ -37,7 +38,7 @@ def pulled_back(has: Tensor, value: Tensor, by: Tensor) -> Tensor | None:
 def curved(step: tuple[Tensor, Tensor], curvature: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor]:
     """A step of weights (groups, o, d) and bias (groups, o), by the inverse of a curvature (groups, o, o).
 
-    ``least`` is what is added of the curvature's mean eigenvalue at the least: where gates are saturated, there is next
+    ``least`` bounds from below what is added to the curvature: where gates are saturated, there is next
     to no curvature, and steps by its inverse would be of any length.
     """
     mean = curvature.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
@@ -51,13 +52,14 @@ def power(tensor: Tensor) -> Tensor:
     return precise(tensor).flatten().square().sum(dtype=torch.float64)
 
 
-def add_residuals(residuals: Residuals, unit: Unit, batch: Batch, left: Tensor) -> None:
-    """Add what is left to explain of a unit's value."""
-    left, first = precise(left), unit.layers[0].contraction
+def add_residuals(residuals: Residuals, unit: Unit, batch: Batch, residual: Tensor) -> None:
+    """Add the residual of a unit's value on a batch."""
+    residual, first = precise(residual), unit.layers[0].contraction
     inputs = [(layer.contraction, precise(batch.env[-1][layer.source.name])) for layer in unit.layers]
-    products = torch.cat([contraction.products(x, left) for contraction, x in inputs], 2)
+    products = torch.cat([contraction.products(x, residual) for contraction, x in inputs], 2)
     totals = torch.cat([contraction.total_input(x) for contraction, x in inputs], 1)
-    residuals.add(first.samples(left), products.double(), first.total_output(left).double(), totals.double())
+    total = first.total_output(residual).double()
+    residuals.add(first.samples(residual), products.double(), total, totals.double())
 
 
 def columns(unit: Unit, batch: Batch, here: Tensor | None) -> Tensor:

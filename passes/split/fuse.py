@@ -167,7 +167,7 @@ def along_axes(
         node: The node, by the first model's name; no space of it lies along several axes at once.
         model: The model.
         role: ``produce`` for M_p, (merged positions, the model's); ``contract`` for U_p, (the model's, merged ones).
-        others: What positions are multiplied by that are in no merged space.
+        others: The factor for positions that are in no merged space.
     """
     found: dict[int, Tensor] = {}
     for space, axes, index in spec.locate(node):

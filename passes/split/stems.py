@@ -24,9 +24,9 @@ from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.split.fuse import along_axes
 
 STEM = "stem"
-"""Key of the meta of nodes that are not merged: the model whose stem they are in, or `JOINED`; their names begin so."""
+"""Key in the meta of unmerged nodes: the number of their stem's model, or `JOINED`. Their names start with it."""
 JOINED = -1
-"""Where stems are joined."""
+"""In the place of a model's number: nodes that join the stems."""
 
 
 @dataclass(eq=False)

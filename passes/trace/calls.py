@@ -92,7 +92,7 @@ def _public(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_free_axis(name: str, args: tuple[Any, ...], result: Any) -> tuple[Any, ...]:
-    """``x.view(batch * 4, 7, -1)`` with the one size that hangs on the batch as -1, and the others known."""
+    """``x.view(batch * 4, 7, -1)`` with the one size that depends on the batch as -1, and the others known."""
     if name not in {"view", "reshape"} or not isinstance(result, Tensor):
         return args
     if not any(isinstance(leaf, torch.SymInt) for leaf in pytree.tree_leaves(args[1:])):

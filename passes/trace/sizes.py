@@ -1,4 +1,4 @@
-"""Nodes for the sizes that hang on the batch: the only numbers that a traced graph computes."""
+"""Nodes for the sizes that depend on the batch: the only numbers that a traced graph computes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class BatchSizes:
         for tensor, axis, own in sizes:
             if (own / symbol).is_Integer:
                 return self._computed(expr, symbol, self._size(tensor, axis), int(own / symbol))
-        raise TraceError(f"cannot say where the size {expr} comes from")
+        raise TraceError(f"the size {expr} cannot be computed from the size of any tensor")
 
     def _size(self, tensor: Tensor, axis: int) -> fx.Node:
         key = (self._node_of(tensor), axis)
@@ -78,7 +78,7 @@ class BatchSizes:
 
 
 def _open_sizes(tensor: Tensor) -> Iterator[tuple[int, Any]]:
-    """The axes whose sizes hang on the batch, each with the expression that says how."""
+    """The axes whose sizes depend on the batch, each with the expression that says how."""
     sizes: tuple[Any, ...] = tuple(tensor.shape)
     for axis, size in enumerate(sizes):
         if isinstance(size, torch.SymInt) and not size.node.expr.is_number:

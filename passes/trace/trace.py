@@ -49,12 +49,12 @@ def trace(
 
     Returns:
         A GraphModule in eval mode whose ``meta`` holds ``traced_by`` ("symbolic", "export" or "given"),
-        ``passed_over``, why the ways before did not do, and ``unused``, the names of the parameters that the
+        ``passed_over``, why earlier ways of tracing failed, and ``unused``, the names of the parameters that the
         forward does not use. Nodes hold a fake value in
         ``meta["val"]`` and the modules around them in ``meta["nn_module_stack"]``.
 
     Raises:
-        TraceError: The model is quantised or TorchScript, it cannot run on the example, its control flow hangs on
+        TraceError: The model is quantised or TorchScript, it cannot run on the example, its control flow depends on
             values of tensors (the line is named), or the graph computes something else.
     """
     with as_written():
@@ -219,7 +219,7 @@ def _failure(model: nn.Module, failures: list[tuple[str, Exception]]) -> TraceEr
     text = f"{type(model).__name__} could not be traced: " + (f"{where}: " if where else "")
     if type(first).__name__ in _NEEDS_VALUES:
         text += (
-            "what happens there hangs on the values of a tensor, which a graph cannot follow. Compute both "
+            "what happens there depends on the values of a tensor, which a graph cannot follow. Compute both "
             "sides and choose by torch.where, or decide on a shape or a setting of the model; or give a "
             "GraphModule"
         )

@@ -57,7 +57,7 @@ class Reference:
         difference = compare(expected, actual)
         if difference:
             raise TraceError(
-                f"the outputs hang on {', '.join(unused[:5])}, which the traced graph does not reach: {difference}"
+                f"the outputs depend on {', '.join(unused[:5])}, which the traced graph does not reach: {difference}"
             )
 
 
@@ -102,7 +102,7 @@ def _difference(expected: Tensor, actual: Tensor) -> str | None:
     a, b = expected.to(precise), actual.to(precise)
     finite = a.isfinite()
     if not torch.equal(finite, b.isfinite()) or not torch.equal(a.isnan(), b.isnan()):
-        return "is not finite at other places"
+        return "is NaN or infinite at different places"
     scale = float(a[finite].abs().max()) if finite.any() else 0.0
     error = float((a - b)[finite].abs().max()) if finite.any() else 0.0
     tolerance = _TOLERANCES.get(expected.dtype, 1e-4) * scale

@@ -115,7 +115,7 @@ class GraphWriter:
         return name
 
     def _lower(self, value: Any, near: list[Tensor] | None = None) -> Any:
-        """``value`` with nodes for the tensors and for the sizes that hang on the batch."""
+        """``value`` with nodes for the tensors and for the sizes that depend on the batch."""
         if isinstance(value, Tensor):
             return self._node_of(value)
         if isinstance(value, (torch.SymInt, torch.SymFloat)):
@@ -149,7 +149,7 @@ class GraphWriter:
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers and plain tensor attributes; of one with many names the first comes last."""
+    """Parameters, buffers and plain tensor attributes; if one has many names, its first name comes last."""
     found: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     for prefix, module in model.named_modules():
         for key, value in module.__dict__.items():

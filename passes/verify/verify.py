@@ -10,7 +10,7 @@ Siegel and Singerman, "Translation validation", TACAS 1998), by facts that hold 
 
 The first network is checked on two samples, in float64 where memory holds it so; its parameters and statistics are
 changed by some per cent first, so that biases of zero or scales that are not trained yet hide nothing. What fails is
-narrowed down to the spaces that are to blame by halving.
+narrowed down to the spaces that are to blame by bisection.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Verifier:
         """The spec, without spaces whose permutation changes the function; what was found.
 
         Raises:
-            VerificationError: It changes still.
+            VerificationError: The function still changes.
 
         Warns:
             FrozenSpaceWarning: Spaces are to blame; the warning names them and the nodes where they lie.
@@ -110,8 +110,8 @@ class Verifier:
         if not self.allows(left):
             raise VerificationError(
                 f"the network with its channels in another order is off by {left:.1e} of its outputs, more than "
-                f"{self.precision.tolerance:.0e}: its graph was not understood. This is a fault of fxzip; verify=False "
-                "goes on all the same"
+                f"{self.precision.tolerance:.0e}: fxzip misread its graph. This is a bug in fxzip; verify=False skips "
+                "this check"
             )
         return fixed, Verified(str(self.precision), left, frozen=_gone(spec, fixed))
 
@@ -132,7 +132,7 @@ class Verifier:
             nodes = [node for node in spec.layout.factors if any(s.name == name for s, _, _ in spec.locate(node))]
             where = f" (nodes {', '.join(nodes[:3])}{' ...' if len(nodes) > 3 else ''})" if nodes else ""
             warnings.warn(
-                f"channels of {name}{where} are kept in place: {reason}. This is a fault of fxzip's analysis",
+                f"channels of {name}{where} are kept in place: {reason}. This is a bug in fxzip's analysis",
                 FrozenSpaceWarning, stacklevel=5,
             )  # fmt: skip
         return without_spaces(spec, self.module, blamed, reason)
@@ -145,7 +145,7 @@ class Verifier:
             make: Makes the plan from channel spaces; it is called again where some had to be kept in place.
 
         Raises:
-            VerificationError: The merge is off still.
+            VerificationError: The merge is still off.
 
         Warns:
             FrozenSpaceWarning: Spaces are to blame.
@@ -158,8 +158,8 @@ class Verifier:
         if not self.allows(error):
             raise VerificationError(
                 f"the network merged with a permuted copy of itself is off by {error:.1e} of its outputs, more than "
-                f"{self.precision.tolerance:.0e}: the merge was not understood. This is a fault of fxzip; another cut "
-                "may do, and verify=False goes on all the same"
+                f"{self.precision.tolerance:.0e}: the merge is wrong. This is a bug in fxzip; try another cut, or "
+                "verify=False to skip this check"
             )
         return plan, error
 

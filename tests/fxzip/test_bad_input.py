@@ -59,7 +59,7 @@ def zipped(*models: nn.Module, loader: Any = None, **options: Any) -> fxzip.Zipp
 
 def test_models_that_differ_from_the_first_layer(nets: list[nn.Module]) -> None:
     other = randomise(Net(chain, a=conv(3, 7), b=conv(7, 6), head=nn.Linear(6, 3)), X)
-    match = r"share no layer: model 0 and model 1 part at a \(Conv2d, weight 8 x 3.*7 x 3.*out_channels is 8"
+    match = r"share no layer: model 0 and model 1 diverge at a \(Conv2d, weight 8 x 3.*7 x 3.*out_channels is 8"
     with refused(AlignmentError, match, nets[0], other):
         zipped(nets[0], other)
 
@@ -68,7 +68,7 @@ def test_models_that_share_no_layer_but_a_norm() -> None:
     models = [
         randomise(Net(chain, norm=nn.BatchNorm2d(3), a=conv(3, width), head=nn.Linear(width, 3)), X) for width in (8, 7)
     ]
-    with refused(CutError, r"no layer comes before.*part at a \(Conv2d, weight 8 x 3", *models):
+    with refused(CutError, r"no layer comes before.*diverge at a \(Conv2d, weight 8 x 3", *models):
         zipped(*models)
 
 
@@ -94,7 +94,7 @@ def test_no_shared_space_before_the_cut() -> None:
     models = pair(Ordered, X)
     with refused(CutError, "cut='b': the layers before it share no channel space.*a: cumsum", *models):
         zipped(*models, cut="b")
-    with refused(CutError, "cut='cumsum': the trunk cannot end there.*near: .*b", *models):
+    with refused(CutError, "cut='cumsum': the trunk cannot end there.*valid nearby: .*b", *models):
         zipped(*models, cut="cumsum")
 
 
@@ -146,7 +146,7 @@ def test_a_model_on_another_device_than_its_peer(nets: list[nn.Module]) -> None:
         zipped(nets[0], far)
     far = copy.deepcopy(nets[1])
     far.head.to("meta")
-    with refused(AlignmentError, "model 1 lies on several devices: cpu, meta", nets[0], far):
+    with refused(AlignmentError, "model 1 is spread over several devices, move it to one: cpu, meta", nets[0], far):
         zipped(nets[0], far)
 
 
@@ -220,9 +220,11 @@ def test_one_module_given_twice(nets: list[nn.Module]) -> None:
 
 def test_an_unknown_cut_names_the_nearest(nets: list[nn.Module]) -> None:
     models = pair(Residual, X)
-    with refused(CutError, r"cut='layer_2': no shared module or node of that name; near: .*\blayer2\b", *models):
+    with refused(
+        CutError, r"cut='layer_2': no shared module or node of that name; valid nearby: .*\blayer2\b", *models
+    ):
         zipped(*models, cut="layer_2")
-    with refused(CutError, "cut='zzzz': no shared module.*near: stem, norm", *models):
+    with refused(CutError, "cut='zzzz': no shared module.*valid nearby: stem, norm", *models):
         zipped(*models, cut="zzzz")
 
 
@@ -232,13 +234,13 @@ def test_a_cut_where_bundles_cross_or_beyond_the_classifier(nets: list[nn.Module
         return m.out(F.relu(m.head(F.relu(left * right).mean((2, 3)))))
 
     models = pair(lambda: Net(halves, a=conv(3, 8), head=nn.Linear(4, 6), out=nn.Linear(6, 3)), X)
-    with refused(CutError, "cut='getitem': the trunk cannot end there.*bundled.*near: .*chunk", *models):
+    with refused(CutError, "cut='getitem': the trunk cannot end there.*bundled.*valid nearby: .*chunk", *models):
         zipped(*models, cut="getitem")
     tail = pair(
         lambda: Net(lambda m, x: m.act(m.head(m.a(x).mean((2, 3)))), a=conv(3, 8), head=nn.Linear(8, 3), act=nn.ReLU()),
         X,
     )
-    with refused(CutError, "cut='act'.*classifiers begin before it; near: .*head", *tail):
+    with refused(CutError, "cut='act'.*classifiers begin at head; valid nearby: .*head", *tail):
         zipped(*tail, cut="act")
 
 
@@ -400,9 +402,12 @@ class Unread:
         ({"progress": "no"}, "progress='no': give True or False"),
         ({"points": ["last"]}, r"points=\['last'\] is unknown; use 'last' or 'all'"),
         ({"ridge": 0.1}, r"'ridge' is a setting of refit: give refit=fxzip\.RefitOptions\(ridge=0\.1\)"),
-        ({"device": "cuda"}, "'device'; it is no argument of zip.* no option of method 'zip', which takes alpha, beta"),
-        ({"alhpa": 0.5}, r"unknown argument 'alhpa'.*; near: alpha"),
-        ({"reset_batch_norm": False}, r"unknown argument 'reset_batch_norm'; it is no argument of zip\(\)"),
+        (
+            {"device": "cuda"},
+            "'device'; it is neither .* nor an option of method 'zip', which takes alpha, beta",
+        ),
+        ({"alhpa": 0.5}, r"unknown argument 'alhpa'.*; did you mean alpha"),
+        ({"reset_batch_norm": False}, r"unknown argument 'reset_batch_norm'; it is neither an argument of zip\(\)"),
         ({"method": ["zip"]}, r"unknown matching method \['zip'\]"),
         ({"names": ["a"]}, "one name for each of the 2 models"),
     ],
@@ -447,7 +452,7 @@ def test_a_sweep_checks_all_its_merges_before_the_first(nets: list[nn.Module]) -
         (["average", {"method": "zip", "alpha": 2}], "alpha=2"),
         (["average", {"refit": "no"}], "refit='no'"),
         ([{"cut": "b"}], "give sweep its cuts apart"),
-        ([{"points": "all"}], r"'points'; it is no argument of convert\(\)"),
+        ([{"points": "all"}], r"'points'; it is neither an argument of convert\(\)"),
     ):
         with refused(OptionError, says, *nets):
             prepared.sweep([None], methods, lambda _: pytest.fail("it was merged"), progress=False)
@@ -456,7 +461,7 @@ def test_a_sweep_checks_all_its_merges_before_the_first(nets: list[nn.Module]) -
 
 
 def test_an_option_that_the_method_does_not_take(nets: list[nn.Module]) -> None:
-    with refused(OptionError, "'alpha'; it is no .* no option of method 'permute', which takes none", *nets):
+    with refused(OptionError, "'alpha'; it is neither .* nor an option of method 'permute', which takes none", *nets):
         zipped(*nets, method="permute", alpha=0.5)
     with refused(OptionError, "unknown matching method 'zap'; did you mean 'zip'", *nets):
         zipped(*nets, method="zap")

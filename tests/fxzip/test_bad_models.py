@@ -58,13 +58,13 @@ UNTRACEABLE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", UNTRACEABLE)
 def test_what_hangs_on_values_is_refused_and_the_line_named(name: str) -> None:
     models = pair(lambda: Body(UNTRACEABLE[name]), X)
-    match = r"Body could not be traced: .*test_bad_models\.py:\d+, in .*hangs on the values of a tensor.*torch\.where"
+    match = r"Body could not be traced: .*test_bad_models\.py:\d+, in .*depends on the values of a tensor.*torch\.where"
     with untouched(*models), pytest.raises(TraceError, match=match):
         fxzip.zip(*models, [X], progress=False)
 
 
 def test_as_many_values_as_there_happen_to_be() -> None:
-    """The size of ``x[x > 0]`` hangs on values, but nothing else does."""
+    """The size of ``x[x > 0]`` depends on values, but nothing else does."""
     model = randomise(Body(lambda x: x / x[x > 0].mean()), X)
     with pytest.warns(fxzip.FrozenSpaceWarning, match="getitem"):
         spec = fxzip.analyse(model, X)

@@ -308,7 +308,7 @@ def test_a_real_ctrl_c(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--cut", "layer9"], "no shared module or node of that name; near: "),
+        (["--cut", "layer9"], "no shared module or node of that name; valid nearby: "),
         (["--method", "zipp"], "did you mean"),
         (["--method", "permute", "--alpha", "0.5"], "has no option 'alpha'"),
         (["--method", "dual", "--option", "gamma=1e1"], "gamma=10.0: it must be a number from 0 to 1"),
@@ -356,7 +356,7 @@ def test_one_checkpoint_is_not_enough(place: Path, tmp_path: Path) -> None:
 
 def test_recipe_with_an_unknown_option(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("cutt: layer3")
-    assert "unknown option 'cutt'; near: cut" in one_line(run("zip", "--recipe", tmp_path / "r.yaml"))
+    assert "unknown option 'cutt'; did you mean cut" in one_line(run("zip", "--recipe", tmp_path / "r.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_batches_come_in_turn() -> None:
 def test_a_dict_is_by_the_tasks_names() -> None:
     found = list(as_one_loader({"b": loader(4, 6), "a": loader(0, 2)}, NAMES))
     assert torch.equal(torch.cat(found), X[[0, 1, 4, 5]])
-    with pytest.raises(OptionError, match="loaders for a, c, tasks a, b"):
+    with pytest.raises(OptionError, match="loaders for a, c, but tasks a, b"):
         as_one_loader({"a": loader(0, 2), "c": loader(4, 6)}, NAMES)
 
 

@@ -214,8 +214,8 @@ def test_wrong_activations() -> None:
         observer(0, torch.ones(4, 3), torch.ones(4, 4))
     with pytest.raises(CalibrationError, match="2 channels on axes"):
         observer(0, torch.ones(4, 2), torch.ones(4, 2))
-    with pytest.raises(CalibrationError, match="without axes"):
+    with pytest.raises(CalibrationError, match="lacks axes of"):
         observer(0, torch.ones(4), torch.ones(4))
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="the same number of channels"):
         Observer(2, point(3), point(4))
     assert observer.moments.count == 0

@@ -265,12 +265,12 @@ LOADERS: dict[str, tuple[Any, str]] = {
     "array": (X.numpy(), r"one numpy float64\[8, 3, 8, 8\].*like \[images\]"),
     "samples": (SAMPLES, r"single sample, \(float64\[3, 8, 8\], int\).*like float64\[1, 3, 8, 8\]"),
     "bare samples": (list(X), r"single sample, float64\[3, 8, 8\], without a batch axis"),
-    "arrays": ([X.numpy()], r"gave numpy float64\[8, 3, 8, 8\], no tensors: write torch\.from_numpy"),
-    "arrays and labels": ([(X.numpy(), [1])], r"gave \(numpy float64\[8, 3, 8, 8\], \(int\)\), no tensors"),
-    "dict of arrays": ([{"x": X.numpy()}], r"without a tensor: \['x'\]; write torch.from_numpy"),
+    "arrays": ([X.numpy()], r"gave numpy float64\[8, 3, 8, 8\], not tensors: convert by torch\.from_numpy"),
+    "arrays and labels": ([(X.numpy(), [1])], r"gave \(numpy float64\[8, 3, 8, 8\], \(int\)\), not tensors"),
+    "dict of arrays": ([{"x": X.numpy()}], r"without a tensor: \['x'\]; convert its arrays by torch.from_numpy"),
     "empty": ([X, X[:0]], r"batch 1: the batch is empty, float64\[0, 3, 8, 8\]: leave it out"),
     "sparse": ([X.to_sparse()], r"batch 0: a tensor is sparse.*\.to_dense\(\)"),
-    "only labels": ([{"labels": torch.arange(8)}], r"batch 0: the batch holds nothing but 'labels'"),
+    "only labels": ([{"labels": torch.arange(8)}], r"batch 0: the batch holds only 'labels'"),
 }
 
 
@@ -292,13 +292,13 @@ def test_whole_numbers_are_refused() -> None:
 def test_arguments_in_another_order() -> None:
     a, b = pair(tiny, X)
     right = r"write fxzip\.zip\(model_a, model_b, loader\)"
-    with pytest.raises(OptionError, match=rf"argument 2 of 3 is no model, but a DataLoader; {right}"):
+    with pytest.raises(OptionError, match=rf"argument 2 of 3 is a DataLoader, not a model; {right}"):
         fxzip.zip(a, DataLoader(list(X)), b, progress=False)
-    with pytest.raises(OptionError, match=rf"argument 1 of 3 is no model, but a list; {right}"):
+    with pytest.raises(OptionError, match=rf"argument 1 of 3 is a list, not a model; {right}"):
         fxzip.zip([X] * 5, a, b, progress=False)
     with pytest.raises(OptionError, match=rf"the loader is a model \(Net\); {right}"):
         fxzip.zip(a, b, loader=b, progress=False)
-    with pytest.raises(OptionError, match=r"argument 3 of 3 is no model, but a float64\[8, 3, 8, 8\].*example_inputs"):
+    with pytest.raises(OptionError, match=r"argument 3 of 3 is a float64\[8, 3, 8, 8\], not a model.*example_inputs"):
         fxzip.prepare(a, b, X, example_inputs=X)
 
 
@@ -334,7 +334,7 @@ def test_labels_never_become_inputs(key: str) -> None:
     models = pair(Speaking, X)
     expected = merged(*models).state_dict()
     batches = [{"pixel_values": X[:4], key: torch.zeros(4).long()}, {"pixel_values": X[4:], key: torch.zeros(4).long()}]
-    with pytest.warns(fxzip.DroppedInputWarning, match=f"hold '{key}': labels are no inputs") as told:
+    with pytest.warns(fxzip.DroppedInputWarning, match=f"hold '{key}': labels are not inputs") as told:
         found = merged(*models, loader=batches)
     assert len([w for w in told if w.category is fxzip.DroppedInputWarning]) == 1
     assert found.state_dict().keys() == expected.keys()

@@ -66,7 +66,7 @@ def test_a_link_keeps_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("cutt: layer3", "unknown option 'cutt'; near: cut"),
+        ("cutt: layer3", "unknown option 'cutt'; did you mean cut"),
         ("- cut", "holds no options"),
         ("", "holds no options"),
         ("cut: [", "is not YAML"),
@@ -77,7 +77,7 @@ def test_a_link_keeps_its_name(tmp_path: Path) -> None:
         ("alpha: 0x" + "f" * 10000, "a number of 10,002 digits: line 1"),
         ("alpha: " + "9" * 10000, "a number of 10,000 digits"),
         ("alpha: " + ":".join(["59"] * 1000), "a number of"),
-        ("cut: layer3\ncut: layer4", "'cut' stands there twice"),
+        ("cut: layer3\ncut: layer4", "'cut' is given twice"),
         ("cut: 2026-99-99", "is not YAML of plain options"),
         ("cut: !!int {}", "is not YAML of plain options"),
         ("cut: !!int ''", "is not YAML of plain options"),
@@ -99,7 +99,7 @@ def test_missing_recipe(tmp_path: Path) -> None:
 def test_only_small_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
     (tmp_path / "large").write_text("#" * (1 << 20) + "\ncut: layer3")
-    for name, why in (("pipe", "no regular file"), ("large", "more than the 262,144"), (".", "cannot be read")):
+    for name, why in (("pipe", "not a regular file"), ("large", "more than the 262,144"), (".", "cannot be read")):
         with pytest.raises(OptionError, match=why):
             read_recipe(tmp_path / name, KNOWN)
     (tmp_path / "r.yaml").write_text("cut: layer3")

@@ -139,7 +139,7 @@ def test_shares_are_of_the_layers_and_end_at_the_default() -> None:
 
 def test_unknown_names_and_places_that_are_none() -> None:
     found = cuts(Residual(), Residual())
-    with pytest.raises(CutError, match=r"'layer1.conv': no shared module or node.*near: layer1\.conv2, "):
+    with pytest.raises(CutError, match=r"'layer1.conv': no shared module or node.*valid nearby: layer1\.conv2, "):
         found.resolve("layer1.conv")
     with pytest.raises(CutError, match="no shared module or node"):
         found.resolve("x")  # the images

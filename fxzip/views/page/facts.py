@@ -18,7 +18,7 @@ class Box:
         title: Its module.
         lines: What is said of it.
         colour: Of the space of its result.
-        space: Name of that space; empty without.
+        space: Name of that space; empty if there is none.
         share: Its share of the largest block's operations, 0 to 1.
         within: Share of matches within one model; None where nothing was matched.
         takes: Titles of the boxes it takes its inputs from, where that is not just the one before it.
@@ -147,7 +147,7 @@ def _layer_row(report: Report, row: LayerRow) -> tuple[str, ...]:
 
 def _notes(report: Report) -> Iterator[str]:
     if report.parting:
-        yield f"The models part: {report.parting}"
+        yield f"The models diverge: {report.parting}"
     if report.refitted:
         yield f"Layers whose weights were solved for (refit): {report.refitted}"
     if report.recalibrated:
