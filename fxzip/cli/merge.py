@@ -34,6 +34,7 @@ def zip_models(
     options: p.Options = None,
     points: p.Points = "last",
     refit: p.Refit = True,
+    verify: p.Verify = True,
     ridge: p.Ridge = None,
     rounds: p.Rounds = None,
     images: p.Images = None,
@@ -96,7 +97,7 @@ class _Merge:
         )
         with shared.spinner("tracing and analysing", self.quiet):
             first = next(iter(loader))[0]
-            prepared = fxzip.prepare(*models, example_inputs=first, names=names)
+            prepared = fxzip.prepare(*models, example_inputs=first, names=names, verify=given["verify"])
             prepared.place(self.cut, self.start)
         prepared.observe(loader, points=given["points"], progress=not self.quiet)
         zipped = prepared.convert(
@@ -104,6 +105,7 @@ class _Merge:
             start=self.start,
             method=self.method,
             refit=self.refit if given["refit"] else False,
+            verify=given["verify"],
             progress=not self.quiet,
             **self.options,
         )

@@ -111,6 +111,7 @@ Points = Annotated[
 Refit = Annotated[
     bool, _merging(help="Solve merged layers by least squares; --no-refit: only average them, by ZipIt!'s rule.")
 ]
+Verify = Annotated[bool, _merging(help="Check the merge before it is fitted: a network merged with itself is itself.")]
 Ridge = Annotated[float | None, _merging(help=f"For refit: {read.DECLARED['ridge']}.")]
 Rounds = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['rounds']}.")]
 Images = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['images']}.")]

@@ -190,6 +190,8 @@ def _attempt(op: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Any:
     """Some operations exist for floating point only: labels are exact in float64."""
     try:
         return op(args, kwargs)
+    except IndexError as error:  # an index that one sample does not have
+        raise Unsupported(f"it cannot be run on labels: {error}") from error
     except (RuntimeError, NotImplementedError):
         args, kwargs = mapped(
             (args, kwargs), lambda v: v.double() if isinstance(v, Tensor) and v.dtype == torch.int64 else v

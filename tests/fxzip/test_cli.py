@@ -274,7 +274,7 @@ def test_interrupt_leaves_nothing_half_written(
     monkeypatch.setattr(owner, name, stop)
     done = run(*zip_arguments(place, tmp_path / "out"))
     assert done.exit_code == 130
-    assert done.stderr == "fxzip: stopped; nothing was written\n"
+    assert done.stderr.splitlines()[-1] == "fxzip: stopped; nothing was written"
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if earlier else [])
 

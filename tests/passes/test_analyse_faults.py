@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -334,11 +335,11 @@ FREE: dict[str, tuple[float, int]] = {
     "shuffled: linear": (0.989, 8),
     "queries: expanded": (0.99, 24),
     "queries: repeated": (0.99, 24),
-    "queries: a layer on them": (0.992, 31),
-    "queries: two layers": (0.992, 24),
-    "queries: a norm of them": (0.99, 24),
-    "queries: added": (0.982, 14),
-    "queries: pooled": (0.993, 24),
+    "queries: a layer on them": (0.99, 24),
+    "queries: two layers": (0.989, 24),
+    "queries: a norm of them": (0.989, 24),
+    "queries: added": (0.967, 7),
+    "queries: pooled": (0.992, 17),
     "queries: a constant": (0.977, 7),
 }
 """For each network its coverage, and how many channels there are beside one in each space."""
@@ -356,7 +357,7 @@ def test_a_rule_of_fxzip_that_fails_is_an_error_and_one_of_a_user_freezes(monkey
         raise ZeroDivisionError("no")
 
     net, x = Net(after(F.relu), **two()), torch.rand(SHAPE)
-    monkeypatch.setitem(registry._RULES, nn.Conv2d, broken)
+    monkeypatch.setitem(registry._RULES, nn.Conv2d, replace(registry._RULES[nn.Conv2d], rule=broken))
     with pytest.warns(fxzip.errors.FrozenSpaceWarning, match="its rule failed: no"):
         fxzip.analyse(net, x)
     broken.__module__ = "fxzip.rules.contractions"
