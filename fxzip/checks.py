@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxzip.data.checks import check_order
 from fxzip.errors import AlignmentError, OptionError
 from fxzip.matching import chosen_options, match, settings_of
 from fxzip.names import bad_name
@@ -149,5 +150,6 @@ def models_and_loader(given: tuple[Any, ...], loader: Any) -> tuple[tuple[Any, .
     if loader is not None:
         return given, loader
     if not given or isinstance(given[-1], nn.Module):
+        check_order(given)
         raise OptionError("no loader: call fxzip.zip(model_a, model_b, loader)")
     return given[:-1], given[-1]
