@@ -38,7 +38,14 @@ class Precision:
     def copied(self, module: fx.GraphModule) -> fx.GraphModule:
         """A copy of a network in this dtype, on which nothing depends."""
         copied = copy.deepcopy(module).eval()
-        return copied if self.dtype is None else copied.to(self.dtype)
+        if self.dtype is None:
+            return copied
+        own = {p.dtype for p in module.parameters() if p.is_floating_point()}
+        for node in copied.graph.nodes:  # what is joined at a start is joined in the dtype that was traced
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and value.dtype in own:
+                node.meta["val"] = value.to(self.dtype)
+        return copied.to(self.dtype)
 
     def changed(self, module: fx.GraphModule, generator: Generator) -> fx.GraphModule:
         """A copy whose parameters and statistics are changed by some per cent."""
