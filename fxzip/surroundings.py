@@ -55,7 +55,9 @@ def _random_state() -> Iterator[None]:
     legacy: Any = np.random  # the generator that is NumPy's global one
     state, numbers = random.getstate(), legacy.get_state()
     try:
-        with torch.random.fork_rng():
+        # Not asked of where nothing was started yet: that would load a library of the driver's.
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         random.setstate(state)
