@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -106,6 +107,9 @@ class Flow:
             self._read(node)
             return out
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        if node.target is operator.getitem and isinstance(args[0], Mapping | tuple | list):
+            container: Any = args[0]
+            return container[args[1]]  # a part of a nested input
         if node.op != "call_module" and not _any(args, kwargs, Labelled):
             return _constant(node, args, kwargs, out)
         return self._apply_rule(node, args, kwargs, out)

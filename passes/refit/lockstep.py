@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxzip.data.batches import batch_size
 from fxzip.graphs import attribute, compute, nodes_by_name
 
 
@@ -62,7 +63,7 @@ class Batch:
     @property
     def images(self) -> int:
         """How many images (or other samples) there are in it."""
-        return next(len(value) for value in self.feed[-1].values() if isinstance(value, Tensor))
+        return batch_size((), self.feed[-1])
 
 
 @dataclass(frozen=True, eq=False)

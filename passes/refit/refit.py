@@ -23,7 +23,9 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
+from fxzip.data.batches import batch_size
 from fxzip.data.loops import batches, counted, device_of
 from fxzip.errors import CalibrationError, FewImagesWarning
 from fxzip.graphs import bind_inputs, drop_dead_code, drop_unused
@@ -111,9 +113,9 @@ def _read(loader: Iterable[Any], parts: Split, options: RefitOptions) -> list[An
     found, count, size = [], 0, 0
     with batches(loader, device=device_of(parts.trunk) or device_of(parts.heads[0]), progress=False) as given:
         for args, kwargs in given:
-            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             found.append((args, kwargs))
-            count += len(tensors[0])
+            count += batch_size(args, kwargs)
             size += sum(tensor.nbytes for tensor in tensors)
             full = size * (1 + 1 / len(found)) > options.memory and count >= options.least_images
             if full or count >= options.images:

@@ -37,8 +37,8 @@ from fxzip.passes.verify.precision import Precision, own_precision
 from fxzip.passes.verify.reference import Reference, error_of, reference, run
 from fxzip.report import Verified
 
-SAMPLES = 2
-"""Samples that are checked on."""
+SAMPLES, MORE, SMALL = 2, 64, 2**20
+"""Samples that are checked on; more for networks of so few parameters, where ReLUs may let nothing through for two."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,11 @@ class Verifier:
 
     @cached_property
     def _reference(self) -> Reference:
-        return reference(self.module, self.example, SAMPLES, self._generator())
+        return reference(self.module, self.example, self._samples, self._generator())
+
+    @property
+    def _samples(self) -> int:
+        return MORE if sum(p.numel() for p in self.module.parameters()) < SMALL else SAMPLES
 
     @property
     def precision(self) -> Precision:

@@ -90,10 +90,11 @@ class Check:
 
     def _all(self) -> None:
         with self._tried("analyse"):
-            traced = canonicalise(trace(self.net, self.inputs))
-            spec = analyse_graph(traced, self.inputs, {})
-            if self.options.get("verify"):
-                spec = Verifier(traced, (self.inputs, {})).checked_spec(spec)[0]
+            with torch.random.fork_rng():  # as the public functions do
+                traced = canonicalise(trace(self.net, self.inputs))
+                spec = analyse_graph(traced, self.inputs, {})
+                if self.options.get("verify"):
+                    spec = Verifier(traced, (self.inputs, {})).checked_spec(spec)[0]
             self.outcome.coverage = spec.coverage
             count = 2 if "three" in self.extras else 1
             orders = [random_permutations(spec, Generator().manual_seed(seed)) for seed in range(1, count + 1)]
@@ -107,7 +108,7 @@ class Check:
             self._two_networks()
 
     def _permuted(self, spec: ChannelSpec, order: dict[str, Tensor]) -> None:
-        with self._tried("permutation"):
+        with self._tried("permutation"), torch.random.fork_rng():
             copied = spec.permute(self.net, Generator().manual_seed(1))
             self._expect("permutation", PERMUTED, lambda: (run(copied, self.inputs),))
 

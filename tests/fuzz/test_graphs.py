@@ -16,5 +16,5 @@ from tests.fuzz.generate import network
 def test_a_random_network_is_merged_rightly_or_refused(number: int) -> None:
     seed = f"suite/{number}"
     program = network(Random(seed))
-    outcome = check(program, seed, (EXTRAS[number % len(EXTRAS)],), None)
+    outcome = check(program, seed, (EXTRAS[number % len(EXTRAS)],), verify=True)
     assert not outcome.findings, f"{program}\n{outcome.findings}"
