@@ -22,12 +22,20 @@ def random_permutations(spec: ChannelSpec, generator: Generator | None = None) -
     found: dict[str, Tensor] = {}
     for space in spec.by_depth:
         if space.parent is None or space.block is None:
-            found[space.name] = torch.randperm(space.size, generator=generator)
+            found[space.name] = _cycle(space.size, generator)
             continue
         width = space.size // len(found[space.parent])
-        inner = torch.stack([torch.randperm(width, generator=generator) for _ in found[space.parent]])
+        inner = torch.stack([_cycle(width, generator) for _ in found[space.parent]])
         found[space.name] = (found[space.parent][:, None] * width + inner).reshape(-1)
     return found
+
+
+def _cycle(n: int, generator: Generator | None) -> Tensor:
+    """A random order of n channels that is one cycle, so that it respects no part of them by chance."""
+    visit = torch.randperm(n, generator=generator)
+    order = torch.empty_like(visit)
+    order[visit] = visit.roll(1)
+    return order
 
 
 def permuted(spec: ChannelSpec, model: nn.Module, generator: Generator | None = None) -> nn.Module:

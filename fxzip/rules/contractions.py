@@ -168,7 +168,10 @@ def _grouped_inputs(ctx: RuleContext, x: Labelled, name: str, groups: int, rows:
     """The input's labels by group (groups × columns), tied to the weight's columns."""
     labels = along(ctx.graph, x, 1)
     if columns == 1:
-        return (labels if labels is not None else torch.full((groups,), 1)).reshape(groups, 1)
+        if labels is None:  # each group reads its own part of an input whose order cannot change
+            labels = ctx.graph.fresh(groups)
+            ctx.graph.freeze(labels, "position")
+        return labels.reshape(groups, 1)
     row = torch.arange(rows).reshape(groups, -1)
     inside = ctx.graph.grouped_axis(name, row, columns, "contract")
     _contract(ctx, x, 1, inside)
