@@ -109,7 +109,7 @@ Points = Annotated[
     _merging(help="Match a channel space by its activations at the last place that uses it, or at all places."),
 ]
 Refit = Annotated[
-    bool, _merging(help="Solve merged layers by least squares; --no-refit: only average them, by ZipIt!'s rule.")
+    bool, _merging(help="Solve merged layers by least squares; --no-refit: merge by ZipIt!'s rule alone.")
 ]
 Verify = Annotated[bool, _merging(help="Check the merge before it is fitted: a network merged with itself is itself.")]
 Ridge = Annotated[float | None, _merging(help=f"For refit: {read.DECLARED['ridge']}.")]

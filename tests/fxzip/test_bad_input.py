@@ -404,7 +404,7 @@ class Unread:
         ({"ridge": 0.1}, r"'ridge' is a setting of refit: give refit=fxzip\.RefitOptions\(ridge=0\.1\)"),
         (
             {"device": "cuda"},
-            "'device'; it is neither .* nor an option of method 'zip', which takes alpha, beta",
+            "'device'; it is neither an argument of zip.* nor an option of method 'zip', which takes alpha, beta",
         ),
         ({"alhpa": 0.5}, r"unknown argument 'alhpa'.*; did you mean alpha"),
         ({"reset_batch_norm": False}, r"unknown argument 'reset_batch_norm'; it is neither an argument of zip\(\)"),
