@@ -87,6 +87,12 @@ class Prepared:
         self.points, self._loader = where, loader
         return self
 
+    def _observed(self) -> Iterable[Any]:
+        """The loader that was observed."""
+        if self._loader is None:
+            raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")
+        return self._loader
+
     def convert(
         self, *, cut: Cut = None, start: Cut = None, method: str = "zip", refit: bool | RefitOptions = True,
         reset_batch_norm: bool = True, progress: bool = True, **options: Any,
@@ -111,14 +117,13 @@ class Prepared:
             reset_batch_norm=reset_batch_norm, progress=progress, **options,
         )  # fmt: skip
         span = self.places.span(cut, start)
-        if self._loader is None:
-            raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")
+        loader = self._observed()
         maps = self._maps(choice, span)
         parts = split(self.alignment, self.spec, maps, span.end, span.begin)
         merged, refitted = self.places.has_layers(span), 0
         if choice.refit and merged:
             refitted = refit_parts(
-                parts, self.alignment, self.spec, maps, span.end, self._loader, choice.refit, progress, span.begin
+                parts, self.alignment, self.spec, maps, span.end, loader, choice.refit, progress, span.begin
             )
         shown = self.places.shown(cut, span.end), self.places.shown(start, span.begin) if span.begin else None
         report = build_report(self, parts, maps, choice, *shown, refitted)
@@ -126,7 +131,7 @@ class Prepared:
         zipped = ZippedModel(parts.trunk, dict(zip(self.names, parts.heads, strict=True)), report, example).eval()
         if reset_batch_norm and merged and not choice.refit:
             stems = [f"trunk.{name}" for name in parts.stems]
-            count = recalibrate(zipped, self._loader, progress=progress, skip=stems)
+            count = recalibrate(zipped, loader, progress=progress, skip=stems)
             zipped.report = report.with_recalibrated(count)
         for part in (parts.trunk, *parts.heads):
             reuse_memory(part)
@@ -142,8 +147,9 @@ class Prepared:
             **options: Of the method, as for `fxzip.zip`.
 
         Raises:
-            CutError, OptionError: As for `convert`.
+            CalibrationError, CutError, OptionError: As for `convert`.
         """
+        self._observed()
         choice = check_merge(Prepared.convert, len(self.names), cut=cut, start=start, method=method, **options)
         return self._maps(choice, self.places.span(cut, start))
 
