@@ -97,6 +97,12 @@ class Prepared:
         self.points, self._loader = where, loader
         return self
 
+    def _observed(self) -> Iterable[Any]:
+        """The loader that was observed."""
+        if self._loader is None:
+            raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")
+        return self._loader
+
     @undisturbed
     def convert(
         self, *, cut: Cut = None, start: Cut = None, method: str = "zip", refit: bool | RefitOptions = True,
@@ -124,21 +130,20 @@ class Prepared:
             reset_batch_norm=reset_batch_norm, verify=verify, progress=progress, **options,
         )  # fmt: skip
         self.places.span(cut, start)  # raises what is wrong with them
-        if self._loader is None:
-            raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")
+        loader = self._observed()
         plan, verified = self._checked_plan(choice, cut, start) if verify else (self._plan(choice, cut, start), None)
         span = Span(plan.begin, plan.end)
         parts = split(plan)
         merged, refitted = self.places.has_layers(span), 0
         if choice.refit and merged:
-            refitted = refit_parts(parts, plan, self._loader, choice.refit, progress)
+            refitted = refit_parts(parts, plan, loader, choice.refit, progress)
         shown = self.places.shown(cut, span.end), self.places.shown(start, span.begin) if span.begin else None
         report = build_report(self, parts, plan.maps, choice, *shown, refitted, verified)
         example = with_batch_size(*to_device(*self.spec.example, "cpu"), 2)
         zipped = ZippedModel(parts.trunk, dict(zip(self.names, parts.heads, strict=True)), report, example).eval()
         if reset_batch_norm and merged and not choice.refit:
             stems = [f"trunk.{name}" for name in parts.stems]
-            count = recalibrate(zipped, self._loader, progress=progress, skip=stems)
+            count = recalibrate(zipped, loader, progress=progress, skip=stems)
             zipped.report = report.with_recalibrated(count)
         for part in (parts.trunk, *parts.heads):
             reuse_memory(part)
@@ -154,8 +159,9 @@ class Prepared:
             **options: Options of the method, as for `fxzip.zip`.
 
         Raises:
-            CutError, OptionError: As for `convert`.
+            CalibrationError, CutError, OptionError: As for `convert`.
         """
+        self._observed()
         choice = check_merge(Prepared.convert, len(self.names), cut=cut, start=start, method=method, **options)
         return self._plan(choice, cut, start)
 

@@ -329,6 +329,8 @@ def test_a_loader_that_fails_itself(nets: list[nn.Module]) -> None:
 def test_nothing_was_observed(nets: list[nn.Module]) -> None:
     with refused(CalibrationError, r"nothing was observed yet: call prepared\.observe\(loader\) first", *nets):
         fxzip.prepare(*nets, example_inputs=X).convert()
+    with refused(CalibrationError, "nothing was observed yet", *nets):
+        fxzip.prepare(*nets, example_inputs=X).plan()
 
 
 # ---- the activations
