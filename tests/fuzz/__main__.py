@@ -70,7 +70,7 @@ class Run:
 
     def _one(self, number: int) -> None:
         seed = f"{self.options.seed}/{number}"
-        program = network(Random(seed))
+        program = network(Random(seed), self.options.steps)
         outcome = check(program, seed, extras_of(number), self.options.verify)
         counts = Counter(self.state["counts"])
         for what in ("wrong", "raw", "mismatched", "touched", "frozen"):
@@ -144,7 +144,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     if options.only is not None:
         seed = f"{options.seed}/{options.only}"
-        program = network(Random(seed))
+        program = network(Random(seed), options.steps)
         print(program)
         outcome = check(program, seed, EXTRAS, options.verify)
         print(json.dumps(vars(outcome), indent=1))

@@ -16,21 +16,21 @@ from tests.fuzz.vocabulary import STEPS
 _ = layers, mixes, moves, writes  # imported to register their steps
 
 
-def network(random: Random) -> Program:
-    """A random network that is alive: its outputs are finite, depend on the inputs, and not too steeply."""
+def network(random: Random, most: int = 8) -> Program:
+    """A random network that can be checked (`is_sound`), of at most so many steps beside its first and last layers."""
     while True:
-        program = _attempt(Builder(random))
+        program = _attempt(Builder(random), most)
         if program is not None and random.random() < 0.9:
             program = tidy(program)
         if program is not None and is_sound(program):
             return program
 
 
-def _attempt(b: Builder) -> Program | None:
+def _attempt(b: Builder, most: int) -> Program | None:
     try:
         _begin(b)
         steps, weights = list(STEPS), list(STEPS.values())
-        wanted, tried = b.number(2, 8), 0
+        wanted, tried = b.number(2, most), 0
         while wanted and tried < 40:
             mark = b.mark()
             tried += 1
