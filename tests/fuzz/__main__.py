@@ -70,7 +70,7 @@ class Run:
 
     def _one(self, number: int) -> None:
         seed = f"{self.options.seed}/{number}"
-        program = network(Random(seed))
+        program = network(Random(seed), self.options.steps, self.options.without)
         outcome = check(program, seed, extras_of(number), self.options.verify)
         counts = Counter(self.state["counts"])
         for what in ("wrong", "raw", "mismatched", "touched", "frozen"):
@@ -131,6 +131,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3600, help="most time to take (default: an hour)")
     parser.add_argument("--seed", default="0", help="of the networks (default: 0)")
     parser.add_argument("--out", type=Path, default=Path(".work/fuzz.json"), help="state and findings")
+    parser.add_argument("--steps", type=int, default=8, help="most steps of a network (default: 8)")
+    parser.add_argument("--without", nargs="*", default=[], help="steps, or modules of steps (writes), to leave out")
     parser.add_argument("--only", type=int, help="check this network alone, with all oracles, and print it")
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, help="passed on to convert (default: its own)"
@@ -144,7 +146,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     if options.only is not None:
         seed = f"{options.seed}/{options.only}"
-        program = network(Random(seed))
+        program = network(Random(seed), options.steps, options.without)
         print(program)
         outcome = check(program, seed, EXTRAS, options.verify)
         print(json.dumps(vars(outcome), indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from random import Random
 from typing import Any
 
@@ -11,31 +12,37 @@ from torch.utils import _pytree as pytree
 from tests.fuzz import layers, mixes, moves, writes
 from tests.fuzz.builder import CHANNELS, Builder, Failed
 from tests.fuzz.program import Program, build, inputs_of, off, run, tensors, tidy
-from tests.fuzz.vocabulary import STEPS
+from tests.fuzz.vocabulary import STEPS, Step
 
 _ = layers, mixes, moves, writes  # imported to register their steps
 
 
-def network(random: Random) -> Program:
-    """A random network that is alive: its outputs are finite, depend on the inputs, and not too steeply."""
+def network(random: Random, most: int = 8, without: Collection[str] = ()) -> Program:
+    """A random network that can be checked.
+
+    Args:
+        random: Where all choices come from.
+        most: Most steps, beside the first and last layers.
+        without: Steps, or modules of steps (``writes``), that are left out: to see what else is wrong.
+    """
+    steps = {s: w for s, w in STEPS.items() if not {s.__name__, s.__module__.rpartition(".")[2]} & set(without)}
     while True:
-        program = _attempt(Builder(random))
+        program = _attempt(Builder(random), most, steps)
         if program is not None and random.random() < 0.9:
             program = tidy(program)
         if program is not None and is_sound(program):
             return program
 
 
-def _attempt(b: Builder) -> Program | None:
+def _attempt(b: Builder, most: int, steps: Mapping[Step, int]) -> Program | None:
     try:
         _begin(b)
-        steps, weights = list(STEPS), list(STEPS.values())
-        wanted, tried = b.number(2, 8), 0
+        wanted, tried = b.number(2, most), 0
         while wanted and tried < 40:
             mark = b.mark()
             tried += 1
             try:
-                b.random.choices(steps, weights)[0](b)
+                b.random.choices(list(steps), list(steps.values()))[0](b)
                 wanted -= 1
             except Failed:
                 b.back(mark)

@@ -134,7 +134,8 @@ def off(wanted: Any, found: Any) -> float:
     left, right = list(tensors(wanted)), list(tensors(found))
     if [t.shape for t in left] != [t.shape for t in right]:
         return float("inf")
-    worst = max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-9)) for a, b in zip(left, right, strict=True))
+    pairs = zip(left, right, strict=True)
+    worst = max((float((a - b).abs().max() / a.abs().max().clamp(min=1e-9)) for a, b in pairs), default=0.0)
     return worst if worst == worst else float("inf")
 
 

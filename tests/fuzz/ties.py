@@ -19,7 +19,7 @@ def tied_spaces(module: fx.GraphModule, spec: ChannelSpec, inputs: tuple[Any, ..
     values = recorded(module, *inputs)
     found = set()
     for name, value in values.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         for space, axes, index in spec.locate(name):
             samples = _samples(value, axes, index)
