@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fxzip.labelling.copies import Copies
+from fxzip.labelling.copies import Copies, scrambled
 from fxzip.labelling.labels import LabelGraph
 
 Ints = NDArray[np.int64]
-Words = NDArray[np.uint64]
 _SEEDS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)
 
 
@@ -42,15 +41,25 @@ def colours(graph: LabelGraph, of: Ints, reason: Ints, nests: Mapping[str, Ints]
     copies = Copies.of(graph, of, reason == 0, [axes, sets[:2]])
     while len(copies.labels):
         by_label = copies.colours(colour)
-        new = _stable(_recolour(count, [(np.arange(count), colour), (copies.classes, by_label)]), nests)
-        if new.max(initial=0) == colour.max(initial=0):
+        if not _apart(colour, copies.classes, by_label):
             break
-        colour = new
+        colour = _stable(_recolour(count, [(np.arange(count), colour), (copies.classes, by_label)]), nests)
     order = colour[of]
     if len(copies.labels):
         order[copies.labels] = by_label  # random numbers of 64 bits: none is that of a class
         order = _numbered(order)
     return _numbered(colour), order
+
+
+def _apart(colour: Ints, classes: Ints, by_label: Ints) -> bool:
+    """Whether classes of one colour have labels of different colours."""
+    total = np.zeros(len(colour), dtype=np.int64)
+    np.add.at(total, classes, scrambled(by_label))
+    meant = np.zeros(int(colour.max(initial=0)) + 1, dtype=bool)
+    meant[colour[classes]] = True
+    members = np.flatnonzero(meant[colour])
+    order = members[np.lexsort((total[members], colour[members]))]
+    return bool(((np.diff(colour[order]) == 0) & (np.diff(total[order]) != 0)).any())
 
 
 def _numbered(colour: Ints) -> Ints:
@@ -136,7 +145,7 @@ def _copies(graph: LabelGraph, of: Ints) -> Iterator[tuple[str, Ints, Ints]]:
 
 def _recolour(count: int, marks: Sequence[tuple[Ints, Ints]]) -> Ints:
     """Number the classes by the multiset of marks that each has, given as (classes, keys)."""
-    high, low = (_sums(count, marks, np.uint64(seed)) for seed in _SEEDS)
+    high, low = (_sums(count, marks, seed) for seed in _SEEDS)
     order = np.lexsort((low, high))
     new = (np.diff(high[order], prepend=high[order[:1]]) != 0) | (np.diff(low[order], prepend=low[order[:1]]) != 0)
     colour = np.empty(count, dtype=np.int64)
@@ -144,16 +153,8 @@ def _recolour(count: int, marks: Sequence[tuple[Ints, Ints]]) -> Ints:
     return colour
 
 
-def _sums(count: int, marks: Sequence[tuple[Ints, Ints]], seed: np.uint64) -> Words:
-    total = np.zeros(count, dtype=np.uint64)
+def _sums(count: int, marks: Sequence[tuple[Ints, Ints]], seed: int) -> Ints:
+    total = np.zeros(count, dtype=np.int64)
     for classes, keys in marks:
-        np.add.at(total, classes, _scrambled(keys, seed))
+        np.add.at(total, classes, scrambled(keys, seed))
     return total
-
-
-def _scrambled(keys: Ints, seed: np.uint64) -> Words:
-    """A number for each key that looks random: the finaliser of SplitMix64 (Steele et al., OOPSLA 2014)."""
-    x = keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + seed
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
