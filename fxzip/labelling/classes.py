@@ -10,7 +10,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -48,8 +47,7 @@ class Classes:
 
 def unite(graph: LabelGraph) -> Classes:
     """Resolve the unions, then let what is frozen keep in place what it moves with."""
-    none = torch.zeros(0, dtype=torch.int64)
-    left, right = (torch.cat(side).numpy() for side in zip((none, none), *graph.edges, strict=True))
+    left, right = (side.numpy() for side in graph.meetings()[:2])
     known = np.minimum(left, right) >= FIRST
     of, count = _components(graph.count, left[known], right[known])
     reason, texts = np.full(count, FREE), ["", "position"]

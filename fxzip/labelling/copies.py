@@ -107,14 +107,11 @@ def _several(graph: LabelGraph, of: Ints, free: NDArray[np.bool_]) -> Ints:
 
 def _meetings(graph: LabelGraph, number: Ints) -> tuple[Ints, Ints]:
     """The pairs of labels, by number, that met, and for each where, and as which of their copies there."""
-    none = np.zeros(0, dtype=np.int64)
-    left, right = (
-        np.concatenate([none, *(edge[side].numpy() for edge in graph.edges)]) if (number >= 0).any() else none
-        for side in (0, 1)
-    )
-    sizes = [len(edge[0]) for edge in graph.edges] if len(left) else []
+    left, right = (side.numpy() for side in graph.meetings()[:2])
+    if not (number >= 0).any():
+        left = right = left[:0]
     here = np.flatnonzero((number[left] >= 0) & (number[right] >= 0))
-    call = np.repeat(np.arange(len(sizes)), sizes)[here]
+    call = np.searchsorted(np.cumsum(graph.meetings()[2]), here, side="right")
     ends = np.stack([number[left[here]], number[right[here]]], 1)
     ranks = [occurrences(call * len(number) + ends[:, side]) for side in (0, 1)]
     return ends, scrambled(scrambled(scrambled(call) + ranks[0]) + ranks[1])

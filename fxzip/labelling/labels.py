@@ -147,6 +147,7 @@ class LabelGraph:
     count: int = FIRST
     origins: list[int] = field(default_factory=list)
     _injective: dict[int, tuple[Tensor, bool]] = field(default_factory=dict, repr=False)
+    _met: tuple[Tensor, Tensor, list[int]] | None = field(default=None, repr=False)
     _numbers: Tensor = field(default_factory=lambda: torch.arange(1, SMALL), repr=False)
 
     def fresh(self, *shape: int) -> Tensor:
@@ -181,6 +182,15 @@ class LabelGraph:
             left, right = torch.broadcast_tensors(left, right)
         if left is not right:
             self.edges.append((left.reshape(-1), right.reshape(-1)))
+
+    def meetings(self) -> tuple[Tensor, Tensor, list[int]]:
+        """All pairs of labels that met: those on the left, those on the right, and how many each time."""
+        sizes = [len(left) for left, _ in self.edges]
+        if self._met is None or len(self._met[2]) != len(sizes):
+            none = torch.zeros(0, dtype=torch.int64)
+            left, right = (torch.cat(side) for side in zip((none, none), *self.edges, strict=True))
+            self._met = left, right, sizes
+        return self._met
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """These labels may not be permuted, and why."""

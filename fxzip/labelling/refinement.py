@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fxzip.labelling.copies import Copies
+from fxzip.labelling.copies import Copies, scrambled
 from fxzip.labelling.labels import LabelGraph
 
 Ints = NDArray[np.int64]
-Words = NDArray[np.uint64]
 _SEEDS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)
 
 
@@ -36,24 +35,31 @@ def colours(graph: LabelGraph, of: Ints, reason: Ints, nests: Mapping[str, Ints]
     """
     count = len(reason)
     frozen = np.flatnonzero(reason)
-    marks, sets = _marks(graph, of)
-    one_by_one = [(of[labels], keys) for labels, keys in marks]
-    together = [_distinct(of, labels, keys) for labels, keys in sets]
+    axes, sets = _axes(graph), _sets(graph, of)
     first = (frozen, -1 - frozen)
-    colour = _stable(_recolour(count, [first, *one_by_one, *together]), nests)
-    copies = Copies.of(graph, of, reason == 0, [*marks, *sets])
+    colour = _stable(_recolour(count, [first, (of[axes[0]], axes[1]), _by_class(of, *sets)]), nests)
+    copies = Copies.of(graph, of, reason == 0, [axes, sets[:2]])
     while len(copies.labels):
         by_label = copies.label_colours(colour)
-        new = _stable(_recolour(count, [(np.arange(count), colour), (copies.classes, by_label)]), nests)
-        if new.max(initial=0) == colour.max(initial=0):
+        if not _apart(colour, copies.classes, by_label):
             break
-        colour = new
+        colour = _stable(_recolour(count, [(np.arange(count), colour), (copies.classes, by_label)]), nests)
     order = colour[of]
     if len(copies.labels):
-        order = order * 0 + _numbered(order)
-        order[copies.labels] = by_label
+        order[copies.labels] = by_label  # random numbers of 64 bits: none is that of a class
         order = _numbered(order)
     return _numbered(colour), order
+
+
+def _apart(colour: Ints, classes: Ints, by_label: Ints) -> bool:
+    """Whether classes of one colour have labels of different colours."""
+    total = np.zeros(len(colour), dtype=np.int64)
+    np.add.at(total, classes, scrambled(by_label))
+    meant = np.zeros(int(colour.max(initial=0)) + 1, dtype=bool)
+    meant[colour[classes]] = True
+    members = np.flatnonzero(meant[colour])
+    order = members[np.lexsort((total[members], colour[members]))]
+    return bool(((np.diff(colour[order]) == 0) & (np.diff(total[order]) != 0)).any())
 
 
 def _numbered(colour: Ints) -> Ints:
@@ -77,33 +83,43 @@ def _stable(colour: Ints, nests: Mapping[str, Ints]) -> Ints:
         colour = new
 
 
-def _marks(graph: LabelGraph, of: Ints) -> tuple[list[tuple[Ints, Ints]], list[tuple[Ints, Ints]]]:
-    """The marks of labels as (labels, keys): those that count each time, and those of sets, counted once a class."""
-    kinds: dict[tuple[object, ...], int] = {}
-    axes = list(graph.axes.values())
-    numbers = [kinds.setdefault((axis.parameter, axis.axis), len(kinds)) for axis in axes]
-    owners = [axis.labels.numpy().reshape(-1) for axis in axes]
-    none = np.zeros(0, dtype=np.int64)
-    keys = np.repeat(np.array(numbers, dtype=np.int64), [len(o) for o in owners])
-    sets = []
-    for node, labels in graph.uses:
-        kind = kinds.setdefault((node,), len(kinds))
-        sets.append((labels.numpy(), np.full(len(labels), kind)))
+def _axes(graph: LabelGraph) -> tuple[Ints, Ints]:
+    """The labels along axes of parameters, and a number for the axis of each: the even ones."""
+    owners = [axis.labels.numpy().reshape(-1) for axis in graph.axes.values()]
+    numbers = 2 * np.arange(len(owners))
+    return np.concatenate([np.zeros(0, dtype=np.int64), *owners]), np.repeat(numbers, [len(o) for o in owners])
+
+
+def _sets(graph: LabelGraph, of: Ints) -> tuple[Ints, Ints, Ints]:
+    """The labels that nodes treat as one set or keep at places, odd numbers for these, and the number of the set."""
     fixed = [(node, labels.numpy(), where.numpy()) for node, labels, where in graph.places]
-    for node, members, where in (*fixed, *_copies(graph, of)):
-        kind = kinds.setdefault((node, "place"), len(kinds))
-        sets.append((members, kind + ((where + 1) << 32)))
-    return [(np.concatenate([none, *owners]), keys)], sets
+    placed = [*fixed, *_copies(graph, of)]
+    used = [(node, labels.numpy()) for node, labels in graph.uses]
+    names = [*((node, "use") for node, _ in used), *((node, "place") for node, _, _ in placed)]
+    numbers = {name: 2 * number + 1 for number, name in enumerate(dict.fromkeys(names))}
+    kinds = [numbers[name] for name in names]
+    members = [entry[1] for entry in (*used, *placed)]
+    sizes = [len(m) for m in members]
+    keys = np.repeat(np.array(kinds, dtype=np.int64), sizes)
+    if placed:
+        where = np.concatenate([w for _, _, w in placed])
+        keys[len(keys) - len(where) :] += (where + 1) << 32
+    return np.concatenate([np.zeros(0, dtype=np.int64), *members]), keys, np.repeat(np.arange(len(sizes)), sizes)
 
 
-def _distinct(of: Ints, labels: Ints, keys: Ints) -> tuple[Ints, Ints]:
-    """The marks of a set by class, each once."""
-    classes = of[labels]
-    if len(keys) and (keys == keys[0]).all():
-        found = np.unique(classes)
-        return found, np.full(len(found), keys[0])
-    found, which = np.unique(np.stack([classes, keys], 1), axis=0).T
-    return found, which
+def _by_class(of: Ints, labels: Ints, keys: Ints, sets: Ints) -> tuple[Ints, Ints]:
+    """The marks of sets by class, each once in a set."""
+    width = int(sets.max(initial=0)) + 1
+    plain = keys >> 32 == 0  # a set of one key each
+    found, at = np.unique(of[labels[plain]] * width + sets[plain], return_index=True)
+    classes, key = [found // width], [keys[plain][at]]
+    if not plain.all():
+        rest = np.stack([of[labels], sets, keys], 1)[~plain]
+        distinct = rest[np.lexsort(rest.T)]
+        distinct = distinct[np.r_[True, (np.diff(distinct, axis=0) != 0).any(1)]]
+        classes.append(distinct[:, 0])
+        key.append(distinct[:, 2])
+    return np.concatenate(classes), np.concatenate(key)
 
 
 def _copies(graph: LabelGraph, of: Ints) -> Iterator[tuple[str, Ints, Ints]]:
@@ -129,7 +145,7 @@ def _copies(graph: LabelGraph, of: Ints) -> Iterator[tuple[str, Ints, Ints]]:
 
 def _recolour(count: int, marks: Sequence[tuple[Ints, Ints]]) -> Ints:
     """Number the classes by the multiset of marks that each has, given as (classes, keys)."""
-    high, low = (_sums(count, marks, np.uint64(seed)) for seed in _SEEDS)
+    high, low = (_sums(count, marks, seed) for seed in _SEEDS)
     order = np.lexsort((low, high))
     new = (np.diff(high[order], prepend=high[order[:1]]) != 0) | (np.diff(low[order], prepend=low[order[:1]]) != 0)
     colour = np.empty(count, dtype=np.int64)
@@ -137,16 +153,8 @@ def _recolour(count: int, marks: Sequence[tuple[Ints, Ints]]) -> Ints:
     return colour
 
 
-def _sums(count: int, marks: Sequence[tuple[Ints, Ints]], seed: np.uint64) -> Words:
-    total = np.zeros(count, dtype=np.uint64)
+def _sums(count: int, marks: Sequence[tuple[Ints, Ints]], seed: int) -> Ints:
+    total = np.zeros(count, dtype=np.int64)
     for classes, keys in marks:
-        np.add.at(total, classes, _scrambled(keys, seed))
+        np.add.at(total, classes, scrambled(keys, seed))
     return total
-
-
-def _scrambled(keys: Ints, seed: np.uint64) -> Words:
-    """A number for each key that looks random: the finaliser of SplitMix64 (Steele et al., OOPSLA 2014)."""
-    x = keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + seed
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
