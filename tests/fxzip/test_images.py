@@ -105,7 +105,7 @@ def test_broken_images_with_workers(tree: Path) -> None:
 
 def test_not_one_good_image(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"nothing")
-    with pytest.raises(CalibrationError, match="not one of the images can be read"):
+    with pytest.raises(CalibrationError, match="none of the images can be read"):
         list(ImageLoader(find_images(tmp_path).values(), pixels))
 
 

@@ -37,7 +37,8 @@ def test_a_row_for_each_cut_and_method(sweep: fxzip.Sweep) -> None:
     costs = [row.flops for row in sweep.rows[:3]]
     assert costs == sorted(costs, reverse=True)
     assert 1 < costs[-1] < 1.01
-    assert sweep.rows[0].scores["closeness"] > sweep.rows[2].scores["closeness"]
+    early, late = sweep.rows[3], sweep.rows[5]  # without refit, which fits these very images at any cut
+    assert early.scores["closeness"] > late.scores["closeness"]
 
 
 def test_the_best_within_a_budget(sweep: fxzip.Sweep) -> None:
