@@ -31,7 +31,7 @@ Loader = Iterable[Any]
 
 @undisturbed
 def zip(
-    *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, method: str = "zip",
+    *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, method: str = "auto",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
     verify: bool = True, progress: bool = True, **options: Any,
 ) -> ZippedModel:  # fmt: skip
@@ -76,7 +76,7 @@ def zip(
     ready = ready_loader(loader, tasks, given)
     prepared = prepare(*given, example_inputs=first_batch(ready), names=tasks, verify=verify)
     prepared.place(cut, start)
-    prepared.observe(ready, points=points, progress=progress)
+    prepared.observe(ready, points=points, hold_back=refit is not False, progress=progress)
     return prepared.convert(**wanted, **options)
 
 

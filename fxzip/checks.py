@@ -17,7 +17,7 @@ from fxzip.matching import chosen_options, match, settings_of
 from fxzip.names import bad_name
 from fxzip.passes.cut import check_span
 from fxzip.passes.points import check_points
-from fxzip.settings import RefitOptions, refit_settings
+from fxzip.settings import AUTO, MATCHING, RefitOptions, refit_settings
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Choice:
     refit: RefitOptions | None
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{key}={value:g}" for key, value in self.options.items())
+        shown = ", ".join(f"{key}={value:g}" for key, value in self.options.items() if value is not None)
         return f"{self.method}({shown})" if shown else self.method
 
 
@@ -67,9 +67,12 @@ def check_merge(call: Callable[..., Any], n_models: int, /, **given: Any) -> Cho
 
 def _check_known(name: str, value: object, call: str, arguments: Sequence[str], method: str) -> None:
     """Raise OptionError unless an argument is an option of the method."""
-    known = settings_of(method)
+    known = {} if method == AUTO else settings_of(method)
     if name in known:
         return
+    takers = [other for other, settings in MATCHING.items() if name in settings]
+    if method == AUTO and takers:
+        raise OptionError(f"{name!r} is an option of method {takers[0]!r}: give method={takers[0]!r} with it")
     if name in refit_settings():
         raise OptionError(f"{name!r} is a setting of refit: give refit=fxzip.RefitOptions({name}={value!r})")
     near = difflib.get_close_matches(name, [*known, *arguments, *refit_settings()])
@@ -86,6 +89,8 @@ def check_method(method: str, given: Mapping[str, Any], n_models: int) -> dict[s
         OptionError: The method is unknown or does not take so many models, or an option is out of range or not
             one of its own.
     """
+    if method == AUTO and not given:
+        return {}
     chosen = chosen_options(method, given)
     match(method, torch.eye(n_models), n_models=n_models, **chosen)
     return chosen

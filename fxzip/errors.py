@@ -57,5 +57,9 @@ class FewImagesWarning(UserWarning):
     """There are too few images to determine all weights of a layer: the rest keep their values from before the fit."""
 
 
+class LowFidelityWarning(UserWarning):
+    """The merged network often answers otherwise than its parents do."""
+
+
 class DroppedInputWarning(UserWarning):
     """A loader's batches hold labels, which are not inputs of the models and are left out."""

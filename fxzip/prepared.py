@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from fxzip.channels import ChannelSpec, MergePoint
-from fxzip.checks import Choice, check_flag, check_merge
-from fxzip.data.batches import to_device, with_batch_size
+from fxzip.checks import check_flag, check_merge
+from fxzip.conversion import Conversion
+from fxzip.data.batches import Given
 from fxzip.data.checks import ready_loader
+from fxzip.data.held import HeldBack
 from fxzip.errors import CalibrationError, OptionError
-from fxzip.matching import MergeMap, evidence
 from fxzip.merged import ZippedModel
 from fxzip.moments import Moments
 from fxzip.passes.align import Alignment
-from fxzip.passes.cut import Cut, MergePlan, Places, Span, find_cuts
-from fxzip.passes.match import match_spaces
-from fxzip.passes.match_weights import match_by_weights
+from fxzip.passes.cut import Cut, MergePlan, Places, find_cuts
 from fxzip.passes.observe import observe
 from fxzip.passes.points import Points, merge_points
-from fxzip.passes.recalibrate import recalibrate
 from fxzip.passes.refit import RefitOptions
-from fxzip.passes.refit import refit as refit_parts
-from fxzip.passes.reuse import reuse_memory
-from fxzip.passes.split import split
 from fxzip.passes.verify import Verifier, ensemble_error
 from fxzip.report import Verified
-from fxzip.report_builder import build_report
 from fxzip.surroundings import undisturbed
 from fxzip.sweep import Sweep, run_sweep
 
@@ -43,6 +36,8 @@ class Prepared:
         places: Where they can be merged, and what it costs.
         points: The merge points of each space; empty before `observe`.
         moments: What was observed there, by space; empty before `observe`.
+        held: The images that were held back.
+        observed: How many others were observed.
         verified: What was checked of the spaces; None with ``verify=False``.
     """
 
@@ -56,6 +51,8 @@ class Prepared:
         self.verified = verified
         self.points: dict[str, tuple[MergePoint, ...]] = {}
         self.moments: dict[str, Moments] = {}
+        self.held: list[Given] = []
+        self.observed = 0
         self._loader: Iterable[Any] | None = None
 
     @property
@@ -78,23 +75,29 @@ class Prepared:
         return self.places.span(cut, start).end
 
     @undisturbed
-    def observe(self, loader: Iterable[Any], *, points: Points = "last", progress: bool = True) -> Prepared:
+    def observe(
+        self, loader: Iterable[Any], *, points: Points = "last", hold_back: bool = True, progress: bool = True
+    ) -> Prepared:
         """Record the moments of all models' channels over a loader; replaces what was observed before.
 
         Args:
             loader: As for `fxzip.zip`. `convert` reads it again to reset BatchNorm statistics.
             points: One merge point for each space (``last``), or ``all`` of them pooled.
+            hold_back: Hold back some of the images (`fxzip.data.held`), so that merges can be measured on what they
+                did not see. False: all are observed and fitted on, and `Report.fidelity` stays empty.
             progress: Show a bar.
 
         Raises:
             CalibrationError: The loader is empty, gives the wrong thing, or activations are not finite.
         """
         check_flag("progress", progress)
+        check_flag("hold_back", hold_back)
         loader = ready_loader(loader, self.names, self.alignment.modules)
         nodes = self.alignment.trunk_names(0)[: self.places.cuts.default]
         where = merge_points(self.alignment.modules[0], self.spec, nodes, points)
-        self.moments = observe(self.alignment, where, loader, progress=progress)
-        self.points, self._loader = where, loader
+        parted = HeldBack(loader) if hold_back else HeldBack(loader, most=0)
+        self.moments = observe(self.alignment, where, parted, progress=progress)
+        self.points, self._loader, self.held, self.observed = where, loader, parted.held, parted.given
         return self
 
     def _observed(self) -> Iterable[Any]:
@@ -105,7 +108,7 @@ class Prepared:
 
     @undisturbed
     def convert(
-        self, *, cut: Cut = None, start: Cut = None, method: str = "zip", refit: bool | RefitOptions = True,
+        self, *, cut: Cut = None, start: Cut = None, method: str = "auto", refit: bool | RefitOptions = True,
         reset_batch_norm: bool = True, verify: bool = True, progress: bool = True, **options: Any,
     ) -> ZippedModel:  # fmt: skip
         """Merge the networks, from what was observed.
@@ -130,26 +133,9 @@ class Prepared:
             reset_batch_norm=reset_batch_norm, verify=verify, progress=progress, **options,
         )  # fmt: skip
         self.places.span(cut, start)  # raises what is wrong with them
-        loader = self._observed()
-        plan, verified = self._checked_plan(choice, cut, start) if verify else (self._plan(choice, cut, start), None)
-        span = Span(plan.begin, plan.end)
-        parts = split(plan)
-        merged, refitted = self.places.has_layers(span), 0
-        if choice.refit and merged:
-            refitted = refit_parts(parts, plan, loader, choice.refit, progress)
-        shown = self.places.shown(cut, span.end), self.places.shown(start, span.begin) if span.begin else None
-        report = build_report(self, parts, plan.maps, choice, *shown, refitted, verified)
-        example = with_batch_size(*to_device(*self.spec.example, "cpu"), 2)
-        zipped = ZippedModel(parts.trunk, dict(zip(self.names, parts.heads, strict=True)), report, example).eval()
-        if reset_batch_norm and merged and not choice.refit:
-            stems = [f"trunk.{name}" for name in parts.stems]
-            count = recalibrate(zipped, loader, progress=progress, skip=stems)
-            zipped.report = report.with_recalibrated(count)
-        for part in (parts.trunk, *parts.heads):
-            reuse_memory(part)
-        return zipped
+        return Conversion(self, choice, cut, start, self._observed(), reset_batch_norm, progress).run(verify)
 
-    def plan(self, *, cut: Cut = None, start: Cut = None, method: str = "zip", **options: Any) -> MergePlan:
+    def plan(self, *, cut: Cut = None, start: Cut = None, method: str = "auto", **options: Any) -> MergePlan:
         """The plan that `convert` follows: where to merge, and a map for each channel space in between.
 
         Args:
@@ -161,46 +147,23 @@ class Prepared:
         Raises:
             CalibrationError, CutError, OptionError: As for `convert`.
         """
-        self._observed()
         choice = check_merge(Prepared.convert, len(self.names), cut=cut, start=start, method=method, **options)
-        return self._plan(choice, cut, start)
+        conversion = Conversion(self, choice, cut, start, self._observed(), reset_batch_norm=True, progress=False)
+        return conversion.plan(conversion.chosen()[0])
 
-    def _plan(self, choice: Choice, cut: Cut, start: Cut) -> MergePlan:
-        span = self.places.span(cut, start)
-        return MergePlan(self.alignment, self.spec, self._maps(choice, span), span.begin, span.end)
-
-    def _checked_plan(self, choice: Choice, cut: Cut, start: Cut) -> tuple[MergePlan, Verified]:
-        """A plan that merges the first network with itself exactly; spaces that are to blame are kept in place."""
-
-        def make(spec: ChannelSpec) -> MergePlan:
-            if spec is not self.spec:
-                self.spec, self.places = spec, Places(self.alignment, spec, find_cuts(self.alignment, spec))
-            return self._plan(choice, cut, start)
-
-        before = self.spec
-        plan, error = self._verifier.checked_plan(before, make)
-        known = self.verified or self._verifier.checked_spec(self.spec)[1]
-        gone = tuple(space.name for space in before.spaces if space not in self.spec.spaces)
-        return plan, replace(known, merge=error, ensemble=self._ensemble_error, frozen=(*known.frozen, *gone))
+    def keep_to(self, spec: ChannelSpec) -> None:
+        """From now on merge by these channel spaces, of which verification has frozen some."""
+        self.spec, self.places = spec, Places(self.alignment, spec, find_cuts(self.alignment, spec))
 
     @cached_property
-    def _verifier(self) -> Verifier:
+    def verifier(self) -> Verifier:
+        """What checks plans on the example."""
         return Verifier(self.alignment.modules[0], self.spec.example)
 
     @cached_property
-    def _ensemble_error(self) -> float:
+    def ensemble_error(self) -> float:
+        """How far the heads behind an empty trunk are off, as a share of the outputs' largest value."""
         return ensemble_error(self.alignment, self.spec, self.spec.example, self.places.cuts.valid[0])
-
-    def _maps(self, choice: Choice, span: Span) -> dict[str, MergeMap]:
-        method, names = choice.method, self.places.spaces(span)
-        if evidence(method) != "weights":
-            return match_spaces(self.spec, self.moments, method, len(self.names), names, **choice.options)
-        peers = self.alignment.peers(len(self.alignment.shared))
-        whole = [module.state_dict() for module in self.alignment.modules]
-        states = [{name: state[own[k]] for name, own in peers.items()} for k, state in enumerate(whole)]
-        gamma = choice.options.get("gamma", 0.0)
-        seen = {name: found.correlation.cpu() for name, found in self.moments.items()} if gamma else {}
-        return match_by_weights(self.spec, states, names, seen, gamma)
 
     def sweep(
         self,

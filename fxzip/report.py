@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from fxzip.fidelity import Fidelity
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -116,6 +118,8 @@ class Report:
         layers: What the network computes, in the order of execution, the trunk first.
         start: Where merging starts, as the user named it; None for the input.
         verified: What was checked before the fit, and how far it was off; None where it was not.
+        fidelity: How well it answers as its parents do; None where no image was held back to measure it.
+        tried: What method ``auto`` tried, and what each gave.
     """
 
     names: tuple[str, ...]
@@ -134,10 +138,8 @@ class Report:
     layers: tuple[LayerRow, ...] = ()
     start: str | None = None
     verified: Verified | None = None
-
-    def with_recalibrated(self, count: int) -> Report:
-        """The same report, with the number of BatchNorm layers that were reset."""
-        return replace(self, recalibrated=count)
+    fidelity: Fidelity | None = None
+    tried: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -194,6 +196,8 @@ class Report:
         lines += [f"verified: {self.verified}"] if self.verified else []
         lines += [f"layers refitted: {self.refitted}"] if self.refitted else []
         lines += [f"BatchNorm layers reset: {self.recalibrated}"] if self.recalibrated else []
+        lines += [f"method chosen from: {each}" for each in self.tried]
+        lines += [f"fidelity: {self.fidelity}"] if self.fidelity else []
         return render(spaces, costs) + "\n".join(lines) + "\n"
 
 

@@ -11,31 +11,33 @@ from torch import nn
 from fxzip.data.batches import with_batch_size
 from fxzip.flops import flop_counter
 from fxzip.matching import MergeMap
-from fxzip.passes.split import Split
+from fxzip.passes.choose import Tried
 from fxzip.report import Cost, Report, SpaceRow, Verified
 from fxzip.views.outline import outline
 
 if TYPE_CHECKING:
     from fxzip.checks import Choice
+    from fxzip.conversion import Fitted
     from fxzip.prepared import Prepared
 
 
 def build_report(
-    prepared: Prepared, parts: Split, maps: Mapping[str, MergeMap], choice: Choice,
-    cut: str, start: str | None, refitted: int, verified: Verified | None,
+    prepared: Prepared, maps: Mapping[str, MergeMap], choice: Choice, cut: str, start: str | None, fitted: Fitted,
+    verified: Verified | None, tried: tuple[Tried, ...],
 ) -> Report:  # fmt: skip
     """The report of one merge.
 
     Args:
         prepared: The networks.
-        parts: Trunk and heads.
         maps: The merge maps.
         choice: How the user wanted it.
         cut: Where the heads begin, in the user's words.
         start: Where merging starts, in the user's words; None for the input.
-        refitted: How many layers were solved for.
+        fitted: Trunk and heads, and what was done to them.
         verified: What was checked.
+        tried: What was tried to find the method.
     """
+    parts = fitted.parts
     spec, modules = prepared.spec, prepared.alignment.modules
     args, kwargs = with_batch_size(*spec.example, 1)
     trunk, crossing = measure_cost(parts.trunk, args, kwargs)
@@ -60,8 +62,11 @@ def build_report(
         ),
         trunk=trunk,
         heads=tuple(measure_cost(head, crossing, {})[0] for head in heads.values()),
-        refitted=refitted,
+        recalibrated=fitted.recalibrated,
+        refitted=fitted.refitted,
         verified=verified,
+        fidelity=fitted.fidelity,
+        tried=tuple(map(str, tried)),
         layers=outline(parts.trunk, heads, args, kwargs, merged_in),
     )
 

@@ -21,13 +21,13 @@ class Setting:
     """A number that a user may set.
 
     Attributes:
-        default: Its value if nothing is given; an int says that it is a whole number.
+        default: Its value if nothing is given; an int says that it is a whole number, None that fxzip finds it.
         help: What it does, in one line.
         low: The least that it may be.
         high: The most that it may be.
     """
 
-    default: float
+    default: float | None
     help: str
     low: float = -math.inf
     high: float = math.inf
@@ -54,8 +54,8 @@ class Setting:
             return f"{self.low:g} or more"
         return f"{self.high:g} or less" if math.isfinite(self.high) else ""
 
-    def check(self, name: str, value: object) -> float:
-        """The value as a number of Python's own.
+    def check(self, name: str, value: object) -> Any:
+        """The value as a number of Python's own; None where fxzip is to find it.
 
         Args:
             name: What the setting is called.
@@ -64,6 +64,8 @@ class Setting:
         Raises:
             OptionError: Not a number (True is none), not finite, not whole as it must be, or out of range.
         """
+        if value is None and self.default is None:
+            return None
         number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
         fits = math.isfinite(number) and self.low <= number <= self.high
         if not fits or (self.kind is int and not number.is_integer()):
@@ -73,10 +75,11 @@ class Setting:
 
     def __str__(self) -> str:
         """Its help, range and default, in one line."""
-        return "; ".join(filter(None, (self.help, self.range, f"default: {self.default}")))
+        default = "default: found from the images" if self.default is None else f"default: {self.default}"
+        return "; ".join(filter(None, (self.help, self.range, default)))
 
 
-def _field(default: float, help: str, low: float) -> Any:
+def _field(default: float | None, help: str, low: float) -> Any:
     """The field of a dataclass that is a setting."""
     return field(default=default, metadata={"setting": Setting(default, help, low)})
 
@@ -86,7 +89,8 @@ class RefitOptions:
     """How to refit (`fxzip.passes.refit`).
 
     Attributes:
-        ridge: λ as a share of the mean of the inputs' sums of squares; 0 or more.
+        ridge: λ as a share of the mean of the inputs' sums of squares; 0 or more. None: found for each layer from
+            images that its fit leaves out (`fxzip.passes.refit.ridge`).
         rounds: How often an inner layer (of a residual branch, of an MLP) and the layer that uses it are solved in
             turn, in the trunk; in the heads it is once. 0: each layer is solved once.
         images: Most images to use from the loader; fewer where ``memory`` does not hold them.
@@ -101,8 +105,8 @@ class RefitOptions:
         OptionError: A value is no number, or out of range.
     """
 
-    ridge: float = _field(
-        1e-3, "how strongly weights are pulled to ZipIt!'s rule, as a share of the inputs' power", low=0
+    ridge: float | None = _field(
+        None, "how strongly weights are pulled to ZipIt!'s rule, as a share of the inputs' power", low=0
     )
     rounds: int = _field(5, "how often the layers of a branch are solved in turn (0: each only once)", low=0)
     images: int = _field(
@@ -123,12 +127,19 @@ def refit_settings() -> dict[str, Setting]:
     return {each.name: each.metadata["setting"] for each in fields(RefitOptions)}
 
 
+AUTO = "auto"
+"""The method that tries others and takes the best (`fxzip.passes.choose`)."""
+
 MATCHING: Mapping[str, Mapping[str, Setting]] = {
     "zip": {
         "alpha": Setting(1.0, "how readily merged channels merge again (arXiv 2305.03053, section 4.3)", 0, 1),
         "beta": Setting(1.0, "share of a model's merges that may lie within it", 0, 1),
     },
-    "select": {},
+    "select": {
+        "samples": Setting(
+            None, "how many independent samples the covariances are of: few make regressions cautious", 1
+        ),
+    },
     "permute": {},
     "average": {},
     "optimal": {},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,14 @@ from torch.utils import _pytree as pytree
 from fxzip.errors import CalibrationError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Given(NamedTuple):
+    """A batch whose inputs are known: lists of these are loaders, too."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
 
 _FEW = 4  # parts of a structure that are described one by one
 
@@ -27,6 +35,8 @@ def model_inputs(batch: object) -> Inputs:
         CalibrationError: The batch is anything else.
     """
     first = batch
+    if isinstance(batch, Given):
+        return tuple(batch)
     if isinstance(batch, (tuple, list)):
         if not batch:
             raise CalibrationError("the loader gave an empty tuple or list; its first element must be the input")

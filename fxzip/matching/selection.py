@@ -13,14 +13,17 @@ import torch
 from fxzip.matching.merge_map import MergeMap
 from fxzip.matching.registry import matcher
 from fxzip.matching.similarity import Floats, Ints
+from fxzip.settings import MATCHING
 
 _EXPLAINED = 1e-6
 """Share of the largest variance below which what is left of a channel counts as explained: U stays of moderate size."""
 _DAMPING = 1e-10
+_COPY = 1e-6
+"""What a channel may differ from a kept one and still be its copy, as a share of its variance."""
 
 
-@matcher("select", of="covariance")
-def _select(covariance: Floats, n_models: int) -> MergeMap:
+@matcher("select", of="covariance", options=MATCHING["select"])
+def _select(covariance: Floats, n_models: int, samples: float | None) -> MergeMap:
     """Keep the n channels that leave the least variance unexplained, each next one given those before.
 
     Cholesky decomposition with pivoting on the covariance (Higham, "Analysis of the Cholesky decomposition of
@@ -28,6 +31,9 @@ def _select(covariance: Floats, n_models: int) -> MergeMap:
     not explain. U is the regression of all channels on the kept ones, M has one 1 in each row. Merged channels
     are in the order of the kept ones' numbers. Each model's variances are first scaled to a mean of one, so
     that a model with larger activations is not preferred.
+
+    Of few samples a regression on many channels tells more of their noise than of anything else. So covariances are
+    shrunk for it (`shrinkage`), but for copies of a kept channel, which need no regression.
     """
     n = len(covariance) // n_models
     power = covariance.diagonal().reshape(n_models, n).mean(1)
@@ -36,7 +42,8 @@ def _select(covariance: Floats, n_models: int) -> MergeMap:
     left = np.setdiff1d(np.arange(len(covariance)), found)[: n - len(found)]
     kept = np.sort(np.concatenate([found, left]))
     unmerge = np.zeros((len(covariance), n))
-    unmerge[:, np.searchsorted(kept, found)] = regression(covariance, found)
+    damping = shrinkage(covariance * scale[:, None] * scale[None, :], samples) if samples else 0.0
+    unmerge[:, np.searchsorted(kept, found)] = regression(covariance, found, damping)
     unmerge[kept] = np.eye(n)
     return MergeMap.from_selection(torch.from_numpy(kept), torch.from_numpy(unmerge), n_models)
 
@@ -63,13 +70,39 @@ def pivots(covariance: Floats, count: int) -> Ints:
     return found
 
 
-def regression(covariance: Floats, kept: Ints) -> Floats:
-    """All channels from linearly independent kept ones by least squares: (Σn, kept)."""
+def shrinkage(covariance: Floats, samples: float) -> float:
+    """How far covariances of so few independent samples are to be shrunk towards uncorrelated channels, 0 to 1.
+
+    The oracle-approximating estimate of Chen, Wiesel, Eldar and Hero ("Shrinkage algorithms for MMSE covariance
+    estimation", 2010, equation 23), which is closed.
+    """
+    size, trace = len(covariance), float(np.trace(covariance))
+    squares = float(np.square(covariance).sum())
+    left = (samples + 1 - 2 / size) * (squares - trace**2 / size)
+    return min(1.0, ((1 - 2 / size) * squares + trace**2) / left) if left > 0 else 1.0
+
+
+def regression(covariance: Floats, kept: Ints, shrunk: float = 0.0) -> Floats:
+    """All channels from linearly independent kept ones by least squares: (Σn, kept).
+
+    Args:
+        covariance: (Σn, Σn).
+        kept: The channels that are kept.
+        shrunk: What covariances, but not variances, are reduced by.
+    """
     from scipy.linalg import cho_factor, cho_solve
 
     if len(kept) == 0:
         return np.zeros((len(covariance), 0))
-    own = covariance[np.ix_(kept, kept)].copy()
-    own.flat[:: len(own) + 1] *= 1 + _DAMPING
-    weights: Floats = cho_solve(cho_factor(own, lower=True), covariance[kept]).T
+    shrunk = min(shrunk, 1 - 1e-6)
+    own, cross = covariance[np.ix_(kept, kept)].copy(), covariance[kept]
+    own.flat[:: len(own) + 1] *= 1 + _DAMPING + shrunk / (1 - shrunk)
+    weights: Floats = cho_solve(cho_factor(own, lower=True), cross).T
+    variance = covariance.diagonal()
+    slope = cross / variance[kept][:, None]
+    left = variance - slope * cross  # (kept, Σn): what each kept channel leaves of every one by itself
+    nearest, every = left.argmin(0), np.arange(len(covariance))
+    copies = left[nearest, every] <= _COPY * variance
+    weights[copies] = 0.0
+    weights[copies, nearest[copies]] = slope[nearest[copies], every[copies]]
     return weights

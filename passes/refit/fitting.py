@@ -25,10 +25,12 @@ import torch
 from torch import Tensor, fx
 
 from fxzip.errors import CalibrationError
-from fxzip.graphs import is_relu
+from fxzip.passes.refit.goals import Goals, Target
 from fxzip.passes.refit.lockstep import Batch, LockStep, Stream
 from fxzip.passes.refit.pairs import Pair
 from fxzip.passes.refit.regression import SLIGHT, Regression, Residuals, noise_of
+from fxzip.passes.refit.reset import norm_behind, reset_scale
+from fxzip.passes.refit.ridge import START, Trial
 from fxzip.passes.refit.sums import add_residuals, columns, curved, gram_samples, power, precise, pulled_back
 from fxzip.passes.refit.units import Unit
 
@@ -38,8 +40,6 @@ ONE_SIDED = 2
 """How often the targets of a one-sided fit are set again."""
 PROBED = 4
 """Step lengths are found on one of this many batches."""
-
-Target = Callable[[str, Sequence[Tensor]], Tensor]
 
 
 @dataclass(eq=False)
@@ -54,6 +54,7 @@ class Fit:
         weights: (groups, o, d).
         bias: (groups, o).
         told: The outputs that depend on the inputs, bool (groups, o); None until that was determined.
+        ridge: λ as a share of the mean of the inputs' sums of squares.
     """
 
     unit: Unit
@@ -63,6 +64,7 @@ class Fit:
     weights: Tensor
     bias: Tensor
     told: Tensor | None = None
+    ridge: float = START
 
 
 class Fitter:
@@ -70,15 +72,15 @@ class Fitter:
 
     Attributes:
         lock: The lock step; the merged network is its last.
-        target: What a node should give, from the parents' values.
-        ridge: λ as a share of the mean of the inputs' sums of squares.
+        goals: What units should give.
+        ridge: λ as a share of the mean of the inputs' sums of squares; None: found for each unit.
     """
 
-    def __init__(self, lock: LockStep, target: Target, ridge: float, seed: int) -> None:
-        self.lock, self.target, self.ridge = lock, target, ridge
+    def __init__(self, lock: LockStep, target: Target, ridge: float | None, seed: int) -> None:
+        self.lock, self.goals, self.ridge = lock, Goals(lock, target), ridge
+        self._last = START
         self.generator = torch.Generator().manual_seed(seed)
         self._orders: dict[Unit, list[fx.Node]] = {}
-        self._targets: dict[Batch, Tensor] = {}
 
     @property
     def _merged(self) -> Stream:
@@ -98,75 +100,72 @@ class Fitter:
         found = self._fit(unit)
         for pair, inner in pairs.items():
             self._alternate(pair, inner, found, rounds)
-        self._targets.clear()
+        self.goals.forget()
         return found
 
     def _fit(self, unit: Unit) -> Fit:
-        found, steps = self._started(unit), 1
+        found, trial = self._started(unit), Trial(unit.bias_at is not None)
+        contraction, all_drawn = unit.layers[0].contraction, True
         for batch in self.lock.seen:
-            here = self._draw(unit, batch.env[0][unit.root.name])
-            found.inputs.add(columns(unit, batch, here))
-            steps = steps if here is None or self._one_sided(unit) else 2
+            value = batch.env[0][unit.root.name]
+            here, count = self._draw(unit, value), contraction.samples(value)
+            all_drawn = all_drawn and here is None
+            residual = precise(contraction.rows(self.goals.linear(batch, unit, self._run(batch, unit)), here))
+            image = (torch.arange(count) if here is None else here) * batch.images // count
+            trial.add(columns(unit, batch, here), residual, image, batch.images)
+        found.inputs = trial.together()
+        if self.ridge is None:
+            self._last = trial.best(self._last)
+        found.ridge = self._last if self.ridge is None else self.ridge
         found.told = self._told(found)
-        for _ in range(steps):
-            self._solve(found, self._linear)
-        for _ in range(ONE_SIDED if self._one_sided(unit) else 0):
-            self._solve(found, self._residual)
+        for _ in range(1 if all_drawn or self.goals.one_sided(unit) else 2):
+            self._solve(found, self.goals.linear)
+        for _ in range(ONE_SIDED if self.goals.one_sided(unit) else 0):
+            self._solve(found, self.goals.residual)
         return found
 
     def _alternate(self, pair: Pair, inner: Fit, outer: Fit, rounds: int) -> None:
         for _ in range(rounds):
             if not self._step(pair, inner):
                 break
-            self._solve(outer, self._residual, changed=True)
+            self._solve(outer, self.goals.residual, changed=True)
 
     def _started(self, unit: Unit) -> Fit:
         """A fit that is at W₀, with the bias that is best for the first batch."""
         priors = [layer.prior(self._merged.module) for layer in unit.layers]
+        priors = [prior * scale for prior, scale in zip(priors, self._resets(unit), strict=True)]
         prior, first = torch.cat(priors, 2), self.lock.seen[0]
         sizes, inputs = [part.shape[2] for part in priors], Regression(unit.bias_at is not None)
         found = Fit(unit, inputs, prior, sizes, prior, prior.new_zeros(prior.shape[:2]))
         self._write(found, prior, found.bias)
         if inputs.intercept:
             contraction = unit.layers[0].contraction
-            residual = contraction.rows(self._linear(first, unit, self._run(first, unit)))
+            residual = contraction.rows(self.goals.linear(first, unit, self._run(first, unit)))
             self._write(found, prior, residual.mean(2, dtype=torch.float64))
         return found
+
+    def _resets(self, unit: Unit) -> list[Tensor | float]:
+        """What resetting BatchNorm statistics multiplies the rows of each layer's weight by."""
+        norms = [norm_behind(self._merged.module, layer) for layer in unit.layers]
+        values: dict[fx.Node, list[Tensor]] = {norm: [] for norm in norms if norm is not None}
+        for batch in self.lock.seen if values else ():
+            env = ChainMap({}, batch.env[-1])
+            self._run(batch, unit, env)
+            for norm, found in values.items():
+                found.append(env[norm.all_input_nodes[0].name])
+        return [
+            1.0 if norm is None else reset_scale(self._merged.module, layer, norm, values[norm])[:, :, None]
+            for layer, norm in zip(unit.layers, norms, strict=True)
+        ]
 
     def _told(self, fit: Fit) -> Tensor:
         """The outputs (groups, o) that depend on the inputs: under W₀ they vary by more than rounding."""
         first, power, count = fit.unit.layers[0].contraction, torch.zeros((), dtype=torch.float64), 0
         for batch in self.lock.seen:
-            wanted = precise(self._wanted(batch, fit.unit))
+            wanted = precise(self.goals.wanted(batch, fit.unit))
             power = power + first.total_output(wanted.square()).double()
             count += first.samples(wanted)
         return fit.inputs.spread(fit.prior) > noise_of(wanted.dtype) ** 2 * power / count
-
-    def _residual(self, batch: Batch, unit: Unit, has: Tensor) -> Tensor:
-        """The residual of a unit's value; 0 where a ReLU makes 0 of it, as it should."""
-        wanted = self._wanted(batch, unit)
-        if not self._one_sided(unit):
-            return wanted - has
-        # The product is 0 where a ReLU should give 0, and immense elsewhere; torch.where takes ten times as long.
-        return torch.minimum(wanted - has, wanted * torch.finfo(wanted.dtype).max)
-
-    def _linear(self, batch: Batch, unit: Unit, has: Tensor) -> Tensor:
-        """The residual, by the parents' values before the ReLU where ReLUs give 0."""
-        if not self._one_sided(unit):
-            return self._residual(batch, unit, has)
-        wanted = self._wanted(batch, unit)
-        below = self.target(unit.root.name, [env[unit.root.name] for env in batch.env[:-1]])
-        return below.clamp(max=0) * (wanted == 0) + wanted - has
-
-    def _wanted(self, batch: Batch, unit: Unit) -> Tensor:
-        """What a unit should give, or the ReLU behind it."""
-        if batch not in self._targets:
-            values = [env[unit.root.name] for env in batch.env[:-1]]
-            if self._one_sided(unit):
-                self._targets[batch] = self.target(unit.root.name, [value.relu() for value in values]).relu()
-            else:
-                self._targets[batch] = self.target(unit.root.name, values)
-        return self._targets[batch]
 
     def _solve(self, fit: Fit, residual: Callable[[Batch, Unit, Tensor], Tensor], changed: bool = False) -> None:
         """A step of least squares on the residuals.
@@ -185,7 +184,7 @@ class Fitter:
             if changed and number % PROBED == 0:
                 some.append((batch, has, here))
         try:
-            step = fit.inputs.step(residuals, self.ridge, fit.prior - fit.weights, fit.told)
+            step = fit.inputs.step(residuals, fit.ridge, fit.prior - fit.weights, fit.told)
         except ArithmeticError as error:
             raise CalibrationError(f"refit at {fit.unit.root.name}: {error}") from error
         self._move(fit, step, lambda: self._best_length(fit.unit, some) if changed else 1.0)
@@ -220,7 +219,7 @@ class Fitter:
         if found is None:
             return False
         starts, residuals, curvature, least = found
-        step = curved(inner.inputs.step(residuals, self.ridge, told=inner.told), curvature, least)
+        step = curved(inner.inputs.step(residuals, inner.ridge, told=inner.told), curvature, least)
         length = self._move(inner, step, lambda: self._length(pair, starts))
         if length:
             for batch in self.lock.seen:
@@ -243,11 +242,11 @@ class Fitter:
             with torch.enable_grad():
                 value = start.detach().requires_grad_()
                 has = self._forward(pair, batch, value)
-            residual = self._residual(batch, pair.outer, has.detach())
+            residual = self.goals.residual(batch, pair.outer, has.detach())
             gradient = pulled_back(has, value, residual)
             if gradient is None:
                 return None
-            sizes += torch.stack([power(self._wanted(batch, pair.outer)), power(start)]).cpu()
+            sizes += torch.stack([power(self.goals.wanted(batch, pair.outer)), power(start)]).cpu()
             add_residuals(residuals, pair.inner, batch, gradient)
             if number % PROBED == 0:
                 starts.append((batch, start))
@@ -267,7 +266,7 @@ class Fitter:
             change = self._run(batch, pair.inner) - start
             for length in errors:
                 has = self._forward(pair, batch, start + length * change)
-                residual = self._residual(batch, pair.outer, has)
+                residual = self.goals.residual(batch, pair.outer, has)
                 errors[length] += float(residual.double().square().sum())
         return min(errors, key=errors.__getitem__)
 
@@ -277,21 +276,17 @@ class Fitter:
         fresh[pair.inner.root.name] = value
         return self._compute(pair.path, ChainMap(fresh, batch.env[-1]), pair.outer.root)
 
-    def _run(self, batch: Batch, unit: Unit) -> Tensor:
-        """What a unit gives."""
+    def _run(self, batch: Batch, unit: Unit, into: ChainMap[str, Tensor] | None = None) -> Tensor:
+        """What a unit gives; what lies on the way goes ``into`` a dict."""
         if unit not in self._orders:
             self._orders[unit] = [node for node in self._merged.module.graph.nodes if node in unit.claimed]
-        return self._compute(self._orders[unit], ChainMap({}, batch.env[-1]), unit.root)
+        return self._compute(self._orders[unit], ChainMap({}, batch.env[-1]) if into is None else into, unit.root)
 
     def _compute(self, nodes: Iterable[fx.Node], env: ChainMap[str, Tensor], last: fx.Node) -> Tensor:
         for node in nodes:
             if node.op != "get_attr":
                 env[node.name] = self._merged.compute(node.name, env)
         return env[last.name]
-
-    def _one_sided(self, unit: Unit) -> bool:
-        users = unit.root.users
-        return bool(users) and all(is_relu(self._merged.module, user) for user in users)
 
     def _draw(self, unit: Unit, value: Tensor) -> Tensor | None:
         """Samples of a batch for a Gram matrix, drawn at random; None for all, where they are not too many."""

@@ -22,15 +22,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxzip.data.batches import batch_size
+from fxzip.data.batches import Given, batch_size
 from fxzip.data.loops import batches, counted, device_of
 from fxzip.errors import CalibrationError, FewImagesWarning
 from fxzip.graphs import bind_inputs, drop_dead_code, drop_unused
 from fxzip.passes.cut.plan import MergePlan
-from fxzip.passes.refit.fitting import Fit, Fitter, Target
+from fxzip.passes.refit.fitting import Fit, Fitter
+from fxzip.passes.refit.goals import Target
 from fxzip.passes.refit.lockstep import LockStep, Step, Stream
 from fxzip.passes.refit.norms import Norm, find_norm
 from fxzip.passes.refit.pairs import Pair, find_pairs
@@ -59,7 +61,7 @@ def refit(
         progress: Show a bar.
     """
     options = options or RefitOptions()
-    inputs = _read(loader, parts, options)
+    inputs = read_images(loader, device_of(parts.trunk) or device_of(parts.heads[0]), options)
     trunk = _trunk_refitter(parts, plan, inputs, options)
     trunk.run(progress, "refitting the trunk")
     solved, few = trunk.solved, trunk.few
@@ -108,13 +110,18 @@ def _warn_of_few(images: int, few: Mapping[str, tuple[int, int]]) -> None:
     )
 
 
-def _read(loader: Iterable[Any], parts: Split, options: RefitOptions) -> list[Any]:
-    """The calibration batches, up to the number of images that are wanted and as many as fit into memory."""
-    found, count, size = [], 0, 0
-    with batches(loader, device=device_of(parts.trunk) or device_of(parts.heads[0]), progress=False) as given:
+def read_images(loader: Iterable[Any], device: torch.device | None, options: RefitOptions) -> list[Given]:
+    """The calibration batches, up to the number of images that are wanted and as many as fit into memory.
+
+    Raises:
+        CalibrationError: The loader is empty.
+    """
+    found: list[Given] = []
+    count, size = 0, 0
+    with batches(loader, device=device, progress=False) as given:
         for args, kwargs in given:
             tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            found.append((args, kwargs))
+            found.append(Given(args, kwargs))
             count += batch_size(args, kwargs)
             size += sum(tensor.nbytes for tensor in tensors)
             full = size * (1 + 1 / len(found)) > options.memory and count >= options.least_images

@@ -71,6 +71,22 @@ class Regression:
         self.count += x.shape[2]
         self._factor = None
 
+    def plus(self, other: Regression) -> Regression:
+        """The samples of both."""
+        if not other.count or not self.count:
+            return self if self.count else other
+        assert self._sums is not None
+        assert self._shift is not None
+        assert other._sums is not None
+        assert other._shift is not None
+        found, gap = Regression(self.intercept), (other._shift - self._shift)[:, :, 0].double()
+        gram, total = other._sums
+        cross = total[:, :, None] * gap[:, None, :]
+        moved = gram + cross + cross.mT + other.count * gap[:, :, None] * gap[:, None, :]
+        found._shift, found.count = self._shift, self.count + other.count
+        found._sums = self._sums[0] + moved, self._sums[1] + total + other.count * gap
+        return found
+
     def step(
         self, residuals: Residuals, ridge: float, back: Tensor | None = None, told: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -104,10 +120,10 @@ class Regression:
 
     def spread(self, weights: Tensor) -> Tensor:
         """How much weights (groups, o, d) make of the inputs' variation: the variance of each output (groups, o)."""
-        gram, _ = self._centred()
+        gram, _ = self.centred()
         return ((weights @ gram) * weights).sum(2).clamp_min(0) / self.count
 
-    def _centred(self) -> tuple[Tensor, Tensor]:
+    def centred(self) -> tuple[Tensor, Tensor]:
         """The inputs' Gram matrix about their means (groups, d, d), and their sums of squares about 0 (groups, d)."""
         assert self._sums is not None
         assert self._shift is not None
@@ -122,8 +138,31 @@ class Regression:
         """The Cholesky factor of the Gram matrix + λ, and λ for each input (groups, d)."""
         if self._factor is None:
             assert self._shift is not None
-            self._factor = _factored(*self._centred(), ridge, noise_of(self._shift.dtype))
+            gram, power = self.centred()
+            self._factor = _factored(gram, damping(gram, power, ridge, noise_of(self._shift.dtype)))
         return self._factor
+
+    @property
+    def noise(self) -> float:
+        """The share of the sums that may be nothing but rounding."""
+        assert self._shift is not None
+        return noise_of(self._shift.dtype)
+
+    @property
+    def mean(self) -> Tensor:
+        """The means of the inputs (groups, d); 0 without an intercept."""
+        assert self._sums is not None
+        assert self._shift is not None
+        return self._shift[:, :, 0].double() + self._sums[1] / self.count * self.intercept
+
+    def about(self, place: Tensor) -> Tensor:
+        """The Gram matrix about some values of the inputs (groups, d), that is (groups, d, d)."""
+        assert self._sums is not None
+        assert self._shift is not None
+        gram, total = self._sums
+        gap = place - self._shift[:, :, 0].double()
+        cross = total[:, :, None] * gap[:, None, :]
+        return gram - cross - cross.mT + self.count * gap[:, :, None] * gap[:, None, :]
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -145,11 +184,11 @@ def noise_of(dtype: torch.dtype) -> float:
     return ROUNDINGS * torch.finfo(dtype).eps
 
 
-def _factored(gram: Tensor, power: Tensor, ridge: float, noise: float) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor of ``gram + λ``, with more λ where rounding leaves the matrix indefinite, and λ.
+def damping(gram: Tensor, power: Tensor, ridge: float, noise: float) -> Tensor:
+    """λ for each input (groups, d).
 
-    λ is ``ridge`` times the mean of the inputs' sums of squares about their means. Inputs that hardly vary have next to
-    none, and dividing by that would make weights of any size out of rounding. So they count as if they varied by
+    It is ``ridge`` times the mean of the inputs' sums of squares about their means. Inputs that hardly vary have next
+    to none, and dividing by that would make weights of any size out of rounding. So they count as if they varied by
     `SLIGHT`; and as products cancel to no less than ``noise`` of an input's power, its λ is no less, either.
 
     Args:
@@ -158,18 +197,23 @@ def _factored(gram: Tensor, power: Tensor, ridge: float, noise: float) -> tuple[
         ridge: λ as a share.
         noise: A share of the power that is rounding.
     """
+    scale = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(0)
+    whole = power.mean(1, keepdim=True)
+    found = ridge * torch.maximum(scale, SLIGHT * whole) + 1e-9 * scale + torch.finfo(gram.dtype).tiny ** 0.5
+    return torch.maximum(found, noise * power)
+
+
+def _factored(gram: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of ``gram + λ``, with more λ where rounding leaves the matrix indefinite, and λ."""
     own = gram.diagonal(dim1=1, dim2=2)
     scale = own.mean(1, keepdim=True).clamp_min(0)
-    whole = power.mean(1, keepdim=True)
-    damping = ridge * torch.maximum(scale, SLIGHT * whole) + 1e-9 * scale + torch.finfo(gram.dtype).tiny ** 0.5
-    damping = torch.maximum(damping, noise * power)
     damped = gram.clone()
     for _ in range(6):
-        damped.diagonal(dim1=1, dim2=2).copy_(own + damping)
+        damped.diagonal(dim1=1, dim2=2).copy_(own + added)
         factor, info = torch.linalg.cholesky_ex(damped)
         if not bool(info.any()):
-            return factor, damping
-        damping = damping * 10 + 1e-8 * scale
+            return factor, added
+        added = added * 10 + 1e-8 * scale
     raise ArithmeticError("the Gram matrix is not finite")
 
 

@@ -1,0 +1,192 @@
+"""`Conversion`: one merge of prepared networks, from the plan to the network that it gives."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fxzip.channels import ChannelSpec
+from fxzip.checks import Choice, check_method
+from fxzip.data.batches import Given, to_device, with_batch_size
+from fxzip.data.held import count_images, thinned, without
+from fxzip.data.loops import counted, device_of
+from fxzip.errors import LowFidelityWarning
+from fxzip.fidelity import Fidelity
+from fxzip.merged import ZippedModel
+from fxzip.passes.choose import TRIED_IMAGES, Tried, candidates, choose
+from fxzip.passes.compare import compare
+from fxzip.passes.cut import Cut, MergePlan, Span
+from fxzip.passes.maps import find_maps
+from fxzip.passes.recalibrate import recalibrate
+from fxzip.passes.refit import RefitOptions, read_images
+from fxzip.passes.refit import refit as refit_parts
+from fxzip.passes.reuse import reuse_memory
+from fxzip.passes.split import Split, split
+from fxzip.report import Verified
+from fxzip.report_builder import build_report
+from fxzip.settings import AUTO
+
+if TYPE_CHECKING:
+    from fxzip.prepared import Prepared
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A merged network before it is handed out.
+
+    Attributes:
+        parts: Trunk and heads.
+        refitted: How many layers were solved for.
+        recalibrated: How many BatchNorms were reset.
+        fidelity: How well it answers; None where no image was held back.
+    """
+
+    parts: Split
+    refitted: int
+    recalibrated: int
+    fidelity: Fidelity | None
+
+    def better_than(self, other: Fitted) -> bool:
+        """Whether it leaves less unexplained."""
+        if self.fidelity is None or other.fidelity is None:
+            return False
+        return self.fidelity.unexplained < other.fidelity.unexplained
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """One merge: what is merged, where, and how.
+
+    Attributes:
+        prepared: The networks. Spaces that verification finds wrong are kept in place from then on.
+        choice: How, as the user chose it.
+        cut: Where the heads begin.
+        start: Where merging starts.
+        loader: What was observed.
+        reset_batch_norm: Whether the paper's rule ends with a reset of BatchNorm statistics.
+        progress: Show bars.
+    """
+
+    prepared: Prepared
+    choice: Choice
+    cut: Cut
+    start: Cut
+    loader: Iterable[Any]
+    reset_batch_norm: bool
+    progress: bool
+
+    def run(self, verify: bool) -> ZippedModel:
+        """Merge, fit, and measure.
+
+        Raises:
+            VerificationError: The merge would be wrong.
+        """
+        choice, tried = self.chosen()
+        plan, verified = self._checked_plan(choice) if verify else (self.plan(choice), None)
+        fitted = self._fitted(plan, choice.refit)
+        if fitted.refitted and fitted.fidelity is not None:
+            paper = self._fitted(plan, None, trial=True)
+            if paper.better_than(fitted):
+                choice, fitted = replace(choice, refit=None), self._fitted(plan, None)
+        if fitted.fidelity is not None and fitted.fidelity.advice:
+            warnings.warn(fitted.fidelity.advice, LowFidelityWarning, stacklevel=4)
+        return self._handed_out(plan, choice, fitted, verified, tried)
+
+    def chosen(self) -> tuple[Choice, tuple[Tried, ...]]:
+        """The choice with a method in the place of ``auto``, and what was tried to find it."""
+        if self.choice.method != AUTO:
+            return self.choice, ()
+        methods = candidates(self.prepared.alignment)
+        span = self.prepared.places.span(self.cut, self.start)
+        if not self.prepared.places.has_layers(span):
+            return self._by(methods[0]), ()
+        with counted(len(methods), self.progress, "choosing a method") as done:
+
+            def measure(method: str) -> Fidelity | None:
+                choice = self._by(method)
+                short = choice.refit and replace(choice.refit, rounds=0)
+                done()
+                return self._fitted(self.plan(choice), short, trial=True).fidelity
+
+            method, tried = choose(methods, measure)
+        return self._by(method), tried
+
+    def plan(self, choice: Choice) -> MergePlan:
+        """The plan of a choice whose method is known."""
+        span = self.prepared.places.span(self.cut, self.start)
+        maps = find_maps(self.prepared.spec, self.prepared.alignment, self.prepared.moments,
+                         self.prepared.places.spaces(span), choice.method, choice.options,
+                         self.prepared.observed)  # fmt: skip
+        return MergePlan(self.prepared.alignment, self.prepared.spec, maps, span.begin, span.end)
+
+    def _by(self, method: str) -> Choice:
+        return replace(self.choice, method=method, options=check_method(method, {}, len(self.prepared.names)))
+
+    def _checked_plan(self, choice: Choice) -> tuple[MergePlan, Verified]:
+        """A plan that merges the first network with itself exactly; spaces that are to blame are kept in place."""
+        prepared, before = self.prepared, self.prepared.spec
+
+        def make(spec: ChannelSpec) -> MergePlan:
+            if spec is not prepared.spec:
+                prepared.keep_to(spec)
+            return self.plan(choice)
+
+        plan, error = prepared.verifier.checked_plan(before, make)
+        known = prepared.verified or prepared.verifier.checked_spec(prepared.spec)[1]
+        gone = tuple(space.name for space in before.spaces if space not in prepared.spec.spaces)
+        return plan, replace(known, merge=error, ensemble=prepared.ensemble_error, frozen=(*known.frozen, *gone))
+
+    @cached_property
+    def _images(self) -> list[Given]:
+        """The images that are fitted on."""
+        rest = without(self.loader, self.prepared.held)
+        return read_images(rest, device_of(self.prepared.alignment.modules[0]), self.choice.refit or RefitOptions())
+
+    def _fitted(self, plan: MergePlan, refit: RefitOptions | None, trial: bool = False) -> Fitted:
+        """Merge by a plan, fit or reset, and measure; a trial takes few images and no bars."""
+        parts, refitted, recalibrated, seen = split(plan), 0, 0, 0
+        progress = self.progress and not trial
+        if not self.prepared.places.has_layers(Span(plan.begin, plan.end)):
+            pass
+        elif refit is not None:
+            fit = thinned(self._images, TRIED_IMAGES) if trial else self._images
+            refitted, seen = refit_parts(parts, plan, fit, refit, progress), count_images(fit)
+        elif self.reset_batch_norm:
+            stems = [f"trunk.{name}" for name in parts.stems]
+            source = thinned(self._images, TRIED_IMAGES) if trial else self.loader
+            recalibrated = recalibrate(_Whole(parts), source, progress=progress, skip=stems)
+        prepared = self.prepared
+        fidelity = compare(parts, plan, prepared.names, prepared.points, prepared.held, seen)
+        return Fitted(parts, refitted, recalibrated, fidelity)
+
+    def _handed_out(
+        self, plan: MergePlan, choice: Choice, fitted: Fitted, verified: Verified | None, tried: tuple[Tried, ...]
+    ) -> ZippedModel:
+        """The network with its report."""
+        prepared, places, parts = self.prepared, self.prepared.places, fitted.parts
+        cut = places.shown(self.cut, plan.end)
+        start = places.shown(self.start, plan.begin) if plan.begin else None
+        report = build_report(prepared, plan.maps, choice, cut, start, fitted, verified, tried)
+        example = with_batch_size(*to_device(*prepared.spec.example, "cpu"), 2)
+        zipped = ZippedModel(parts.trunk, dict(zip(prepared.names, parts.heads, strict=True)), report, example).eval()
+        for part in (parts.trunk, *parts.heads):
+            reuse_memory(part)
+        return zipped
+
+
+class _Whole(nn.Module):
+    """Trunk and heads as one module."""
+
+    def __init__(self, parts: Split) -> None:
+        super().__init__()
+        self.trunk, self.heads = parts.trunk, nn.ModuleList(parts.heads)
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        crossing = self.trunk(*args, **kwargs)
+        for head in self.heads:
+            head(*crossing)

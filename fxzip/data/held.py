@@ -1,0 +1,125 @@
+"""Images that are held back from matching and from the fit, so that a merge can be measured on what it did not see.
+
+They are chosen while the loader is read for the first time, evenly spread over it, and known by their contents from
+then on, so that they stay held back where a loader shuffles.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxzip.data.batches import Given, batch_size, map_tensors, model_inputs
+
+SHARE, LEAST, MOST = 10, 64, 512
+"""One image of ``SHARE`` is held back, but no fewer than ``LEAST`` and no more than ``MOST``..."""
+LARGEST_SHARE = 4
+"""... and never more than one of so many: where images are few, the fit needs them more."""
+
+
+class HeldBack:
+    """A loader's batches without some of the images, which are kept.
+
+    Attributes:
+        held: The images that were held back when it was read last, batch by batch.
+        given: How many others there were.
+    """
+
+    def __init__(self, loader: Iterable[Any], most: int = MOST) -> None:
+        """Wrap a loader.
+
+        Args:
+            loader: Gives batches, as for `fxzip.zip`.
+            most: How many images are held back at most.
+        """
+        self._loader, self._most = loader, most
+        self.held: list[Given] = []
+        self.given = 0
+
+    def __len__(self) -> int:
+        """Number of batches; raises TypeError where the loader does not know its own."""
+        return len(self._loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Given]:
+        self.held, self.given, place, every = [], 0, 0, 0
+        for batch in self._loader:
+            given = Given(*model_inputs(batch))
+            size = batch_size(*given)
+            every = every or _stride(self._loader, size)
+            mine = torch.arange(place, place + size) % every == every - 1
+            place += size
+            if count_images(self.held) >= self._most or not mine.any():
+                self.given += size
+                yield given
+                continue
+            self.held.append(_taken(given, mine, size))
+            self.given += size - int(mine.sum())
+            if not mine.all():
+                yield _taken(given, ~mine, size)
+
+
+def _stride(loader: Iterable[Any], size: int) -> int:
+    """One image of how many is held back, the first batch being of this size; many where nobody knows the length."""
+    try:
+        count = len(loader) * size if isinstance(loader, Sized) else MOST * SHARE
+    except TypeError:
+        count = MOST * SHARE
+    return min(max(count // LEAST, LARGEST_SHARE), SHARE)
+
+
+def without(loader: Iterable[Any], held: Sequence[Given]) -> Iterator[Given]:
+    """A loader's batches without these images, whatever order they come in."""
+    known = {mark for batch in held for mark in _marks(batch)}
+    for batch in loader:
+        given = Given(*model_inputs(batch))
+        if not known:
+            yield given
+            continue
+        rest = torch.tensor([mark not in known for mark in _marks(given)])
+        if rest.all():
+            yield given
+        elif rest.any():
+            yield _taken(given, rest, len(rest))
+
+
+def thinned(inputs: Sequence[Given], count: int) -> list[Given]:
+    """At most so many of the images, spread evenly over all of them."""
+    total, start = count_images(inputs), 0
+    found = []
+    for batch in inputs if total > count else ():
+        size = batch_size(*batch)
+        place = torch.arange(start, start + size)
+        mine = (place + 1) * count // total > place * count // total
+        start += size
+        if mine.any():
+            found.append(_taken(batch, mine, size))
+    return found or list(inputs)
+
+
+def count_images(inputs: Collection[Given]) -> int:
+    """How many images (or other samples) there are in batches."""
+    return sum(batch_size(*batch) for batch in inputs)
+
+
+def _marks(batch: Given) -> list[int]:
+    """A checksum of each sample's contents."""
+    size, marks = batch_size(*batch), [0] * batch_size(*batch)
+    for leaf in pytree.tree_leaves(tuple(batch)):
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size:
+            rows = leaf.detach().cpu().contiguous().reshape(size, -1).view(torch.uint8).numpy()
+            marks = [zlib.crc32(row.tobytes(), mark) for row, mark in zip(rows, marks, strict=True)]
+    return marks
+
+
+def _taken(batch: Given, rows: Tensor, size: int) -> Given:
+    """Some samples of a batch; tensors without a batch axis stay."""
+
+    def take(tensor: Tensor) -> Tensor:
+        return tensor[rows.to(tensor.device)] if tensor.dim() and tensor.shape[0] == size else tensor
+
+    return Given(*map_tensors(batch, take))

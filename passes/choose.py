@@ -1,0 +1,86 @@
+"""The choose pass: the method that fits these networks, found by trying some of them on a few images.
+
+Which way of merging is best depends on the networks. Fine-tunes of one checkpoint need no matching, and a permutation
+only harms them; networks that learned different things keep more if whole channels are selected; alike ones, if
+channels are averaged. So each candidate is merged, and fitted shortly, and the one wins that leaves the least of the
+parents' outputs unexplained on images that no fit saw (`fxzip.fidelity`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from fxzip.fidelity import Fidelity
+from fxzip.passes.align import Alignment
+
+CANDIDATES = ("select", "zip", "permute")
+"""What is tried for any networks."""
+RELATED = 0.3
+"""Mean cosine of the networks' weights from which on they count as fine-tunes of one checkpoint."""
+TRIED_IMAGES = 1_000
+"""The most images that a trial is fitted on."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What one candidate gave.
+
+    Attributes:
+        method: The matcher.
+        refit: Whether it was fitted; else it is the paper's rule with BatchNorm statistics reset.
+        unexplained: As of `fxzip.fidelity.Fidelity`.
+        agreement: Likewise.
+    """
+
+    method: str
+    refit: bool
+    unexplained: float
+    agreement: float | None
+
+    @classmethod
+    def of(cls, method: str, refit: bool, found: Fidelity) -> Tried:
+        """From what was measured."""
+        return cls(method, refit, found.unexplained, found.agreement)
+
+    def __str__(self) -> str:
+        shown = f"{self.unexplained:.1%} unexplained"
+        if self.agreement is not None:
+            shown = f"{self.agreement:.1%} agreement, {shown}"
+        return f"{self.method}{'' if self.refit else ' without refit'} {shown}"
+
+
+def candidates(alignment: Alignment) -> tuple[str, ...]:
+    """The methods that are worth a trial, `average` first where the networks come from one checkpoint."""
+    return ("average", *CANDIDATES) if related(alignment) >= RELATED else CANDIDATES
+
+
+def related(alignment: Alignment) -> float:
+    """The mean cosine of the networks' weight matrices with the first one's; about 0 for other initialisations."""
+    states = [module.state_dict() for module in alignment.modules]
+    found = []
+    for names in alignment.peers(len(alignment.shared)).values():
+        first, *others = (state[name] for state, name in zip(states, names, strict=True))
+        if first.dim() > 1 and first.is_floating_point():
+            pairs = [F.cosine_similarity(first.flatten().double(), o.flatten().double(), dim=0) for o in others]
+            found.append(torch.stack(pairs).mean())
+    return float(torch.stack(found).mean()) if found else 0.0
+
+
+def choose(methods: Sequence[str], measure: Callable[[str], Fidelity | None]) -> tuple[str, tuple[Tried, ...]]:
+    """The method with the least that is unexplained, and what each gave.
+
+    Args:
+        methods: The candidates; the first one wins where nothing can be measured.
+        measure: Merges by a method, fits it shortly, and measures it.
+    """
+    tried = []
+    for method in methods:
+        found = measure(method)
+        if found is None or not found.answers:
+            return methods[0], ()
+        tried.append(Tried.of(method, True, found))
+    return min(tried, key=lambda each: each.unexplained).method, tuple(tried)

@@ -1,0 +1,193 @@
+"""The compare pass: how well a merged network answers as its parents do (`fxzip.fidelity`).
+
+Parents and merged network run side by side on images that the fit did not see. Outputs are compared leaf by leaf; at
+each merge point the parents' features are compared with what U finds again of them in the trunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from fxzip.channels import MergePoint
+from fxzip.data.batches import Inputs, batch_size
+from fxzip.fidelity import Answer, Depth, Fidelity
+from fxzip.graphs import bind_inputs, nodes_by_name
+from fxzip.passes.cut.plan import MergePlan
+from fxzip.passes.split import Split
+from fxzip.passes.split.fuse import Mixing, mixed_along
+
+_CLASS_OUTPUTS = {"['logits']": -1, "['out']": 1, "['aux']": 1}
+"""Outputs that hold classes by their names (transformers', torchvision's), and the axis of the classes."""
+
+
+def compare(
+    parts: Split,
+    plan: MergePlan,
+    names: Sequence[str],
+    points: Mapping[str, Sequence[MergePoint]],
+    held: Sequence[Inputs],
+    fitted: int,
+) -> Fidelity | None:
+    """Measure trunk and heads beside the parents; None where nothing was held back.
+
+    Args:
+        parts: Trunk and heads.
+        plan: What they were built from.
+        names: The tasks.
+        points: The merge points of each space.
+        held: Batches of images that the fit did not see.
+        fitted: How many images it saw.
+    """  # fmt: skip
+    if not held:
+        return None
+    running = _Comparison(parts, plan, points)
+    with torch.no_grad():
+        for args, kwargs in held:
+            running.add(args, kwargs)
+    answers = tuple(
+        Answer(names[model], output, *found.figures())
+        for (model, output), found in running.outputs.items()
+        if found.total > 0
+    )
+    images = sum(batch_size(*batch) for batch in held)
+    return Fidelity(images, fitted, answers, tuple(running.depths()))
+
+
+class _Error:
+    """Sums over images of the squared error of one output, and of its variation about the mean over the images."""
+
+    def __init__(self, classes: int | None = None) -> None:
+        self.classes = classes
+        self.count = self.positions = 0
+        self.error = self.right = self.kl = 0.0
+        self._shift: Tensor | None = None
+        self._sum = self._square = torch.zeros((), dtype=torch.float64)
+
+    def add(self, wanted: Tensor, has: Tensor) -> None:
+        """Add a batch, along axis 0."""
+        wanted, has = wanted.double(), has.double()
+        if self._shift is None:
+            self._shift = wanted.mean(0)
+        moved = wanted - self._shift
+        self.count += len(wanted)
+        self.error += float((wanted - has).square().sum())
+        self._sum = self._sum + moved.sum(0)
+        self._square = self._square + moved.square().sum()
+        if self.classes is not None:
+            target, given = (x.movedim(self.classes, -1).log_softmax(-1) for x in (wanted, has))
+            self.positions += target[..., 0].numel()
+            self.right += float((target.argmax(-1) == given.argmax(-1)).sum())
+            self.kl += float(F.kl_div(given, target, log_target=True, reduction="sum"))
+
+    @property
+    def total(self) -> float:
+        """The sum of squares about the mean."""
+        return float(self._square - self._sum.square().sum() / self.count)
+
+    def figures(self) -> tuple[float, float | None, float | None]:
+        """Unexplained share, agreement and mean KL."""
+        share = self.error / self.total
+        if self.classes is None:
+            return share, None, None
+        return share, self.right / self.positions, self.kl / self.positions
+
+
+class _Comparison:
+    """Runs parents and merged network, and adds up their differences.
+
+    Attributes:
+        outputs: By model and name of the output.
+    """
+
+    def __init__(self, parts: Split, plan: MergePlan, points: Mapping[str, Sequence[MergePoint]]) -> None:
+        self.parts, self.plan = parts, plan
+        self.outputs: dict[tuple[int, str], _Error] = {}
+        there = nodes_by_name(parts.trunk)
+        places = plan.places(0)
+        wanted = [(point.node, space) for space, own in points.items() if space in plan.maps for point in own]
+        wanted = [(node, space) for node, space in wanted if node in there and places.get(node, -1) >= plan.begin]
+        self.points = sorted(dict.fromkeys(wanted), key=lambda point: places[point[0]])
+        self._depths = {(node, model): _Error() for node, _ in self.points for model in plan.models}
+
+    def add(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Add a batch."""
+        nodes = {node for node, _ in self.points}
+        crossing, merged = _run(self.parts.trunk, bind_inputs(self.parts.trunk, args, kwargs).values(), nodes)
+        tokens = not any(x.is_floating_point() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        for model, module in enumerate(self.plan.alignment.modules):
+            own = {self.plan.name(self.plan.places(0)[node], model): node for node in nodes}
+            output, seen = _run(module, bind_inputs(module, args, kwargs).values(), own)
+            self._add_outputs(model, output, self.parts.heads[model](*crossing), tokens)
+            for name, value in seen.items():
+                found = self._unmerged(own[name], merged[own[name]], model)
+                self._depths[own[name], model].add(value, found)
+
+    def _add_outputs(self, model: int, wanted: Any, has: Any, tokens: bool) -> None:
+        pairs = zip(_leaves(wanted).items(), _leaves(has).values(), strict=True)
+        for (name, leaf), given in pairs:
+            if (model, name) not in self.outputs:
+                self.outputs[model, name] = _Error(_class_axis(name, leaf, tokens))
+            self.outputs[model, name].add(leaf, given)
+
+    def _unmerged(self, node: str, value: Tensor, model: int) -> Tensor:
+        """What U finds again of a model's channels in a merged value."""
+        for space, axes, index in self.plan.spec.locate(node):
+            found = self.plan.maps.get(space.name)
+            if found is not None and axes:
+                mixing = Mixing(found.size, found.part(model, "contract").T)
+                value = mixed_along(value, axes, index.to(value.device), mixing)
+        return value
+
+    def depths(self) -> list[Depth]:
+        """The merge points' shares, where the features vary."""
+        found = []
+        for node, space in self.points:
+            errors = [self._depths[node, model] for model in self.plan.models]
+            if all(error.total > 0 for error in errors):
+                found.append(Depth(space, node, tuple(error.figures()[0] for error in errors)))
+        return found
+
+
+class _Watched(fx.Interpreter):
+    """Runs a graph and keeps the values of some nodes."""
+
+    def __init__(self, module: fx.GraphModule, names: Collection[str]) -> None:
+        super().__init__(module)
+        self.names = names
+        self.seen: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.names:
+            self.seen[n.name] = value
+        return value
+
+
+def _run(module: fx.GraphModule, inputs: Any, names: Collection[str]) -> tuple[Any, dict[str, Any]]:
+    """What a graph gives, and the values of some nodes on the way."""
+    watched = _Watched(module, names)
+    return watched.run(*inputs), watched.seen
+
+
+def _leaves(output: Any) -> dict[str, Tensor]:
+    """The tensors of floats in an output, by where they are; a single one has no name."""
+    found: list[tuple[Any, Any]] = pytree.tree_flatten_with_path(output)[0]
+    show: Callable[[Any], str] = pytree.keystr
+    return {show(path): leaf for path, leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+
+
+def _class_axis(name: str, leaf: Tensor, tokens: bool) -> int | None:
+    """The axis of an output's classes; None where it has none.
+
+    A matrix is taken for logits, and so is what a network of integer tokens gives for each of them.
+    """
+    axis = 1 if leaf.dim() == 2 else _CLASS_OUTPUTS.get(name)
+    if axis is None and tokens and leaf.dim() == 3 and not name:
+        axis = -1
+    return axis if axis is not None and leaf.dim() > 1 and leaf.shape[axis] > 1 else None

@@ -1,0 +1,47 @@
+"""What the paper's rule is with its BatchNorm statistics reset: the weights that refit holds its layers to.
+
+A merged layer gives values of another variance than its BatchNorm's statistics say, which are averages of the
+parents'. The paper resets them on images; so does this, layer by layer, on what the layers before give once they are
+refitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from fxzip.graphs import named_call, norm_of
+from fxzip.moments import is_noise
+from fxzip.passes.refit.layers import Layer
+from fxzip.passes.refit.slots import slot
+
+
+def norm_behind(module: fx.GraphModule, layer: Layer) -> fx.Node | None:
+    """The first BatchNorm that is folded into a layer."""
+    found = ((node, norm_of(module, node)) for node in layer.chain)
+    return next((node for node, norm in found if norm is not None and norm.statistics), None)
+
+
+def reset_scale(module: fx.GraphModule, layer: Layer, norm: fx.Node, values: Sequence[Tensor]) -> Tensor:
+    """What resetting a BatchNorm's statistics multiplies a layer's channels by: (groups, o), float64.
+
+    Args:
+        module: The merged network, its BatchNorm as it was.
+        layer: The layer.
+        norm: The BatchNorm behind it.
+        values: What goes into the BatchNorm, batch by batch; their means and variances are averaged
+            (`fxzip.passes.recalibrate`).
+    """
+    call, found = named_call(module, norm), norm_of(module, norm)
+    old = slot(module, norm, "running_var")
+    assert call is not None
+    assert found is not None
+    assert old is not None
+    rows = [value.movedim(found.axis, 0).flatten(1).double() for value in values]
+    mean = torch.stack([row.mean(1) for row in rows]).mean(0)
+    var = torch.stack([row.var(1, correction=min(1, row.shape[1] - 1)) for row in rows]).mean(0)
+    old, eps = old.detach().double(), call.arguments.get("eps", 1e-5)
+    var = torch.where(is_noise(var, mean), old, var)
+    return ((old + eps) / (var + eps)).sqrt().reshape(layer.contraction.count, -1)

@@ -1,0 +1,110 @@
+"""The ridge of a unit, chosen by images that its fit leaves out.
+
+Samples of one image (the positions of a feature map) are not independent, so whole images are held back: one of
+`FOLD`. For each λ of a grid the step that the other images ask for is tried on them. The sums of both parts are
+kept apart and give the Gram matrix of all together, so this costs a factorisation for each λ that is tried and no
+pass over the images. The grid is walked downhill from where the unit before ended.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fxzip.passes.refit.regression import Regression, Residuals, damping
+
+GRID = tuple(10.0**power for power in range(-4, 3))
+"""The λs that are tried, as shares of the inputs' mean square."""
+START = 0.1
+"""Where the first unit's walk begins."""
+FOLD = 5
+"""One image of so many is held back."""
+OUTPUTS = 64
+"""A λ is tried on about this many of a unit's outputs."""
+PRECISE = 1024
+"""Trials of units with more inputs than these are computed in float32: they need not be exact."""
+
+
+class Trial:
+    """The samples of a unit's inputs and of its residuals at W₀, those of some images apart.
+
+    Attributes:
+        rest: The Gram matrix of the images that a step is found from.
+        held: The Gram matrix of those that it is tried on.
+    """
+
+    def __init__(self, intercept: bool) -> None:
+        self.rest, self.held = Regression(intercept), Regression(intercept)
+        self._rest, self._held = Residuals(), Residuals()
+        self._images = 0
+
+    def add(self, x: Tensor, residual: Tensor, image: Tensor, images: int) -> None:
+        """Add a batch.
+
+        Args:
+            x: Samples of the inputs (groups, d, samples).
+            residual: Of the outputs (groups, o, samples).
+            image: The image in the batch that each sample is of (samples,).
+            images: How many there are.
+        """
+        held = (image + self._images) % FOLD == FOLD - 1
+        self._images += images
+        for part, sums, mine in ((self.rest, self._rest, ~held), (self.held, self._held, held)):
+            if bool(mine.any()):
+                _add(part, sums, x[:, :, mine], residual[:, :, mine])
+
+    def together(self) -> Regression:
+        """The Gram matrix of all images."""
+        return self.rest.plus(self.held)
+
+    def best(self, start: float) -> float:
+        """The λ of the grid with the least error on the images held back, found downhill from ``start``."""
+        if not (self.rest.count and self.held.count):
+            return start
+        error = cache(self._errors())
+        place = min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / start)))
+        while place + 1 < len(GRID) and error(GRID[place + 1]) < error(GRID[place]):
+            place += 1
+        while place and error(GRID[place - 1]) < error(GRID[place]):
+            place -= 1
+        return GRID[place]
+
+    def _errors(self) -> Callable[[float], float]:
+        """What tells the sum of squares on the images held back for a λ, less that of the residuals as they are.
+
+        All is taken about the means of the other images, which the bias makes up for.
+        """
+        rest, held, mean = self._rest, self._held, self.rest.mean
+        gram, power = self.rest.centred()
+        left = rest.residual / rest.count if self.rest.intercept else torch.zeros_like(rest.residual)
+        some = slice(None, None, -(-left.shape[1] // OUTPUTS))
+        work = torch.float64 if gram.shape[1] <= PRECISE else torch.float32
+        products, tried_on = (
+            (
+                sums.products
+                - sums.residual[:, :, None] * mean[:, None, :]
+                - left[:, :, None] * (sums.inputs - sums.count * mean)[:, None, :]
+            )[:, some].to(work)
+            for sums in (rest, held)
+        )
+        own, other = gram.to(work), self.held.about(mean).to(work)
+
+        def error(ridge: float) -> float:
+            damped = own.clone()
+            damped.diagonal(dim1=1, dim2=2).add_(damping(gram, power, ridge, self.rest.noise).to(work))
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if bool(failed.any()):
+                return math.inf
+            weights = torch.cholesky_solve(products.mT, factor).mT
+            return float(((weights @ other - 2 * tried_on) * weights).sum(dtype=torch.float64))
+
+        return error
+
+
+def _add(part: Regression, sums: Residuals, x: Tensor, residual: Tensor) -> None:
+    part.add(x)
+    sums.add(x.shape[2], (residual @ x.mT).double(), residual.sum(2).double(), x.sum(2).double())
