@@ -31,7 +31,7 @@ class Choice:
     """
 
     method: str
-    options: Mapping[str, float]
+    options: Mapping[str, float | None]
     refit: RefitOptions | None
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ def _check_known(name: str, value: object, call: str, arguments: Sequence[str], 
     )
 
 
-def check_method(method: str, given: Mapping[str, Any], n_models: int) -> dict[str, float]:
+def check_method(method: str, given: Mapping[str, Any], n_models: int) -> dict[str, Any]:
     """All options to call a matcher with: what is given, and the defaults of the others.
 
     Raises:

@@ -51,12 +51,6 @@ class Fitted:
     recalibrated: int
     fidelity: Fidelity | None
 
-    def better_than(self, other: Fitted) -> bool:
-        """Whether it leaves less unexplained."""
-        if self.fidelity is None or other.fidelity is None:
-            return False
-        return self.fidelity.unexplained < other.fidelity.unexplained
-
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
@@ -91,7 +85,7 @@ class Conversion:
         fitted = self._fitted(plan, choice.refit)
         if fitted.refitted and fitted.fidelity is not None:
             paper = self._fitted(plan, None, trial=True)
-            if paper.better_than(fitted):
+            if paper.fidelity is not None and paper.fidelity.clearly_better_than(fitted.fidelity):
                 choice, fitted = replace(choice, refit=None), self._fitted(plan, None)
         if fitted.fidelity is not None and fitted.fidelity.advice:
             warnings.warn(fitted.fidelity.advice, LowFidelityWarning, stacklevel=4)

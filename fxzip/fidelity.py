@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ENOUGH = 0.9
-"""Agreement below which a merge is warned of."""
+"""Agreement below which a merge is warned of, if it was measured on ``MANY`` images or more."""
+MANY = 32
+CLEARLY = 0.02, 1e-4
+"""By how much less is unexplained in a clearly better merge: this share of it, and this much at the least."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,16 @@ class Fidelity:
         found = self.agreement
         return 1 - self.unexplained if found is None else found
 
+    def clearly_better_than(self, other: Fidelity) -> bool:
+        """Whether it leaves less unexplained, by more than chance and rounding."""
+        gain = other.unexplained - self.unexplained
+        return gain > max(CLEARLY[0] * other.unexplained, CLEARLY[1])
+
     @property
     def advice(self) -> str | None:
         """What helps where the agreement is low; None where it is not."""
         found = self.agreement
-        if found is None or found >= ENOUGH:
+        if found is None or found >= ENOUGH or self.images < MANY:
             return None
         seen = f" ({self.fitted:,} were used)" if self.fitted else ""
         return (

@@ -45,7 +45,7 @@ def _resnet20(data: Path, classes: int) -> nn.Module:
     """ResNet-20 that learned all of CIFAR-10, but for the classifier."""
     path = CHECKPOINTS / "finetunes_resnet20_base.pt"
     if not path.exists():
-        train(partial(resnet20, 1, 10), load_cifar10(data, 32)[0], seed=0, epochs=5, checkpoint=path)
+        train(partial(resnet20, 1, 10), load_cifar10(data, 16)[0], seed=0, epochs=4, checkpoint=path)
     return _with_weights(resnet20(1, classes), torch.load(path, weights_only=True), "fc")
 
 
@@ -64,16 +64,17 @@ def _with_weights(model: nn.Module, weights: dict[str, torch.Tensor], classifier
     return model
 
 
-BASES = {"resnet20": Base(_resnet20, 32, 10_000, 2), "lite0": Base(_lite0, 64, 10_000, 2)}
+BASES = {"resnet20": Base(_resnet20, 16, 10_000, 2), "lite0": Base(_lite0, 64, 6_000, 1)}
 
 
 def tasks(base: Base, data: Path, names: Sequence[str]) -> dict[str, tuple[Split, Split]]:
     """Training and test images of tasks: ``first`` and ``second`` half of CIFAR-10's classes, and ``mnist``."""
     found = {}
-    cifar = load_cifar10(data, 32)
+    side = min(base.size, 32)
+    cifar = load_cifar10(data, side)
     for name in names:
         if name == "mnist":
-            splits = load_mnist(data, 32)
+            splits = load_mnist(data, side)
         else:
             classes = halves(0)[name == "second"]
             splits = cifar[0].of_classes(classes), cifar[1].of_classes(classes)

@@ -36,7 +36,7 @@ def model_inputs(batch: object) -> Inputs:
     """
     first = batch
     if isinstance(batch, Given):
-        return tuple(batch)
+        return batch.args, batch.kwargs
     if isinstance(batch, (tuple, list)):
         if not batch:
             raise CalibrationError("the loader gave an empty tuple or list; its first element must be the input")

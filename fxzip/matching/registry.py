@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy.typing as npt
 from torch import Tensor
@@ -75,7 +75,7 @@ def settings_of(method: str) -> dict[str, Setting]:
     return dict(_SETTINGS[method])
 
 
-def chosen_options(method: str, given: Mapping[str, object]) -> dict[str, float]:
+def chosen_options(method: str, given: Mapping[str, object]) -> dict[str, Any]:
     """All options of a matcher: those that are given, checked, and the defaults of the others.
 
     Raises:
@@ -91,7 +91,7 @@ def chosen_options(method: str, given: Mapping[str, object]) -> dict[str, float]
     }
 
 
-def match(method: str, similarity: Tensor | npt.ArrayLike, n_models: int = 2, **chosen: float) -> MergeMap:
+def match(method: str, similarity: Tensor | npt.ArrayLike, n_models: int = 2, **chosen: Any) -> MergeMap:
     """Matches the channels of N models by their similarity.
 
     Args:

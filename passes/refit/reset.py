@@ -44,4 +44,5 @@ def reset_scale(module: fx.GraphModule, layer: Layer, norm: fx.Node, values: Seq
     var = torch.stack([row.var(1, correction=min(1, row.shape[1] - 1)) for row in rows]).mean(0)
     old, eps = old.detach().double(), call.arguments.get("eps", 1e-5)
     var = torch.where(is_noise(var, mean), old, var)
-    return ((old + eps) / (var + eps)).sqrt().reshape(layer.contraction.count, -1)
+    scale: Tensor = ((old + eps) / (var + eps)).sqrt()
+    return scale.reshape(layer.contraction.count, -1)
