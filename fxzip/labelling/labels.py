@@ -210,9 +210,9 @@ class LabelGraph:
             self.places.append((node, pairs // width, pairs % width))
 
     def nest(self, relation: str, children: Tensor, blocks: Tensor) -> None:
-        """Children move with their block (after broadcasting); a `FIXED` block does not move.
+        """Children move with their block (after broadcasting).
 
-        Each `FIXED` block is one of its own: what lies in one of them cannot go to another.
+        Nothing moves between `FIXED` blocks, each of which is one of its own; nor does a block with a `FIXED` child.
         """
         fixed = blocks == FIXED
         if bool(fixed.any()):
@@ -220,6 +220,7 @@ class LabelGraph:
             self.freeze(anchors, "position")
             blocks = blocks.masked_scatter(fixed, anchors)
         children, blocks = (t.reshape(-1) for t in torch.broadcast_tensors(children, blocks))
+        self.freeze(blocks[(children == FIXED) & (blocks >= FIRST)], "position")
         keep = (children >= FIRST) & (blocks != VOID)
         children, blocks = children[keep], blocks[keep]
         if children.numel():
