@@ -107,11 +107,17 @@ def fuse_parameter(tensors: Sequence[Tensor], places: Sequence[Place]) -> Tensor
 def merged(values: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
     """The sum over the models of what M and U make of their tensors; what lies in no space is averaged."""
     produced = [place for place in places if place.role == "produce"]
-    if len({place.axes for place in produced}) > 1:
+    if len({place.axes for place in produced}) > 1 or _overlap(produced):
         return _merged_along_several(values, places)
     total = _summed(values, places)
     weights = _weights(total, produced, len(values))
     return total if weights is None else total * weights
+
+
+def _overlap(places: Sequence[Place]) -> bool:
+    """Whether places along one axis have elements in common: tokens by channels, seen as one axis."""
+    index = [place.index.reshape(-1) for place in places if place.rows is None]
+    return len(index) > 1 and len(torch.cat(index).unique()) < sum(map(len, index))
 
 
 def _summed(values: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
@@ -137,7 +143,7 @@ def _weights(total: Tensor, produced: Sequence[Place], n_models: int) -> Tensor 
 
 
 def _merged_along_several(values: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
-    """Channels that are produced along several axes, M on each of them: the sum over models divided by its weights.
+    """Elements that several M produce, along an axis each or along one: the sum over models divided by its weights.
 
     Where each of an element's channels is kept from another model, no model has both. It is taken from a model that one
     of them is kept from, at those of its channels along the other axes that are found again from the other.
@@ -152,8 +158,7 @@ def _merged_along_several(values: Sequence[Tensor], places: Sequence[Place]) -> 
 
     total, count = summed(produced)
     if bool((count <= 0).any()):
-        by_axes = {place.axes for place in produced}
-        parts = [summed([p if p.axes == own else p.finding for p in produced]) for own in by_axes]
+        parts = [summed([p if p is own else p.finding for p in produced]) for own in produced]
         found, times = (torch.stack(side).sum(0) for side in zip(*parts, strict=True))
         total, count = torch.where(count > 0, total, found), torch.where(count > 0, count, times)
     return total * torch.where(count > 0, 1 / count, 0.0)
@@ -204,16 +209,19 @@ def along_axes(
         others: The factor for positions that are in no merged space.
     """
     found: dict[int, Tensor] = {}
+    rest: dict[int, Tensor] = {}
     for space, axes, index in spec.locate(node):
         if space.name not in maps or space.size == 1:
             continue
         (axis,) = axes
         size = max(factor.shape[axis] for factor in spec.layout.factors[node])
-        matrix = found.setdefault(axis, others * torch.eye(size, dtype=torch.float64))
+        matrix = torch.eye(size, dtype=torch.float64)
         part = maps[space.name].part(model, role)
         for copy in index.T:
             matrix[copy[:, None], copy] = part if role == "produce" else part.T
-    return found
+        found[axis] = matrix @ found[axis] if axis in found else matrix  # tokens by channels, on one axis
+        rest.setdefault(axis, torch.full((size, 1), others, dtype=torch.float64))[index.reshape(-1)] = 1.0
+    return {axis: rest[axis] * matrix for axis, matrix in found.items()}
 
 
 @dataclass(frozen=True, eq=False)
