@@ -42,6 +42,16 @@ PERMUTED = {
         m.a = nn.Parameter(torch.randn(1, 1, 4))
         return torch.cat([m.a.expand(x.shape[0], -1, -1), x], 1).mean(1)
     """,
+    "groups that read the same channel at other places": """
+        x: (3, 3, 4)
+        m.a = nn.Conv2d(3, 3, 1)
+        m.b = nn.Parameter(torch.randn(1, 1, 3))
+        m.c = nn.Conv1d(5, 10, 1, groups=5)
+        m.d = nn.Linear(3, 4)
+        v0 = m.a(x).flatten(2).mT[:, :4]
+        v1 = torch.cat([m.b.expand(x.shape[0], -1, -1), v0], 1)
+        return m.d(m.c(v1).sigmoid().mean(1))
+    """,
     "constants in groups of a norm": """
         x: (6,)
         m.a = nn.Linear(6, 10)
