@@ -115,7 +115,8 @@ class Layout:
         frozen: For each label whether an operation keeps its channel in place; (labels,).
         order: For each label its rank among the copies of its channel; (labels,).
         factors: For each node with a tensor output the label tensors of that output.
-        bundles: The nodes whose output is a collection of tensors with channels.
+        bundles: The nodes whose output is a collection of tensors with channels, or has channels and samples on one
+            axis: these are not found by their places.
     """
 
     space: Tensor
@@ -209,7 +210,7 @@ class ChannelSpec:
         return {}
 
     def _locate(self, node: str) -> Iterator[Located]:
-        for factor in self.layout.factors.get(node, ()):
+        for factor in () if node in self.layout.bundles else self.layout.factors.get(node, ()):
             axes = tuple(a for a, size in enumerate(factor.shape) if size > 1)
             flat = factor.reshape(-1)
             owner, channel = self.layout.space[flat], self.layout.channel[flat]

@@ -119,6 +119,7 @@ def _blocks(graph: LabelGraph, factor: Tensor, axes: Sequence[int]) -> Tensor:
     rows = factor.movedim(list(axes), list(range(len(axes))))
     rows = rows.reshape(int(torch.Size(rows.shape[: len(axes)]).numel()), -1).sort(1).values
     distinct, number = torch.unique(rows, dim=0, return_inverse=True)
-    labels = graph.fresh(len(distinct))
-    labels = labels.where((distinct != FIXED).all(1), FIXED).where((distinct != VOID).any(1), VOID)
+    free = (distinct > FIXED).any(1) & (distinct != FIXED).all(1)
+    labels = torch.where((distinct == FIXED).any(1), FIXED, VOID)
+    labels = labels.masked_scatter(free, graph.fresh(int(free.sum())))
     return labels[number].reshape([size if a in axes else 1 for a, size in enumerate(factor.shape)])

@@ -210,14 +210,19 @@ class LabelGraph:
             self.places.append((node, pairs // width, pairs % width))
 
     def nest(self, relation: str, children: Tensor, blocks: Tensor) -> None:
-        """Children move with their block (after broadcasting); a `FIXED` block does not move."""
-        children, blocks = (t.reshape(-1) for t in torch.broadcast_tensors(children, blocks))
-        keep = (children >= FIRST) & (blocks != VOID)
-        children, blocks = children[keep], blocks[keep].clone()
+        """Children move with their block (after broadcasting).
+
+        Nothing moves between `FIXED` blocks, each of which is one of its own; nor does a block with a `FIXED` child.
+        """
         fixed = blocks == FIXED
         if bool(fixed.any()):
-            blocks[fixed] = anchor = self.fresh(1)
-            self.freeze(anchor, "position")
+            anchors = self.fresh(int(fixed.sum()))
+            self.freeze(anchors, "position")
+            blocks = blocks.masked_scatter(fixed, anchors)
+        children, blocks = (t.reshape(-1) for t in torch.broadcast_tensors(children, blocks))
+        self.freeze(blocks[(children == FIXED) & (blocks >= FIRST)], "position")
+        keep = (children >= FIRST) & (blocks != VOID)
+        children, blocks = children[keep], blocks[keep]
         if children.numel():
             self.parents.append((relation, children, blocks))
 

@@ -192,7 +192,9 @@ def _nest_groups(ctx: RuleContext, inside: torch.Tensor, outside: torch.Tensor) 
     if inside.shape[1] == outside.shape[1] == 1:
         graph.unite(inside, outside)
     elif inside.shape[1] == 1:
-        graph.nest(relation, outside, inside)
+        blocks = graph.fresh(len(inside), 1)  # of their own: several groups may read one channel
+        graph.unite(blocks, inside)
+        graph.nest(relation, outside, blocks)
     elif outside.shape[1] == 1:
         graph.nest(relation, inside, outside)
     else:

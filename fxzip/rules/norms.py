@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fxzip.labelling.folding import along
-from fxzip.labelling.labels import Labelled
+from fxzip.labelling.labels import FIXED, VOID, Labelled, varying
 from fxzip.rules.calls import Norm
 from fxzip.rules.registry import RuleContext, Unsupported, register_rule
 
@@ -171,8 +172,12 @@ def group_norm(
     *args: Any,
 ) -> Labelled:  # fmt: skip
     """Normalised within groups of channels: groups move as wholes."""
+    filled = any(1 in varying(f) and bool((f == VOID).any()) for f in input.factors)
     result = _per_channel(ctx, input, [weight, bias])
-    channels = along(ctx.graph, input, 1)
+    if filled and num_groups > 1:  # constants are no longer alike: in each group they become something else
+        held = [torch.where(f == VOID, FIXED, f) if 1 in varying(f) else f for f in result.factors]
+        result = replace(result, factors=tuple(held), versions=())
+    channels = along(ctx.graph, result if filled else input, 1)
     if channels is not None:
         ctx.graph.use(ctx.name, channels)
         if 1 < num_groups < len(channels):

@@ -41,6 +41,8 @@ def attention(
     if enable_gqa:
         key, value = (_repeated(ctx, v, query.shape[-3] // v.shape[-3]) for v in (key, value))
     logits = matmul(ctx, query, _transposed(key))
+    if is_causal:  # a mask, triangular: tokens keep their places
+        logits = ctx.elementwise(logits, Labelled(logits.shape[-2:]))
     if attn_mask is not None:
         logits = ctx.elementwise(logits, attn_mask)
     ctx.reduce(logits, [-1])

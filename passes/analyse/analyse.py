@@ -191,10 +191,24 @@ class Flow:
         return {n.name: v.factors for n, v in self.values.items() if isinstance(v, Labelled)}
 
     def bundles(self) -> frozenset[str]:
-        """The nodes whose output is a collection of tensors with channels."""
+        """The nodes whose output is a collection of tensors with channels, or has channels and samples on one axis."""
         return frozenset(
-            n.name for n, v in self.values.items() if not isinstance(v, Labelled) and _any(v, {}, Labelled)
+            node.name
+            for node, value in self.values.items()
+            if (_among_samples(node, value) if isinstance(value, Labelled) else _any(value, {}, Labelled))
         )
+
+
+def _among_samples(node: fx.Node, value: Labelled) -> bool:
+    """Whether channels lie along an axis that samples lie along, too: attention heads that were folded into the batch.
+
+    There are as many of them as samples times channels, so an index of the channels does not find them.
+    """
+    recorded = node.meta.get("val")
+    if not isinstance(recorded, Tensor):
+        return False
+    grows = [axis for axis, size in enumerate(recorded.shape) if isinstance(size, torch.SymInt)]
+    return any(factor.shape[axis] > 1 for factor in value.factors for axis in grows if axis < factor.dim())
 
 
 def _takes(rule: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -132,7 +132,8 @@ def joined_channels(alignment: Alignment, spec: ChannelSpec, begin: int) -> dict
         By the places of the shared nodes.
 
     Raises:
-        CutError: A tensor has channels along several axes (a Mixer's tokens and channels): one matrix cannot join it.
+        CutError: A tensor has channels along several axes (a Mixer's tokens and channels), or of several kinds along
+            one: one matrix cannot join it.
     """
     found: dict[int, int] = {}
     for place in crossing(alignment, begin):
@@ -142,4 +143,8 @@ def joined_channels(alignment: Alignment, spec: ChannelSpec, begin: int) -> dict
             raise CutError(f"start: the tensor {node} there has channels along {len(axes)} axes; choose another start")
         for axis in axes:
             found[place] = max(factor.shape[axis] for factor in spec.layout.factors[node])
+            if sum(index.numel() for space, _, index in spec.locate(node) if space.size > 1) > found[place]:
+                raise CutError(
+                    f"start: the tensor {node} there has several channels at one place; choose another start"
+                )
     return found

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzip.contraction import Contraction
-from fxzip.graphs import attribute, linear_of, new_parameter
+from fxzip.graphs import attribute, linear_of
 from fxzip.passes.refit.lines import line_of
-from fxzip.passes.refit.slots import Uses, fill, slot
+from fxzip.passes.refit.slots import Uses, fill, own_parameter, slot
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,8 @@ class Layer:
                 fill(module, self.node, self.bias, new.reshape(-1).to(old))
         elif bias is not None:
             node = chain.pop(0)
-            term = new_parameter(module, node, "bias", self.contraction.broadcast(bias.reshape(-1)).to(old).clone())
+            value = self.contraction.broadcast(bias.reshape(-1)).to(old).clone()
+            term = own_parameter(module, node, "bias", value, node.args[-1] if node.args else None)
             _become(node, torch.add, previous, term)
             previous = node
         for node in chain:

@@ -17,7 +17,7 @@ values. No labels are used.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -94,7 +94,8 @@ def _trunk_refitter(parts: Split, plan: MergePlan, inputs: Sequence[Any], option
     bound = [bind_inputs(parts.trunk, args, kwargs) for args, kwargs in inputs]
     feeds = [[{node.name: value for node, value in values.items()}] * len(streams) for values in bound]
     before = [n for n in plan.alignment.modules[0].graph.nodes if plan.places(0).get(n.name, plan.begin) < plan.begin]
-    return _Refitter(streams, feeds, Targets(plan), options, {plan.name(i) for i in plan.crossing}, before)
+    keep, unknown = {plan.name(i) for i in plan.crossing}, plan.spec.layout.bundles
+    return _Refitter(streams, feeds, Targets(plan), options, keep, before, unknown)
 
 
 def _warn_of_few(images: int, few: Mapping[str, tuple[int, int]]) -> None:
@@ -139,6 +140,7 @@ class _Refitter:
         merged: The network that is refitted, in place.
         target: What a node of it should give, from the parents' values.
         before: The parents' nodes, by the first one's, that come before what is merged.
+        unknown: The nodes of which it is not known where their channels lie: ``target`` says nothing of them.
         solved: How many layers were solved for.
         few: The layers with fewer samples than inputs, and how many of both.
     """
@@ -151,18 +153,22 @@ class _Refitter:
         options: RefitOptions,
         keep: set[str],
         before: Sequence[fx.Node] = (),
+        unknown: Collection[str] = (),
     ) -> None:
         self.merged, self.target, self.options = streams[-1].module, target, options
         self.solved = 0
         self.few: dict[str, tuple[int, int]] = {}
-        self.before = before
-        self.units = [unit for unit in find_units(self.merged) if STEM not in unit.root.meta]
+        self.before, self.unknown = before, unknown
+        self.units = [unit for unit in find_units(self.merged) if self._has_target(unit.root)]
         self.inner: dict[Unit, list[Pair]] = {}
         for pair in find_pairs(self.merged, self.units) if options.rounds else ():
             self.inner.setdefault(pair.outer, []).append(pair)
         self.fits: dict[Unit, Fit] = {}
         self.lock = LockStep(streams, feeds, list(self._schedule()), keep)
         self.fitter = Fitter(self.lock, target, options.ridge, options.seed)
+
+    def _has_target(self, node: fx.Node) -> bool:
+        return STEM not in node.meta and node.name not in self.unknown
 
     def run(self, progress: bool, description: str) -> None:
         """Solve every layer, then cut out what was folded."""
@@ -190,7 +196,7 @@ class _Refitter:
                 yield Step(node, merged)
                 continue
             yield Step(node, parents if node in claimed else slice(None))
-            norm = None if node in claimed else find_norm(self.merged, node, uses)
+            norm = find_norm(self.merged, node, uses) if node not in claimed and self._has_target(node) else None
             if node in roots:
                 unit = roots[node]
                 samples, reads = unit.layers[0].contraction.samples, {layer.source for layer in unit.layers}

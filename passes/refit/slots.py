@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from fxzip.graphs import named_call, new_parameter, parameter_uses, static_value
+
+_OWN = "fxzip_own"
+"""Key in the meta of get_attr nodes whose parameters were made for one node; what it is called."""
 
 
 def slot(module: nn.Module, node: fx.Node, name: str) -> Tensor | None:
@@ -28,11 +32,24 @@ def fill(module: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> Non
     call = named_call(module, node)
     assert call is not None
     place = call.names.index(name)
-    source = new_parameter(module, node, name, value)
+    source = own_parameter(module, node, name, value, call.arguments.get(name))
     if place < len(node.args):
         node.update_arg(place, source)
     else:
         node.update_kwarg(name, source)
+
+
+def own_parameter(module: fx.GraphModule, node: fx.Node, name: str, value: Tensor, given: Any) -> fx.Node:
+    """A parameter that only this node uses: what it was given, if that was made here, with a new value; or a new one.
+
+    Layers are filled again at each step of a fit.
+    """
+    if isinstance(given, fx.Node) and _OWN in given.meta:
+        module.get_parameter(str(given.target)).copy_(value)
+        return given
+    source = new_parameter(module, node, name, value)
+    source.meta[_OWN] = node.name
+    return source
 
 
 class Uses:

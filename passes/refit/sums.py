@@ -29,10 +29,15 @@ def gram_samples(unit: Unit) -> int:
 
 
 def pulled_back(has: Tensor, value: Tensor, by: Tensor) -> Tensor | None:
-    """Jᵀ ``by``, with J of ``has`` by ``value``; None where it does not depend on it smoothly."""
+    """Jᵀ ``by``, with J of ``has`` by ``value``; None where it does not depend on it smoothly, or nobody says how."""
     if not has.requires_grad:
         return None
-    return torch.autograd.grad(has, value, by, retain_graph=True, allow_unused=True)[0]
+    try:
+        return torch.autograd.grad(has, value, by, retain_graph=True, allow_unused=True)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # an operator without a backward: a custom one, or one of integers
+        return None
 
 
 def curved(step: tuple[Tensor, Tensor], curvature: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor]:

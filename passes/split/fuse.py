@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -52,9 +53,28 @@ class Place:
         return _mixed_in_rows(tensor, self.axes[0], index, self.rows.to(tensor.device), matrix)
 
     @property
-    def weighted(self) -> tuple[tuple[int, ...], Tensor]:
-        """The axes, and the positions in their product, that M has weighted."""
-        return (self.axes, self.index) if self.rows is None else ((0,), self.rows)
+    def finding(self) -> Place:
+        """In the place of M the sum of each model's channels that are found again from the merged one."""
+        found = self.map.assignment
+        return replace(self, map=MergeMap(self.map.n_models, (found, torch.ones(len(found)))))
+
+    @property
+    def touched(self) -> tuple[int, ...]:
+        """The axes on which it depends whether M has weighted an element."""
+        return self.axes if self.rows is None else (0, *self.axes)
+
+    def weighted(self, like: Tensor) -> Tensor:
+        """Which elements of a tensor M has weighted: bool, of size 1 on the axes that are not touched."""
+        axes = self.touched
+        sizes = [like.shape[axis] for axis in axes]
+        here = torch.zeros(math.prod(sizes), dtype=torch.bool)
+        if self.rows is None:
+            here[self.index.cpu().reshape(-1)] = True
+        else:
+            inside = self.index.cpu().reshape(len(self.rows), 1, -1)  # those of each block, in each of its rows
+            here[(self.rows.cpu()[:, :, None] * sizes[1] + inside).reshape(-1)] = True
+        laid = here.reshape(sizes + [1] * (like.dim() - len(axes)))
+        return laid.movedim(tuple(range(len(axes))), axes).to(like.device)
 
 
 def places_by_parameter(spec: ChannelSpec, maps: Mapping[str, MergeMap]) -> dict[str, list[Place]]:
@@ -86,13 +106,22 @@ def fuse_parameter(tensors: Sequence[Tensor], places: Sequence[Place]) -> Tensor
 
 def merged(values: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
     """The sum over the models of what M and U make of their tensors; what lies in no space is averaged."""
-    total: Tensor | None = None
-    for model, value in enumerate(values):
-        mixed = transformed(value, places, model)
-        total = mixed if total is None else total + mixed
-    assert total is not None
-    weights = _weights(total, [p for p in places if p.role == "produce"], len(values))
+    produced = [place for place in places if place.role == "produce"]
+    if len({place.axes for place in produced}) > 1 or _overlap(produced):
+        return _merged_along_several(values, places)
+    total = _summed(values, places)
+    weights = _weights(total, produced, len(values))
     return total if weights is None else total * weights
+
+
+def _overlap(places: Sequence[Place]) -> bool:
+    """Whether places along one axis have elements in common: tokens by channels, seen as one axis."""
+    index = [place.index.reshape(-1) for place in places if place.rows is None]
+    return len(index) > 1 and len(torch.cat(index).unique()) < sum(map(len, index))
+
+
+def _summed(values: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
+    return reduce(torch.add, (transformed(value, places, model) for model, value in enumerate(values)))
 
 
 def transformed(tensor: Tensor, places: Sequence[Place], model: int) -> Tensor:
@@ -105,24 +134,34 @@ def transformed(tensor: Tensor, places: Sequence[Place], model: int) -> Tensor:
 def _weights(total: Tensor, produced: Sequence[Place], n_models: int) -> Tensor | None:
     """What the sum over models is multiplied by: 1 where M has weighted it, 1/N where no space produces it.
 
-    Where channels are produced along several axes, M on each of them, the weights are counted instead. None for 1
-    everywhere.
+    None for 1 everywhere.
     """
-    axes = {place.axes for place in produced}
-    if len(axes) > 1:
-        touched = {axis for place in produced for axis in (*place.axes, *place.weighted[0])}
-        ones = total.new_ones([size if axis in touched else 1 for axis, size in enumerate(total.shape)])
-        count = sum((transformed(ones, produced, model) for model in range(n_models)), torch.zeros_like(ones))
-        return torch.where(count > 0, 1 / count, 0.0)  # no model has both channels where each is kept from another
     weights = total.new_full((1,) * total.dim(), 1 / n_models)
     for place in produced:
-        along, index = place.weighted
-        sizes = [total.shape[axis] for axis in along]
-        here = torch.zeros(math.prod(sizes), dtype=torch.bool, device=total.device)
-        here[index.reshape(-1).to(total.device)] = True
-        laid = here.reshape(sizes + [1] * (total.dim() - len(along))).movedim(tuple(range(len(along))), along)
-        weights = torch.where(laid, 1.0, weights)
+        weights = torch.where(place.weighted(total), 1.0, weights)
     return None if bool((weights == 1).all()) else weights
+
+
+def _merged_along_several(values: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
+    """Elements that several M produce, along an axis each or along one: the sum over models divided by its weights.
+
+    Where each of an element's channels is kept from another model, no model has both. It is taken from a model that one
+    of them is kept from, at those of its channels along the other axes that are found again from the other.
+    """
+    produced = [place for place in places if place.role == "produce"]
+    others = [place for place in places if place.role != "produce"]
+    touched = {axis for place in produced for axis in place.touched}
+    ones = values[0].new_ones([size if axis in touched else 1 for axis, size in enumerate(values[0].shape)])
+
+    def summed(producing: Sequence[Place]) -> tuple[Tensor, Tensor]:
+        return _summed(values, [*others, *producing]), _summed([ones] * len(values), producing)
+
+    total, count = summed(produced)
+    if bool((count <= 0).any()):
+        parts = [summed([p if p is own else p.finding for p in produced]) for own in produced]
+        found, times = (torch.stack(side).sum(0) for side in zip(*parts, strict=True))
+        total, count = torch.where(count > 0, total, found), torch.where(count > 0, count, times)
+    return total * torch.where(count > 0, 1 / count, 0.0)
 
 
 def mixed_along(tensor: Tensor, axes: tuple[int, ...], index: Tensor, mixing: Mixing) -> Tensor:
@@ -170,16 +209,19 @@ def along_axes(
         others: The factor for positions that are in no merged space.
     """
     found: dict[int, Tensor] = {}
+    rest: dict[int, Tensor] = {}
     for space, axes, index in spec.locate(node):
         if space.name not in maps or space.size == 1:
             continue
         (axis,) = axes
         size = max(factor.shape[axis] for factor in spec.layout.factors[node])
-        matrix = found.setdefault(axis, others * torch.eye(size, dtype=torch.float64))
+        matrix = torch.eye(size, dtype=torch.float64)
         part = maps[space.name].part(model, role)
         for copy in index.T:
             matrix[copy[:, None], copy] = part if role == "produce" else part.T
-    return found
+        found[axis] = matrix @ found[axis] if axis in found else matrix  # tokens by channels, on one axis
+        rest.setdefault(axis, torch.full((size, 1), others, dtype=torch.float64))[index.reshape(-1)] = 1.0
+    return {axis: rest[axis] * matrix for axis, matrix in found.items()}
 
 
 @dataclass(frozen=True, eq=False)

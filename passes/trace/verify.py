@@ -15,6 +15,8 @@ from fxzip.errors import TraceError
 from fxzip.passes.trace.copies import eval_copy, has_hooks
 
 SIZES = (2, 3)
+ALONE = 1
+"""Costs are counted on one sample, so a model must run on it."""
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -28,13 +30,16 @@ class Reference:
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self._model = eval_copy(model, shared=not has_hooks(model))  # a hook may write to parameters
         self._inputs = [with_batch_size(*inputs, size) for size in SIZES]
+        self._outputs = [self._tried(inputs, size) for size in SIZES]
+        self._tried(inputs, ALONE)
+
+    def _tried(self, inputs: Inputs, size: int) -> Any:
         try:
-            self._outputs = [_run(self._model, batch) for batch in self._inputs]
+            return _run(self._model, with_batch_size(*inputs, size))
         except Exception as error:
             raise TraceError(
-                f"{type(model).__name__} itself fails on the example input {_describe(inputs)}, "
-                f"resized to batches of {SIZES[0]} and {SIZES[1]}: {type(error).__name__}: {error}"
-                f"{integer_hint(inputs)}"
+                f"{type(self._model).__name__} itself fails on the example input {_describe(inputs)}, "
+                f"resized to a batch of {size}: {type(error).__name__}: {error}{integer_hint(inputs)}"
             ) from error
 
     def check(self, graph_module: fx.GraphModule, unused: tuple[str, ...]) -> None:

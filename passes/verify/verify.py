@@ -93,9 +93,13 @@ class Verifier:
         return self._error_of_heads(own)
 
     def _error_of_heads(self, plan: MergePlan) -> float:
+        """How far the heads are off; infinite where trunk or heads do not run, as if they gave another shape."""
         parts = split(plan)
-        crossing = run(parts.trunk, self._reference.inputs)
-        return max(error_of(self._reference.outputs, run(head, crossing)) for head in parts.heads)
+        try:
+            crossing = run(parts.trunk, self._reference.inputs)
+            return max(error_of(self._reference.outputs, run(head, crossing)) for head in parts.heads)
+        except (RuntimeError, IndexError):
+            return float("inf")
 
     def checked_spec(self, spec: ChannelSpec) -> tuple[ChannelSpec, Verified]:
         """The spec, without spaces whose permutation changes the function; what was found.

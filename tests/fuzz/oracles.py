@@ -124,8 +124,9 @@ class Check:
             return
         with self._tried("observe"):
             prepared.observe([self._batch], progress=False)
+            spec = prepared.spec  # a merge may keep spaces in place
             self._converts(prepared)
-        if self.outcome.mismatched and tied_spaces(prepared.alignment.modules[0], prepared.spec, self.inputs):
+        if self.outcome.mismatched and tied_spaces(prepared.alignment.modules[0], spec, self.inputs):
             self.outcome.mismatched = {}
 
     def _spans(self, prepared: fxzip.Prepared) -> list[tuple[int, int, str]]:

@@ -73,6 +73,18 @@ def test_a_missing_site_is_found_and_its_space_is_kept_in_place(prepared: fxzip.
         assert fixed.coverage < wrong.coverage
 
 
+def test_a_merge_that_does_not_run_is_wrong(
+    prepared: fxzip.Prepared, verifier: Verifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(module: nn.Module, inputs: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    plan = plan_of(prepared, prepared.spec, "average", None)
+    assert verifier.merge_error(plan) < 1e-12
+    monkeypatch.setattr("fxzip.passes.verify.verify.run", fails)
+    assert verifier.merge_error(plan) == float("inf")
+
+
 def test_a_fault_of_the_merge_alone_is_found(
     prepared: fxzip.Prepared, verifier: Verifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:

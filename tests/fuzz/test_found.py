@@ -1,0 +1,181 @@
+"""Kinds of networks that the fuzzer found wrong, or that raised errors of PyTorch, each as small as could be."""
+
+import warnings
+from random import Random
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+import fxzip
+from fxzip.passes.analyse import analyse_graph
+from fxzip.passes.canonicalise import canonicalise
+from fxzip.passes.permute import permute, random_permutations
+from fxzip.passes.refit import RefitOptions
+from fxzip.passes.trace import trace
+from tests.fuzz.oracles import Check, merge_by_true_maps, prepared_of, true_maps
+from tests.fuzz.outcome import Outcome
+from tests.fuzz.program import Program, build, inputs_of, off, run
+
+
+@torch.library.custom_op("fuzz::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@doubled.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+PERMUTED = {
+    "tokens under a causal mask": """
+        x: (3, 4, 4)
+        m.a = nn.Conv2d(3, 6, 1)
+        m.b = nn.Linear(16, 8)
+        v0 = m.b(F.softplus(m.a(x)).flatten(2)).unsqueeze(1)
+        v1 = F.scaled_dot_product_attention(v0, v0, v0, is_causal=True)
+        return v1.mean(2).flatten(1)
+    """,
+    "a token beside others that are kept in place": """
+        x: (3, 4)
+        m.a = nn.Parameter(torch.randn(1, 1, 4))
+        return torch.cat([m.a.expand(x.shape[0], -1, -1), x], 1).mean(1)
+    """,
+    "groups that read the same channel at other places": """
+        x: (3, 3, 4)
+        m.a = nn.Conv2d(3, 3, 1)
+        m.b = nn.Parameter(torch.randn(1, 1, 3))
+        m.c = nn.Conv1d(5, 10, 1, groups=5)
+        m.d = nn.Linear(3, 4)
+        v0 = m.a(x).flatten(2).mT[:, :4]
+        v1 = torch.cat([m.b.expand(x.shape[0], -1, -1), v0], 1)
+        return m.d(m.c(v1).sigmoid().mean(1))
+    """,
+    "constants in groups of a norm": """
+        x: (6,)
+        m.a = nn.Linear(6, 10)
+        m.b = nn.GroupNorm(2, 10, affine=False)
+        m.c = nn.Linear(10, 4)
+        v0 = m.a(x).sigmoid()
+        v1 = torch.zeros_like(v0)
+        v1[:, :4] = v0[:, :4]
+        return m.c(m.b(v1))
+    """,
+    "constants in groups of a norm with weights": """
+        x: (6,)
+        m.a = nn.Linear(6, 10)
+        m.b = nn.GroupNorm(2, 10)
+        m.c = nn.Linear(10, 4)
+        v0 = m.a(x).sigmoid()
+        v1 = torch.zeros_like(v0)
+        v1[:, :4] = v0[:, :4]
+        return m.c(m.b(v1))
+    """,
+}
+MERGED = {
+    "tokens and channels on one axis": """
+        x: (3, 4, 4)
+        m.a = nn.Conv2d(3, 5, 1)
+        m.b = nn.Linear(16, 8)
+        m.c = nn.Linear(2, 7)
+        m.d = nn.Linear(7, 3)
+        v0 = m.b(m.a(x).flatten(2)).unflatten(-1, (2, -1)).transpose(1, 2)
+        v1 = m.c(v0.flatten(2).mT).mT.unflatten(2, (5, -1))
+        return m.d(v1.amax((2, 3)))
+    """,
+    "groups of which some channels are kept in place": """
+        x: (5, 6)
+        m.a = nn.Conv1d(5, 4, 1)
+        m.b = nn.ConvTranspose1d(4, 12, 1, groups=4)
+        m.c = nn.Linear(6, 3)
+        v0 = m.b(m.a(x) * torch.linspace(0.5, 1, 4, dtype=x.dtype)[:, None])
+        v0[:, ::2] += 0.5
+        return m.c(v0.mean(1))
+    """,
+    "heads that are folded into the batch": """
+        x: (3, 4, 4)
+        m.a = nn.Conv2d(3, 5, 3, padding=1)
+        m.b = nn.MultiheadAttention(16, 16, batch_first=True)
+        v0 = m.a(x).flatten(2)
+        return m.b(v0, v0, v0)[0]
+    """,
+}
+
+SELECTED = {
+    "tokens and channels that are kept from different models": """
+        x: (6, 5)
+        m.a = nn.Linear(5, 8)
+        m.b = nn.Parameter(torch.randn(1, 2, 8))
+        m.c = nn.Linear(8, 8)
+        m.d = nn.Linear(8, 3)
+        v0 = m.a(x).sigmoid()
+        v1 = torch.cat([m.b.expand(v0.shape[0], -1, -1), v0], 1)
+        return m.d(m.c(v1).sigmoid().mean(1))
+    """,
+}
+
+
+def outcome_of(text: str, only: str | None = None, extras: tuple[str, ...] = ()) -> Outcome:
+    """What the oracles find of a program."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Check(Program.parse(text), Random(0), extras, only=only).run()
+
+
+@pytest.mark.parametrize("name", PERMUTED)
+def test_channels_in_another_order_change_nothing(name: str) -> None:
+    outcome = outcome_of(PERMUTED[name], "permutation")
+    assert not outcome.findings
+    assert not outcome.is_refused
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_a_merge_at_any_cut_is_the_network(name: str) -> None:
+    """With a permuted copy of itself, by the true maps."""
+    program = Program.parse(MERGED[name])
+    inputs, net = inputs_of(program, 16), build(program)
+    traced = canonicalise(trace(net, inputs))
+    spec = analyse_graph(traced, inputs, {})
+    order = random_permutations(spec, Generator().manual_seed(1))
+    prepared = prepared_of([traced, permute(spec, traced, order)], spec)
+    assert spec.spaces
+    for cut in prepared.cuts:
+        place = prepared.places.cuts.named[cut]  # also where nothing is merged before it
+        merged = merge_by_true_maps(prepared, true_maps(spec, [order]), 0, place)
+        assert max(off(run(net, inputs), output) for output in merged(inputs)) < 1e-9, cut
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_channels_that_are_kept_make_up_the_network_again(name: str) -> None:
+    """By `select`: what fails would be kept in place."""
+    outcome = outcome_of(SELECTED[name], extras=("budget",))
+    assert not outcome.findings
+    assert not outcome.frozen
+    assert "select" not in outcome.refused
+
+
+def test_a_model_that_cannot_run_on_one_sample_is_refused() -> None:
+    """Its costs cannot be counted."""
+    outcome = outcome_of("x: (4,)\nm.a = nn.Linear(4, 6)\nm.b = nn.GroupNorm(6, 6)\nreturn m.a(x) + m.b(m.a(x))")
+    assert not outcome.findings
+    assert "resized to a batch of 1" in outcome.refused["analyse"]
+
+
+def test_an_operator_without_a_backward_between_two_layers_is_refitted() -> None:
+    """It lets no gradient through, so the layers are solved by themselves."""
+    text = "x: (6,)\nm.a = nn.Linear(6, 8)\nm.b = nn.Linear(8, 6)\nm.c = nn.Linear(6, 3)\n"
+    text += "return m.c(m.b(torch.ops.fuzz.doubled(m.a(x)).tanh()).tanh())"
+    outcome = outcome_of(text, extras=("refit",))
+    assert not outcome.findings
+    assert not outcome.is_refused
+
+
+def test_a_layer_that_is_filled_many_times_has_one_parameter_for_it() -> None:
+    """The name of it is the node's and its own."""
+    text = "x: (6,)\nm.a = nn.Parameter(torch.randn(8, 6))\nm.b = nn.Linear(8, 6)\nm.c = nn.Linear(6, 3)\n"
+    program = Program.parse(text + "return m.c(m.b(F.linear(x, m.a).tanh()).tanh())")
+    (x,) = inputs_of(program, 64)
+    options = RefitOptions(rounds=2)
+    zipped = fxzip.zip(build(program), build(program, 1), [x], refit=options, progress=False)
+    assert [name for name, _ in zipped.named_parameters() if name.endswith("_bias")] == ["trunk.linear_bias"]
