@@ -75,7 +75,8 @@ def _check_known(name: str, value: object, call: str, arguments: Sequence[str], 
         raise OptionError(f"{name!r} is an option of method {takers[0]!r}: give method={takers[0]!r} with it")
     if name in refit_settings():
         raise OptionError(f"{name!r} is a setting of refit: give refit=fxzip.RefitOptions({name}={value!r})")
-    near = difflib.get_close_matches(name, [*known, *arguments, *refit_settings()])
+    others = [*(other for settings in MATCHING.values() for other in settings)] if method == AUTO else []
+    near = difflib.get_close_matches(name, [*known, *arguments, *refit_settings(), *others])
     takes = f"which takes {', '.join(known) or 'none'}" + (f"; did you mean {', '.join(near)}?" if near else "")
     raise OptionError(
         f"unknown argument {name!r}; it is neither an argument of {call}() nor an option of method {method!r}, {takes}"

@@ -15,12 +15,12 @@ from fxzip.checks import Choice, check_method
 from fxzip.data.batches import Given, to_device, with_batch_size
 from fxzip.data.held import count_images, thinned, without
 from fxzip.data.loops import counted, device_of
-from fxzip.errors import LowFidelityWarning
+from fxzip.errors import CutError, LowFidelityWarning
 from fxzip.fidelity import Fidelity
 from fxzip.merged import ZippedModel
-from fxzip.passes.choose import TRIED_IMAGES, Tried, candidates, choose
+from fxzip.passes.choose import TRIED_IMAGES, Tried, candidates, choose, latest
 from fxzip.passes.compare import compare
-from fxzip.passes.cut import Cut, MergePlan, Span
+from fxzip.passes.cut import Cut, MergePlan, Span, parse_fidelity
 from fxzip.passes.maps import find_maps
 from fxzip.passes.recalibrate import recalibrate
 from fxzip.passes.refit import RefitOptions, read_images
@@ -52,14 +52,14 @@ class Fitted:
     fidelity: Fidelity | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Conversion:
     """One merge: what is merged, where, and how.
 
     Attributes:
         prepared: The networks. Spaces that verification finds wrong are kept in place from then on.
         choice: How, as the user chose it.
-        cut: Where the heads begin.
+        cut: Where the heads begin; a bound on fidelity is replaced by the latest cut that keeps it.
         start: Where merging starts.
         loader: What was observed.
         reset_batch_norm: Whether the paper's rule ends with a reset of BatchNorm statistics.
@@ -81,6 +81,7 @@ class Conversion:
             VerificationError: The merge would be wrong.
         """
         choice, tried = self.chosen()
+        self._keep_fidelity(choice)
         plan, verified = self._checked_plan(choice) if verify else (self.plan(choice), None)
         fitted = self._fitted(plan, choice.refit)
         if fitted.refitted and fitted.fidelity is not None:
@@ -109,6 +110,25 @@ class Conversion:
 
             method, tried = choose(methods, measure)
         return self._by(method), tried
+
+    def _keep_fidelity(self, choice: Choice) -> None:
+        """Cut at the latest place whose merge is as faithful as is wanted, by short fits."""
+        least = parse_fidelity(self.cut)
+        if least is None:
+            return
+        if not self.prepared.held:
+            raise CutError(f"cut={self.cut!r}: no image was held back, so fidelity cannot be measured")
+        short = choice.refit and replace(choice.refit, rounds=0)
+
+        def score(cut: str) -> float:
+            self.cut = cut
+            found = self._fitted(self.plan(choice), short, trial=True).fidelity
+            return found.score if found is not None else 0.0
+
+        first = self.prepared.places.span(None, self.start).begin
+        cuts = [cut for cut in self.prepared.cuts if self.prepared.places.cuts.named[cut] > first]
+        merging = [cut for cut in cuts if self.prepared.places.has_layers(self.prepared.places.span(cut, self.start))]
+        self.cut = latest(merging, score, least)
 
     def plan(self, choice: Choice) -> MergePlan:
         """The plan of a choice whose method is known."""

@@ -99,7 +99,10 @@ class Digits:
 
 @dataclass(frozen=True)
 class Row:
-    """One network of the table; what it cannot answer is None."""
+    """One network of the table; what it cannot answer is None.
+
+    ``agrees`` is what needs no labels: how often a merge answers as its parents do (`fxzip.fidelity`), in percent.
+    """
 
     name: str
     flops: int
@@ -107,6 +110,7 @@ class Row:
     joint: float | None
     tasks: tuple[float | None, float | None]
     average: float | None
+    agrees: float | None = None
 
 
 def load_digits() -> Digits:
@@ -190,6 +194,8 @@ def measure(name: str, model: nn.Module, digits: Digits, only: int | None = None
     for index, logits in zip((only,) if only is not None else (0, 1), heads, strict=True):
         mine = labels // CLASSES == index
         tasks[index] = _accuracy(logits[mine], labels[mine] % CLASSES)
+    fidelity = model.report.fidelity if isinstance(model, fxzip.ZippedModel) else None
+    agrees = None if fidelity is None or fidelity.agreement is None else 100 * fidelity.agreement
     return Row(
         name,
         counter.get_total_flops(),
@@ -197,6 +203,7 @@ def measure(name: str, model: nn.Module, digits: Digits, only: int | None = None
         _accuracy(torch.cat(heads, 1), labels) if only is None else None,
         (tasks[0], tasks[1]),
         sum(x for x in tasks if x is not None) / 2 if only is None else None,
+        agrees,
     )
 
 
@@ -230,9 +237,9 @@ def table(rows: list[Row]) -> Table:
     from rich.table import Table
 
     shown = Table(box=SIMPLE_HEAD, pad_edge=False, title="Held-out digits: accuracy in %; FLOPs of one image")
-    for heading in ("", "MFLOPs", "k params", "joint", "0-4", "5-9", "average"):
+    for heading in ("", "MFLOPs", "k params", "joint", "0-4", "5-9", "average", "agrees"):
         shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in rows:
-        percents = ("-" if x is None else f"{x:.1f}" for x in (row.joint, *row.tasks, row.average))
+        percents = ("-" if x is None else f"{x:.1f}" for x in (row.joint, *row.tasks, row.average, row.agrees))
         shown.add_row(row.name, f"{row.flops / 1e6:.2f}", f"{row.params / 1e3:.1f}", *percents)
     return shown

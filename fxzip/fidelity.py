@@ -32,6 +32,14 @@ class Answer:
     agreement: float | None = None
     kl: float | None = None
 
+    @property
+    def shown(self) -> str:
+        """The figures in words."""
+        unexplained = f"{self.unexplained:.1%} unexplained"
+        if self.agreement is None:
+            return unexplained
+        return f"{self.agreement:.1%} agreement, KL {self.kl:.3f}, {unexplained}"
+
 
 @dataclass(frozen=True)
 class Depth:
@@ -103,12 +111,5 @@ class Fidelity:
         return [answer for answer in self.answers if answer.task == task]
 
     def __str__(self) -> str:
-        parts = [f"{answer.task}{answer.output}: {_shown(answer)}" for answer in self.answers]
+        parts = [f"{answer.task}{answer.output}: {answer.shown}" for answer in self.answers]
         return f"{'; '.join(parts)} (on {self.images:,} images that the fit did not see)"
-
-
-def _shown(answer: Answer) -> str:
-    unexplained = f"{answer.unexplained:.1%} unexplained"
-    if answer.agreement is None:
-        return unexplained
-    return f"{answer.agreement:.1%} agreement, KL {answer.kl:.3f}, {unexplained}"

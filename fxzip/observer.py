@@ -46,6 +46,7 @@ class Observer(nn.Module):
         self.n_models = n_models
         self.size = n_models * sizes.pop()
         self._places = [_Place(point) for point in points]
+        self.rows: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -84,6 +85,7 @@ class Observer(nn.Module):
         if len({tensor.shape for tensor in tensors}) > 1:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
             raise CalibrationError(f"the models' activations at node {place.node!r} differ in shape: {shapes}")
+        tensors = self._counted(tensors, place)
         work = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
         # Autocast would take the products to half precision.
         with torch.autocast(tensors[0].device.type, enabled=False):
@@ -96,6 +98,15 @@ class Observer(nn.Module):
             scatter, drift = _scatter(views, shift, place.copies)
             _require_finite(scatter.diagonal(), place.node)
         self._fold(outer * inner * place.copies, shift, drift, scatter)
+
+    def _counted(self, tensors: list[Tensor], place: _Place) -> list[Tensor]:
+        """The samples that count; all of them where axis 0 does not hold the samples."""
+        rows = self.rows
+        if rows is None or 0 in place.axes or any(len(tensor) != len(rows) for tensor in tensors if tensor.dim()):
+            return tensors
+        for tensor in tensors:
+            _require_finite(tensor[~rows], place.node)
+        return [tensor[rows] for tensor in tensors]
 
     def _fold(self, count: int, shift: Tensor, drift: Tensor, scatter: Tensor) -> None:
         """Chan's update with a batch whose scatter is about ``shift``; ``drift`` is Σ (x - shift)."""

@@ -23,7 +23,7 @@ from fxzip.passes.refit import RefitOptions
 from fxzip.passes.verify import Verifier, ensemble_error
 from fxzip.report import Verified
 from fxzip.surroundings import undisturbed
-from fxzip.sweep import Sweep, run_sweep
+from fxzip.sweep import Sweep, faithfulness, run_sweep
 
 
 class Prepared:
@@ -95,9 +95,9 @@ class Prepared:
         loader = ready_loader(loader, self.names, self.alignment.modules)
         nodes = self.alignment.trunk_names(0)[: self.places.cuts.default]
         where = merge_points(self.alignment.modules[0], self.spec, nodes, points)
-        parted = HeldBack(loader) if hold_back else HeldBack(loader, most=0)
-        self.moments = observe(self.alignment, where, parted, progress=progress)
-        self.points, self._loader, self.held, self.observed = where, loader, parted.held, parted.given
+        held = HeldBack(loader) if hold_back else HeldBack(loader, most=0)
+        self.moments = observe(self.alignment, where, loader, progress=progress, held=held)
+        self.points, self._loader, self.held, self.observed = where, loader, held.held, held.given
         return self
 
     def _observed(self) -> Iterable[Any]:
@@ -168,7 +168,7 @@ class Prepared:
     def sweep(
         self,
         cuts: Iterable[Cut] | None = None,
-        methods: Iterable[str | Mapping[str, Any]] = ("zip",),
+        methods: Iterable[str | Mapping[str, Any]] = ("auto",),
         evaluate: Callable[[ZippedModel], float | Mapping[str, float]] | None = None,
         progress: bool = True,
     ) -> Sweep:
@@ -180,14 +180,20 @@ class Prepared:
         Args:
             cuts: As for `fxzip.zip`; None: about eight of the valid ones, spread over the network.
             methods: Names of methods, or dicts of `convert`'s options, with a ``name`` for the table if wanted.
-            evaluate: Gives a number, the greater the better, or several by name, for a merged network.
+            evaluate: Gives a number, the greater the better, or several by name, for a merged network. None: agreement
+                with the parents and the explained share of their outputs, in percent (`Report.fidelity`), for which no
+                labels are needed.
             progress: Show a bar.
 
         Raises:
-            OptionError: There is no ``evaluate``, or the options of a method are not valid.
+            OptionError: There is no ``evaluate`` and no image was held back, or the options of a method are not valid.
             CalibrationError, CutError: As for `convert`.
         """
-        if evaluate is None:
-            raise OptionError("sweep needs evaluate: a function from the merged network to a number or to several")
+        self._observed()
+        if evaluate is None and not self.held:
+            raise OptionError(
+                "sweep needs evaluate, a function from the merged network to a number or to several: no image was held "
+                "back that fidelity could be measured on"
+            )
         where = self.places.spread() if cuts is None else list(cuts)
-        return run_sweep(self, where, methods, evaluate, progress)
+        return run_sweep(self, where, methods, evaluate or faithfulness, progress)

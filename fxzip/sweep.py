@@ -129,6 +129,15 @@ def run_sweep(
     return Sweep(tuple(rows))
 
 
+def faithfulness(zipped: ZippedModel) -> dict[str, float]:
+    """What a sweep looks at where nobody evaluates: agreement, where outputs have classes, and the explained share."""
+    found = zipped.report.fidelity
+    if found is None:
+        return {"explained": 0.0}
+    scores = {} if found.agreement is None else {"agreement": 100 * found.agreement}
+    return {**scores, "explained": 100 * (1 - found.unexplained)}
+
+
 def _as_row(name: str, report: Report, value: float | Mapping[str, float]) -> SweepRow:
     """The row of one merge, from what ``evaluate`` gave."""
     scores = {k: float(v) for k, v in value.items()} if isinstance(value, Mapping) else {"score": float(value)}

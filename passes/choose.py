@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from fxzip.errors import CutError
 from fxzip.fidelity import Fidelity
 from fxzip.passes.align import Alignment
 
@@ -63,6 +64,8 @@ def related(alignment: Alignment) -> float:
     states = [module.state_dict() for module in alignment.modules]
     found = []
     for names in alignment.peers(len(alignment.shared)).values():
+        if any(name not in state for state, name in zip(states, names, strict=True)):
+            continue  # a buffer that is not saved
         first, *others = (state[name] for state, name in zip(states, names, strict=True))
         if first.dim() > 1 and first.is_floating_point():
             pairs = [F.cosine_similarity(first.flatten().double(), o.flatten().double(), dim=0) for o in others]
@@ -84,3 +87,33 @@ def choose(methods: Sequence[str], measure: Callable[[str], Fidelity | None]) ->
             return methods[0], ()
         tried.append(Tried.of(method, True, found))
     return min(tried, key=lambda each: each.unexplained).method, tuple(tried)
+
+
+def latest(cuts: Sequence[str], score: Callable[[str], float], least: float) -> str:
+    """The latest cut whose merge scores at least so much, by bisection: the later the cut, the lower the score.
+
+    Args:
+        cuts: Names, in the order of execution.
+        score: Of the merge with a cut, the greater the better.
+        least: What is wanted.
+
+    Raises:
+        CutError: No cut that was tried scores so much; the best is named.
+    """
+    scores: dict[str, float] = {}
+
+    def good(place: int) -> bool:
+        scores[cuts[place]] = score(cuts[place])
+        return scores[cuts[place]] >= least
+
+    low, high = -1, len(cuts)  # all up to low are good, none from high on
+    while high - low > 1:
+        middle = high - 1 if high == len(cuts) else (low + high) // 2
+        low, high = (middle, high) if good(middle) else (low, middle)
+    if low < 0:
+        best = max(scores, key=scores.__getitem__)
+        raise CutError(
+            f"no cut keeps a fidelity of {least:g}: the best that was tried, {best}, keeps {scores[best]:.3f}; "
+            "give more images, or merge fewer layers"
+        )
+    return cuts[low]

@@ -179,7 +179,8 @@ def _leaves(output: Any) -> dict[str, Tensor]:
     """The tensors of floats in an output, by where they are; a single one has no name."""
     found: list[tuple[Any, Any]] = pytree.tree_flatten_with_path(output)[0]
     show: Callable[[Any], str] = pytree.keystr
-    return {show(path): leaf for path, leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+    tensors = [(path, leaf) for path, leaf in found if isinstance(leaf, Tensor) and leaf.dim()]
+    return {show(path): leaf for path, leaf in tensors if leaf.is_floating_point()}
 
 
 def _class_axis(name: str, leaf: Tensor, tokens: bool) -> int | None:

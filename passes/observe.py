@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzip.channels import MergePoint
+from fxzip.data.held import HeldBack
 from fxzip.data.loops import describe, evaluating, feed
 from fxzip.errors import CalibrationError
 from fxzip.graphs import drop_dead_code, nodes_by_name, placeholders, writes_in_place
@@ -26,6 +27,7 @@ def observe(
     device: torch.device | str | None = None,
     progress: bool = True,
     max_batches: int | None = None,
+    held: HeldBack | None = None,
 ) -> dict[str, Moments]:
     """The moments of each space over a loader: each model sees every batch, in eval mode, without gradients.
 
@@ -40,6 +42,7 @@ def observe(
         device: Where inputs go; None: to where the models are.
         progress: Show a bar.
         max_batches: Stop after so many batches.
+        held: Holds back some images: they run through the models, too, but are not counted.
 
     Raises:
         CalibrationError: the loader is empty, a batch is of a wrong type or shape (the message has the shape
@@ -53,7 +56,7 @@ def observe(
                 "model.to_empty(device='cpu') and load_state_dict"
             )
     joint = insert_observers(alignment, points)
-    checked = _Checked(joint, alignment.modules[0])
+    checked = _Checked(joint, alignment.modules[0], held)
     with evaluating(checked):
         feed(
             checked,
@@ -161,9 +164,10 @@ class _Checked(nn.Module):
     else.
     """
 
-    def __init__(self, joint: fx.GraphModule, module: fx.GraphModule) -> None:
+    def __init__(self, joint: fx.GraphModule, module: fx.GraphModule, held: HeldBack | None) -> None:
         super().__init__()
-        self.joint = joint
+        self.joint, self.held = joint, held
+        self.observers = [part for part in joint.modules() if isinstance(part, Observer)]
         self.names = [str(node.target) for node in placeholders(module)]
         self.shapes = {str(node.target): _traced_shape(node) for node in placeholders(module)}
 
@@ -176,6 +180,9 @@ class _Checked(nn.Module):
                     f"the models' input {name!r} has {len(shape)} axes, as in {list(shape)}; the loader gave "
                     f"{describe(args, kwargs)}"
                 )
+        rows = None if self.held is None else self.held.rest(args, kwargs)
+        for observer in self.observers:
+            observer.rows = rows
         try:
             self.joint.forward(*args, **kwargs)  # not __call__, which prints the graph's code when it fails
         except CalibrationError:

@@ -64,11 +64,11 @@ def demo(rows: Sequence[Row]) -> str:
             r["name"],
             f"{r['flops'] / 1e6:.2f}",
             f"{r['params']:,}",
-            *map(percent, (r["joint"], *r["tasks"], r["average"])),
+            *map(percent, (r["joint"], *r["tasks"], r["average"], r["agrees"])),
         ]
         for r in rows
     ]
-    return markdown(("", "MFLOPs", "params", "joint", "0-4", "5-9", "average"), found)
+    return markdown(("", "MFLOPs", "params", "joint", "0-4", "5-9", "average", "agrees"), found)
 
 
 def cell(value: Any) -> str:

@@ -23,44 +23,39 @@ LARGEST_SHARE = 4
 
 
 class HeldBack:
-    """A loader's batches without some of the images, which are kept.
+    """Picks the images that are held back while a loader is read, and keeps them.
 
     Attributes:
-        held: The images that were held back when it was read last, batch by batch.
+        held: Those that were held back, batch by batch.
         given: How many others there were.
     """
 
     def __init__(self, loader: Iterable[Any], most: int = MOST) -> None:
-        """Wrap a loader.
+        """Nothing is read yet.
 
         Args:
-            loader: Gives batches, as for `fxzip.zip`.
+            loader: What will be read.
             most: How many images are held back at most.
         """
         self._loader, self._most = loader, most
         self.held: list[Given] = []
         self.given = 0
+        self._kept = self._place = self._every = 0
 
-    def __len__(self) -> int:
-        """Number of batches; raises TypeError where the loader does not know its own."""
-        return len(self._loader)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[Given]:
-        self.held, self.given, place, every = [], 0, 0, 0
-        for batch in self._loader:
-            given = Given(*model_inputs(batch))
-            size = batch_size(*given)
-            every = every or _stride(self._loader, size)
-            mine = torch.arange(place, place + size) % every == every - 1
-            place += size
-            if count_images(self.held) >= self._most or not mine.any():
-                self.given += size
-                yield given
-                continue
-            self.held.append(_taken(given, mine, size))
-            self.given += size - int(mine.sum())
-            if not mine.all():
-                yield _taken(given, ~mine, size)
+    def rest(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The samples of the next batch that are not held back, bool (samples,); None for all of them."""
+        given = Given(args, kwargs)
+        size = batch_size(*given)
+        self._every = self._every or _stride(self._loader, size)
+        mine = torch.arange(self._place, self._place + size) % self._every == self._every - 1
+        self._place += size
+        if self._kept >= self._most or not mine.any():
+            self.given += size
+            return None
+        self.held.append(_taken(given, mine, size))
+        self._kept += int(mine.sum())
+        self.given += size - int(mine.sum())
+        return ~mine
 
 
 def _stride(loader: Iterable[Any], size: int) -> int:

@@ -1,5 +1,6 @@
 """Cut: where the trunk may end and the heads begin, what each place costs, and the plan of a merge."""
 
+from fxzip.passes.cut.budget import parse_fidelity
 from fxzip.passes.cut.cut import Cut, Cuts, classifiers, crossing, find_cuts, is_layer
 from fxzip.passes.cut.places import Places, Span, check_span
 from fxzip.passes.cut.plan import MergePlan
@@ -15,4 +16,5 @@ __all__ = [
     "crossing",
     "find_cuts",
     "is_layer",
+    "parse_fidelity",
 ]

@@ -18,6 +18,22 @@ from fxzip.passes.align import Alignment
 
 _BUDGET = re.compile(r"\s*flops\s*<=?\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*x\s*", re.IGNORECASE)
 
+_FIDELITY = re.compile(r"\s*fidelity\s*>=?\s*(0?\.\d+|0|1(?:\.0*)?)\s*", re.IGNORECASE)
+
+
+def parse_fidelity(cut: object) -> float | None:
+    """The bound of a cut like ``"fidelity>=0.98"``, a share from 0 to 1; None for another kind of cut.
+
+    Raises:
+        CutError: It starts like one but cannot be read.
+    """
+    if not isinstance(cut, str) or not cut.lower().lstrip().startswith("fidelity"):
+        return None
+    found = _FIDELITY.fullmatch(cut)
+    if found is None:
+        raise CutError(f'cut={cut!r}: write a bound on fidelity as "fidelity>=0.98", a share from 0 to 1')
+    return float(found[1])
+
 
 def parse_budget(cut: object) -> float | None:
     """The bound of a cut like ``"flops<=1.3x"``, in multiples of one network's FLOPs; None for another kind of cut.

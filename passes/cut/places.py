@@ -8,7 +8,7 @@ from functools import cached_property
 from fxzip.channels import ChannelSpec
 from fxzip.errors import CutError
 from fxzip.passes.align import Alignment
-from fxzip.passes.cut.budget import Counts, cost_of_cuts, cost_of_joins, count, cut_within, parse_budget
+from fxzip.passes.cut.budget import Counts, cost_of_cuts, cost_of_joins, count, cut_within, parse_budget, parse_fidelity
 from fxzip.passes.cut.cut import Cut, Cuts, check_cut, crossing
 
 
@@ -47,6 +47,7 @@ class Places:
                 no channel space.
         """
         check_span(cut, start)
+        cut = None if parse_fidelity(cut) is not None else cut  # the latest that keeps it, this one at most
         begin, budget = self._begin(start), parse_budget(cut)
         end = self.cuts.resolve(cut) if budget is None else cut_within(self.costs_from(begin), budget)
         span = Span(begin, end)
@@ -120,8 +121,9 @@ def check_span(cut: object, start: object = None) -> None:
     """
     check_cut(cut, "cut")
     check_cut(start, "start")
-    parse_budget(cut)
-    if parse_budget(start) is not None:
+    if parse_fidelity(cut) is None:
+        parse_budget(cut)
+    if parse_budget(start) is not None or parse_fidelity(start) is not None:
         raise CutError(f"start={start!r}: give the name of a module or node, or a share of the layers")
 
 

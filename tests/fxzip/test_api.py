@@ -158,7 +158,7 @@ def test_one_observing_pass_serves_every_merge(models: list[nn.Module]) -> None:
         for method in ("zip", "permute", "average"):
             prepared.convert(cut=cut, method=method, refit=False, reset_batch_norm=False, progress=False)
     assert loader.reads == 1
-    zipped = prepared.convert(refit=False, progress=False)  # BatchNorm is reset on the loader
+    zipped = prepared.convert(method="zip", refit=False, progress=False)  # BatchNorm is reset on the loader
     assert loader.reads == 2
     assert zipped.report.recalibrated == 5
     assert loader.reads == 2
@@ -405,7 +405,7 @@ def test_no_batch_norm_reads_the_loader_no_second_time() -> None:
     a, b = pair(lambda: Residual(norm=lambda _: nn.Identity()), X)
     loader = Counting(X)
     prepared = fxzip.prepare(a, b, example_inputs=X).observe(loader, progress=False)
-    zipped = prepared.convert(refit=False, progress=False)
+    zipped = prepared.convert(method="zip", refit=False, progress=False)
     assert zipped.report.recalibrated == 0
     assert loader.reads == 1
     assert max(self_zip_errors(a, X, step=5).values()) < TOLERANCE

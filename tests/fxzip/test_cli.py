@@ -378,7 +378,7 @@ def test_values_of_a_recipe_are_checked_as_they_stand(tmp_path: Path, text: str,
 
 def test_the_help_is_that_of_the_settings_and_needs_no_torch() -> None:
     code = "import fxzip.cli, sys; print('torch' in sys.modules); fxzip.cli.app(['zip', '--help'])"
-    environment = {**os.environ, "COLUMNS": "400"}
+    environment = {**os.environ, "COLUMNS": "800"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.startswith("False")
     shown = [*MATCHING["zip"].values(), *MATCHING["cca"].values(), *(refit_settings()[k] for k in ("ridge", "images"))]

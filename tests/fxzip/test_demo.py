@@ -86,6 +86,7 @@ def test_cli_prints_the_table_and_writes_json(monkeypatch: pytest.MonkeyPatch, t
                 "joint": None,
                 "tasks": [99.0, None],
                 "average": None,
+                "agrees": None,
             }
         ]
     }

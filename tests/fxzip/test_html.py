@@ -120,11 +120,12 @@ def test_graph_has_trunk_and_heads(text: str) -> None:
 def test_charts(text: str) -> None:
     assert re.findall(r'<figure role="group" aria-label="([^"]*)"', text) == [
         "Matched correlation by depth",
+        "What is lost by depth",
         "Where the operations are",
         "Scores over operations",
     ]
     read = Reader(text)
-    assert read.tags.count("svg") == 3
+    assert read.tags.count("svg") == 4
     assert "layer of the trunk" in read.text  # text in the charts is text
     assert [row for row in read.rows if row[0] == "merge" or row[0].startswith(("zip,", "permute,"))] == [
         ["merge", "FLOPs", "parameters", "dogs", "birds"],
@@ -228,7 +229,7 @@ def test_notebook(zipped: fxzip.ZippedModel) -> None:
     text = zipped.report._repr_html_()
     read = Reader(text)
     assert not {"html", "head", "body", "title"} & set(read.tags)
-    assert read.tags.count("svg") == 2
+    assert read.tags.count("svg") == 3
     # Nothing of its style may touch the rest of the notebook.
     style = text[text.index("<style>") + 7 : text.index("</style>")]
     selectors = [part.split("{")[0].strip() for part in re.sub(r"@media[^{]*{", "", style).split("}")]

@@ -67,7 +67,7 @@ def test_before_a_relu_only_errors_that_come_through_count(monkeypatch: pytest.M
     models = pair(make, X)
     for model in models:
         model.b.bias.data -= recorded(fx.symbolic_trace(model), X)["b"].std((0, 2, 3))  # so that most is below 0
-    prepared = fxzip.prepare(*models, example_inputs=X[:2]).observe([X], progress=False)
+    prepared = fxzip.prepare(*models, example_inputs=X[:2]).observe([X], hold_back=False, progress=False)
     wanted = sum(recorded(module, X)["relu_1"] for module in prepared.alignment.modules) / 2
 
     def error(times: int) -> float:
@@ -88,7 +88,7 @@ def test_units_in_a_row_are_solved_for_what_the_last_one_gives(kind: Callable[[N
         parts = {name: nn.Linear(*sizes) for name, sizes in LAYERS[kind].items()}
         return Net(kind, embed=nn.Conv2d(3, 8, 4, 4), norm=nn.LayerNorm(8), head=nn.Linear(8, 3), **parts)
 
-    prepared = fxzip.prepare(*pair(make, X), example_inputs=X[:2]).observe([X], progress=False)
+    prepared = fxzip.prepare(*pair(make, X), example_inputs=X[:2]).observe([X], hold_back=False, progress=False)
     wanted = sum(recorded(module, X)["add"] for module in prepared.alignment.modules) / 2
 
     def error(rounds: int) -> float:
@@ -100,7 +100,7 @@ def test_units_in_a_row_are_solved_for_what_the_last_one_gives(kind: Callable[[N
 
 def test_residual_branches_are_solved_for_what_they_give() -> None:
     models = pair(Residual, X)
-    prepared = fxzip.prepare(*models, example_inputs=X[:2]).observe([X], progress=False)
+    prepared = fxzip.prepare(*models, example_inputs=X[:2]).observe([X], hold_back=False, progress=False)
     expected = torch.cat([call(model, X) for model in models], 1)
 
     def error(rounds: int) -> float:

@@ -136,7 +136,7 @@ def test_values_with_tokens_and_channels_are_merged_along_both() -> None:
 @pytest.mark.parametrize("make", [Residual, wide])
 def test_refit_is_closer_to_the_parents_than_the_papers_rule(make: type[nn.Module]) -> None:
     models = pair(make, X)
-    prepared = fxzip.prepare(*models, example_inputs=X).observe([X[:12], X[12:]], progress=False)
+    prepared = fxzip.prepare(*models, example_inputs=X).observe([X[:12], X[12:]], hold_back=False, progress=False)
     wanted = [call(model, X) for model in models]
 
     def error(refit: bool) -> float:
@@ -173,7 +173,7 @@ def test_few_images_do_not_blow_up(count: int) -> None:
     ("memory", "read", "taken"), [(0, 2, 2), (2 * X.nbytes, 6, 2), (2**30, 6, 6)], ids=["none", "inputs", "all"]
 )
 def test_memory_bounds_the_images(memory: int, read: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = fxzip.prepare(*pair(Residual, X), example_inputs=X).observe(X.split(4), progress=False)
+    prepared = fxzip.prepare(*pair(Residual, X), example_inputs=X).observe(X.split(4), hold_back=False, progress=False)
     solve, found = Fitter.solve, []
 
     def noted(self: Fitter, unit: Unit, pairs: dict[Pair, Fit], rounds: int) -> Fit:
@@ -197,7 +197,7 @@ def test_batch_norms_are_folded_away_and_the_models_are_left_alone() -> None:
 @pytest.mark.parametrize("cut", ["layer1.gate", "relu_3", "layer2.norm2"])
 def test_what_is_kept_is_found_again_behind_a_cut(cut: str) -> None:
     models = pair(Residual, X)
-    prepared = fxzip.prepare(*models, example_inputs=X).observe([X], progress=False)
+    prepared = fxzip.prepare(*models, example_inputs=X).observe([X], hold_back=False, progress=False)
     expected = [call(model, X) for model in models]
 
     def error(refit: bool) -> float:

@@ -169,7 +169,7 @@ def test_a_layer_is_the_least_squares_solution(kind: str) -> None:
 def test_one_image_does_not_blow_up(kind: str) -> None:
     x = inputs(kind)
     models = pair(lambda: make(kind), x)
-    prepared = fxzip.prepare(*models, example_inputs=x).observe([x[:1]], progress=False)
+    prepared = fxzip.prepare(*models, example_inputs=x).observe([x[:1]], hold_back=False, progress=False)
     wanted = [call(model, x) for model in models]
 
     def error(refit: bool) -> float:

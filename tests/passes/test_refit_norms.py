@@ -88,7 +88,7 @@ def test_a_norm_is_the_line_of_least_squares(kind: str) -> None:
     _, axis, shifts = NORMS[kind]
     x = inputs(kind)
     models = pair(lambda: make(kind), x)
-    prepared = fxzip.prepare(*models, example_inputs=x).observe([x[:10], x[10:]], progress=False)
+    prepared = fxzip.prepare(*models, example_inputs=x).observe([x[:10], x[10:]], hold_back=False, progress=False)
     (name,) = (n.name for n in prepared.alignment.modules[0].graph.nodes if n.name.endswith("norm"))
     zipped = prepared.convert(cut=name, progress=False)
     (crossing,) = call(zipped.trunk, x)

@@ -54,7 +54,7 @@ def charts_of(report: Report, facts: Facts, sweep: Sweep | None) -> list[Chart]:
     from matplotlib import rc_context
 
     with rc_context(_STYLE):
-        found = [_correlation(report, facts), _operations(report, facts), _sweep(sweep)]
+        found = [_correlation(report, facts), _fidelity(report), _operations(report, facts), _sweep(sweep)]
     return [chart for chart in found if chart is not None]
 
 
@@ -95,6 +95,31 @@ def _correlation(report: Report, facts: Facts) -> Chart | None:
         "share of matches that lie within one model; all others are across the models."
     )
     return Chart("Matched correlation by depth", _svg(figure, "correlation"), text)
+
+
+def _fidelity(report: Report) -> Chart | None:
+    """What is left unexplained of each parent's features, by depth."""
+    found = report.fidelity
+    if found is None or len(found.depths) < 2:
+        return None
+    figure = _figure(2.4)
+    axes = figure.subplots()
+    for model, task in enumerate(report.names):
+        shares = [100 * depth.unexplained[model] for depth in found.depths]
+        axes.plot(
+            range(1, len(shares) + 1), shares, marker="o", markersize=4, color=PALETTE[model % len(PALETTE)].stroke
+        )
+        axes.annotate(_short(task), (len(shares), shares[-1]), (4, 0), textcoords="offset points", va="center")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("unexplained, %")
+    axes.set_xlabel("merge point")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    text = (
+        f"What the trunk does not tell of each model's own features, at each of the {len(found.depths)} merge points "
+        f"in the order of execution, on {found.images:,} images that the fit did not see: where it climbs, merging "
+        "loses."
+    )
+    return Chart("What is lost by depth", _svg(figure, "fidelity"), text)
 
 
 def _operations(report: Report, facts: Facts) -> Chart | None:

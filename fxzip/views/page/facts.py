@@ -129,6 +129,13 @@ def _tiles(report: Report) -> Iterator[Tile]:
         yield Tile(f"{correlation:.2f}", "mean correlation", f"of the matched channels, in {len(spaces)} spaces")
     if within is not None:
         yield Tile(f"{100 * within:.1f}%", "merged within a model", "the other matches are across the models")
+    fidelity = report.fidelity
+    if fidelity is not None and fidelity.agreement is not None:
+        note = f"with the models' own answers, on {fidelity.images:,} images that the fit did not see"
+        yield Tile(f"{100 * fidelity.agreement:.1f}%", "agreement", note)
+    elif fidelity is not None:
+        note = f"of the models' outputs, on {fidelity.images:,} images that the fit did not see"
+        yield Tile(f"{100 * fidelity.unexplained:.1f}%", "unexplained", note)
     yield Tile(f"{100 * report.coverage:.1f}%", "coverage", "of a model's weights lie in a channel space")
 
 
@@ -148,6 +155,10 @@ def _layer_row(report: Report, row: LayerRow) -> tuple[str, ...]:
 def _notes(report: Report) -> Iterator[str]:
     if report.parting:
         yield f"The models diverge: {report.parting}"
+    for answer in report.fidelity.answers if report.fidelity else ():
+        yield f"Fidelity of {answer.task}{answer.output}: {answer.shown}"
+    for each in report.tried:
+        yield f"Method chosen from: {each}"
     if report.refitted:
         yield f"Layers whose weights were solved for (refit): {report.refitted}"
     if report.recalibrated:
