@@ -33,7 +33,7 @@ Loader = Iterable[Any]
 def zip(
     *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, method: str = "auto",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
-    verify: bool = True, progress: bool = True, **options: Any,
+    hold_back: bool = True, verify: bool = True, progress: bool = True, **options: Any,
 ) -> ZippedModel:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
@@ -46,17 +46,20 @@ def zip(
             tuples or lists whose first element is the input, or dicts of keyword inputs. It is read more than once.
             Or a loader for each network: a list of them, or a dict by the tasks' names.
         cut: The module or node that the heads begin at, a share (0 to 1) of the layers for the trunk, a budget
-            (``"flops<=1.3x"`` of one network: the earliest cut that meets it), or None for everything up to where
+            (``"flops<=1.3x"`` of one network: the earliest cut that meets it; ``"fidelity>=0.98"``: the latest that
+            keeps it), or None for everything up to where
             the models diverge or their classifiers begin.
         start: The module or node that merging starts at, or a share (0 to 1) of the layers: what comes before is run
             as each network has it, side by side. None: at the input.
-        method: ``zip``, ``select``, ``permute``, ``average``, ``optimal``, ``weights``, ``dual`` or ``cca`` (see
-            `fxzip.matching`).
+        method: ``auto`` tries some and takes the best by fidelity (`fxzip.passes.choose`); or ``select``, ``zip``,
+            ``permute``, ``average``, ``optimal``, ``weights``, ``dual`` or ``cca`` (see `fxzip.matching`).
         names: Names of the tasks; default: ``task0``, ``task1`` ...
         points: One merge point for each space (``last``), or ``all`` of them pooled.
         refit: Solve each merged layer in closed form, so that it gives what the parents give on the loader's images
             (`fxzip.passes.refit`). True: with default settings; `fxzip.RefitOptions`: with these settings; False: the
             weights are merged by ZipIt!'s rule alone, and BatchNorm statistics are reset.
+        hold_back: Hold back a tenth of the images, on which `Report.fidelity` is measured and methods are compared
+            (`fxzip.data.held`). False: all are fitted on. Without refit all are used.
         verify: Check the merge before it is fitted: the first network, merged with a permuted copy of itself, must be
             itself again (`fxzip.passes.verify`). Channel spaces that fail are kept in place, with a warning.
         progress: Show bars.
@@ -71,12 +74,12 @@ def zip(
     check_models(given)
     wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
     wanted["verify"] = verify
-    check_merge(zip, len(given), points=points, **wanted, **options)
+    check_merge(zip, len(given), points=points, hold_back=hold_back, **wanted, **options)
     tasks = task_names(names, len(given))
     ready = ready_loader(loader, tasks, given)
     prepared = prepare(*given, example_inputs=first_batch(ready), names=tasks, verify=verify)
     prepared.place(cut, start)
-    prepared.observe(ready, points=points, hold_back=refit is not False, progress=progress)
+    prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=progress)
     return prepared.convert(**wanted, **options)
 
 

@@ -57,7 +57,7 @@ def check_merge(call: Callable[..., Any], n_models: int, /, **given: Any) -> Cho
     values = {**own, **given}
     check_span(values["cut"], values["start"])
     check_points(values.get("points", "last"))
-    for flag in {"progress", "reset_batch_norm", "verify"} & values.keys():
+    for flag in {"hold_back", "progress", "reset_batch_norm", "verify"} & values.keys():
         check_flag(flag, values[flag])
     for name, value in options.items():
         _check_known(name, value, call.__name__, list(own), values["method"])
@@ -70,17 +70,24 @@ def _check_known(name: str, value: object, call: str, arguments: Sequence[str], 
     known = {} if method == AUTO else settings_of(method)
     if name in known:
         return
-    takers = [other for other, settings in MATCHING.items() if name in settings]
-    if method == AUTO and takers:
-        raise OptionError(f"{name!r} is an option of method {takers[0]!r}: give method={takers[0]!r} with it")
+    if method == AUTO:
+        _refuse_for_auto([name])
     if name in refit_settings():
         raise OptionError(f"{name!r} is a setting of refit: give refit=fxzip.RefitOptions({name}={value!r})")
-    others = [*(other for settings in MATCHING.values() for other in settings)] if method == AUTO else []
+    others = [other for settings in MATCHING.values() for other in settings] if method == AUTO else []
     near = difflib.get_close_matches(name, [*known, *arguments, *refit_settings(), *others])
     takes = f"which takes {', '.join(known) or 'none'}" + (f"; did you mean {', '.join(near)}?" if near else "")
     raise OptionError(
         f"unknown argument {name!r}; it is neither an argument of {call}() nor an option of method {method!r}, {takes}"
     )
+
+
+def _refuse_for_auto(given: Iterable[str]) -> None:
+    """Raise OptionError where an option is one of a method that is tried: these are tried with their defaults."""
+    for name in given:
+        takers = [method for method, settings in MATCHING.items() if name in settings]
+        if takers:
+            raise OptionError(f"{name!r} is an option of method {takers[0]!r}: give method={takers[0]!r} with it")
 
 
 def check_method(method: str, given: Mapping[str, Any], n_models: int) -> dict[str, Any]:
@@ -90,7 +97,8 @@ def check_method(method: str, given: Mapping[str, Any], n_models: int) -> dict[s
         OptionError: The method is unknown or does not take so many models, or an option is out of range or not
             one of its own.
     """
-    if method == AUTO and not given:
+    if method == AUTO:
+        _refuse_for_auto(given)
         return {}
     chosen = chosen_options(method, given)
     match(method, torch.eye(n_models), n_models=n_models, **chosen)

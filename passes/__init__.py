@@ -9,12 +9,15 @@
 | `cut`               | alignment, spec                | `Cuts`, costs; a `MergePlan`         | nothing         |
 | `points`            | a GraphModule, spec            | the merge points of each space       | nothing         |
 | `observe`           | alignment, points, loader      | `Moments` of each space              | nothing         |
+| `choose`            | candidates, how good each is   | the method, or the cut, to merge by  | nothing         |
+| `maps`              | spec, moments, weights, method | a `MergeMap` for each space          | nothing         |
 | `match`             | spec, moments                  | a `MergeMap` for each space          | nothing         |
 | `match_weights`     | spec, weights                  | a `MergeMap` for each space          | nothing         |
 | `split`             | a `MergePlan`                  | `Split`: trunk and heads             | nothing         |
 | `verify`            | a `MergePlan`                  | how far a self-merge by it is off    | nothing         |
 | `refit`             | trunk, heads, plan, loader     | how many layers were solved          | trunk and heads |
 | `recalibrate`       | a network, loader              | how many BatchNorms were reset       | the network     |
+| `compare`           | trunk, heads, plan, images     | `Fidelity`: how well it answers      | nothing         |
 | `reuse`             | a GraphModule                  | nothing                              | the GraphModule |
 | `permute`           | spec, a model                  | a copy with channels in other orders | nothing         |
 

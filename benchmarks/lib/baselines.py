@@ -55,9 +55,12 @@ def regmean(models: Sequence[nn.Module], images: Sequence[Tensor], shrink: float
         shrink: What entries off the diagonal are multiplied by (section 3.2 of the paper).
     """
     states = [model.state_dict() for model in models]
-    found = average(states, states[0])
+    shared = {key: value for key, value in states[0].items() if all(s[key].shape == value.shape for s in states)}
+    found = average(states, shared)
     grams = [_grams(model, images, shrink) for model in models]
     for name in grams[0]:
+        if f"{name}.weight" not in shared:
+            continue  # the classifiers of tasks with other classes
         weights = [state[f"{name}.weight"].double().flatten(1) for state in states]
         total = sum(gram[name] for gram in grams)
         products = sum(gram[name] @ weight.T for gram, weight in zip(grams, weights, strict=True))

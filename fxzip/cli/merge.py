@@ -12,7 +12,7 @@ from fxzip.cli import options as shared
 from fxzip.cli import parameters as p
 from fxzip.cli.errors import warn
 from fxzip.errors import OptionError
-from fxzip.settings import MATCHING, RefitOptions
+from fxzip.settings import AUTO, MATCHING, RefitOptions
 
 
 def zip_models(
@@ -28,7 +28,7 @@ def zip_models(
     device: p.Device = "cpu",
     cut: p.Cut = None,
     start: p.Start = None,
-    method: p.Method = "zip",
+    method: p.Method = AUTO,
     alpha: p.Alpha = None,
     beta: p.Beta = None,
     options: p.Options = None,

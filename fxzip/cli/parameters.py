@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fxzip.cli import options as read
-from fxzip.settings import MATCHING
+from fxzip.settings import AUTO, MATCHING
 
 _merging = partial(typer.Option, rich_help_panel="Merging")
 _models = partial(typer.Option, rich_help_panel="Models")
@@ -96,7 +96,7 @@ Start = Annotated[
 ]
 Method = Annotated[
     str,
-    _merging(metavar="NAME", help=f"How channels are matched: {', '.join(MATCHING)}."),
+    _merging(metavar="NAME", help=f"How channels are matched: {', '.join((AUTO, *MATCHING))}."),
 ]
 Alpha = Annotated[float | None, _merging(help=f"For zip: {read.DECLARED['alpha']}.")]
 Beta = Annotated[float | None, _merging(help=f"For zip: {read.DECLARED['beta']}.")]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxzip.data.batches import with_batch_size
-from fxzip.errors import CutError
+from fxzip.errors import CutError, TraceError
 from fxzip.flops import flop_counter
 from fxzip.graphs import bind_inputs
 from fxzip.passes.align import Alignment
@@ -83,11 +83,23 @@ class _Counting(fx.Interpreter):
 
 
 def count(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]]) -> Counts:
-    """Run a graph on one example of a batch, and count."""
+    """Run a graph on one example of a batch, and count.
+
+    Raises:
+        TraceError: It does not run on a batch of one.
+    """
     args, kwargs = with_batch_size(*example, 1)
     counting = _Counting(module)
-    with torch.no_grad():
-        counting.run(*bind_inputs(module, args, kwargs).values())
+    try:
+        with torch.no_grad():
+            counting.run(*bind_inputs(module, args, kwargs).values())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            "the model fails on a batch of 1, on which its operations are counted: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
     return counting.counts
 
 

@@ -159,7 +159,7 @@ def test_a_model_that_cannot_run_on_one_sample_is_refused() -> None:
     """Its costs cannot be counted."""
     outcome = outcome_of("x: (4,)\nm.a = nn.Linear(4, 6)\nm.b = nn.GroupNorm(6, 6)\nreturn m.a(x) + m.b(m.a(x))")
     assert not outcome.findings
-    assert "resized to a batch of 1" in outcome.refused["analyse"]
+    assert any("a batch of 1" in text for text in outcome.refused.values())
 
 
 def test_an_operator_without_a_backward_between_two_layers_is_refitted() -> None:

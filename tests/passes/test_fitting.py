@@ -117,13 +117,13 @@ def sorted_out(m: Net, x: Tensor) -> Tensor:
 
 def test_where_no_gradient_comes_through_each_layer_is_solved_once() -> None:
     models = pair(lambda: Net(sorted_out, a=conv(3, 6), b=nn.Linear(6, 8), head=nn.Linear(8, 4)), X)
-    zipped = fxzip.zip(*models, [X], cut="head", progress=False)
+    zipped = fxzip.zip(*models, [X], cut="head", method="zip", hold_back=False, progress=False)
     assert zipped.report.refitted == 4
     assert all(bool(output.isfinite().all()) for output in call(zipped, X))
 
 
 def test_what_is_exact_stays_exact() -> None:
     model = pair(Residual, X)[0]
-    zipped = fxzip.zip(model, model, [X], progress=False)
+    zipped = fxzip.zip(model, model, [X], method="zip", hold_back=False, progress=False)
     for output in call(zipped, X):
         assert (output - call(model, X)).abs().max() < 1e-4

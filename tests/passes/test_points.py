@@ -66,7 +66,7 @@ def test_the_place_of_the_channels_is_that_of_the_activation() -> None:
     assert (a.node, a.axes) == ("relu", (1,))
     assert torch.equal(a.index, torch.arange(8)[:, None])
     assert (fc.node, fc.axes) == ("relu_1", (2,))
-    assert prepared.observe([X], progress=False).moments["fc"].count == 6 * 64
+    assert prepared.observe([X], hold_back=False, progress=False).moments["fc"].count == 6 * 64
 
 
 def test_copies_after_a_flatten_are_samples_of_the_activation() -> None:
@@ -76,7 +76,7 @@ def test_copies_after_a_flatten_are_samples_of_the_activation() -> None:
     net = Net(flat, a=conv(3, 8), head=nn.Linear(8 * 64, 3))
     net = randomise(net, X)
     assert points(net) == {"a": ["relu"]}
-    prepared = fxzip.prepare(net, net, example_inputs=X).observe([X], progress=False)
+    prepared = fxzip.prepare(net, net, example_inputs=X).observe([X], hold_back=False, progress=False)
     assert prepared.moments["a"].count == 6 * 64
     assert len(prepared.moments["a"].mean) == 16
 

@@ -110,7 +110,7 @@ def test_layers_that_end_in_one_sum_are_one_unit() -> None:
 def test_what_is_exact_stays_exact(make: type[nn.Module], cut: float | None) -> None:
     model = randomise(make(), X)
     other = permuted_copy(model, X)
-    zipped = fxzip.zip(model, other, [X], method="permute", cut=cut, progress=False)
+    zipped = fxzip.zip(model, other, [X], method="permute", cut=cut, hold_back=False, progress=False)
     assert zipped.report.refitted > 0
     for expected, out in zip((call(model, X), call(other, X)), call(zipped, X), strict=True):
         assert difference(expected, out) < 1e-4
@@ -127,7 +127,7 @@ def test_values_with_tokens_and_channels_are_merged_along_both() -> None:
     layers = {"stem": nn.Linear(3, 8), "tokens": nn.Linear(9, 6), "tokens2": nn.Linear(6, 5)}
     model = randomise(Net(mixer, **layers, channels=nn.Linear(8, 8), head=nn.Linear(8, 4)), x)
     other = permuted_copy(model, x)
-    zipped = fxzip.zip(model, other, [x], method="permute", progress=False)
+    zipped = fxzip.zip(model, other, [x], method="permute", hold_back=False, progress=False)
     assert zipped.report.refitted == 6
     for expected, out in zip((call(model, x), call(other, x)), call(zipped, x), strict=True):
         assert difference(expected, out) < 1e-4
@@ -140,7 +140,7 @@ def test_refit_is_closer_to_the_parents_than_the_papers_rule(make: type[nn.Modul
     wanted = [call(model, X) for model in models]
 
     def error(refit: bool) -> float:
-        outputs = call(prepared.convert(refit=refit, progress=False), X)
+        outputs = call(prepared.convert(refit=refit, method="zip", progress=False), X)
         return sum(float((a - b).square().mean()) for a, b in zip(wanted, outputs, strict=True))
 
     assert error(refit=True) < 0.5 * error(refit=False)
@@ -148,7 +148,9 @@ def test_refit_is_closer_to_the_parents_than_the_papers_rule(make: type[nn.Modul
 
 def test_the_layers_of_a_head_are_solved_for_their_own_parent() -> None:
     models = pair(Residual, X)
-    zipped = fxzip.zip(*models, [X], progress=False)
+    zipped = fxzip.zip(
+        *models, [X], method="zip", refit=fxzip.RefitOptions(ridge=1e-3), hold_back=False, progress=False
+    )
     head, fc = zipped.heads["task0"], models[0].fc
     (crossing,) = call(zipped.trunk, X)
     features = crossing.mean((2, 3)) if crossing.dim() == 4 else crossing
@@ -162,7 +164,7 @@ def test_the_layers_of_a_head_are_solved_for_their_own_parent() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_few_images_do_not_blow_up(count: int) -> None:
     models = pair(Residual, X)
-    zipped = fxzip.zip(*models, [X[:count]], progress=False)
+    zipped = fxzip.zip(*models, [X[:count]], method="zip", hold_back=False, progress=False)
     for model, out in zip(models, call(zipped, X), strict=True):
         expected = call(model, X)
         assert bool(out.isfinite().all())
@@ -181,14 +183,19 @@ def test_memory_bounds_the_images(memory: int, read: int, taken: int, monkeypatc
         return solve(self, unit, pairs, rounds)
 
     monkeypatch.setattr(Fitter, "solve", noted)
-    prepared.convert(refit=RefitOptions(memory=memory, least_images=7), progress=False)
+    prepared.convert(
+        refit=RefitOptions(memory=memory, least_images=7),
+        method="zip",
+        refit=fxzip.RefitOptions(ridge=1e-3),
+        progress=False,
+    )
     assert found[0] == (read, taken)
 
 
 def test_batch_norms_are_folded_away_and_the_models_are_left_alone() -> None:
     models = pair(Residual, X)
     before = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
-    zipped = fxzip.zip(*models, [X], progress=False)
+    zipped = fxzip.zip(*models, [X], method="zip", hold_back=False, progress=False)
     assert not [m for m in zipped.modules() if isinstance(m, nn.BatchNorm2d)]
     for model, state in zip(models, before, strict=True):
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

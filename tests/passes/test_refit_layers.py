@@ -137,7 +137,7 @@ def test_what_is_exact_stays_exact(kind: str) -> None:
     x = inputs(kind)
     model = randomise(make(kind), x)
     other = permuted_copy(model, x)
-    zipped = fxzip.zip(model, other, [x[:5], x[5:]], method="permute", progress=False)
+    zipped = fxzip.zip(model, other, [x[:5], x[5:]], method="permute", hold_back=False, progress=False)
     assert zipped.report.refitted == 4  # the stem, the layer and two heads
     for expected, out in zip((call(model, x), call(other, x)), call(zipped, x), strict=True):
         assert difference(expected, out) < 1e-4
@@ -148,7 +148,9 @@ def test_a_layer_is_the_least_squares_solution(kind: str) -> None:
     """Its design matrix is the derivative of what it gives by its parameters, taken by autograd."""
     x = inputs(kind)
     models = pair(lambda: make(kind, None), x)
-    zipped = fxzip.zip(*models, [x[:5], x[5:]], refit=fxzip.RefitOptions(ridge=0.0), progress=False)
+    zipped = fxzip.zip(
+        *models, [x[:5], x[5:]], refit=fxzip.RefitOptions(ridge=0.0), method="zip", hold_back=False, progress=False
+    )
     assert [name for name, _ in zipped.trunk.named_parameters()] == ["stem.weight", "stem.bias"]
     (crossing,) = call(zipped.trunk, x)
     for model, head, out in zip(models, zipped.heads.values(), call(zipped, x), strict=True):
@@ -173,7 +175,7 @@ def test_one_image_does_not_blow_up(kind: str) -> None:
     wanted = [call(model, x) for model in models]
 
     def error(refit: bool) -> float:
-        outputs = call(prepared.convert(refit=refit, progress=False), x)
+        outputs = call(prepared.convert(refit=refit, method="zip", progress=False), x)
         assert all(bool(out.isfinite().all()) for out in outputs)
         return sum(float((a - b).square().mean()) for a, b in zip(wanted, outputs, strict=True))
 

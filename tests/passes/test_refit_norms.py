@@ -90,7 +90,7 @@ def test_a_norm_is_the_line_of_least_squares(kind: str) -> None:
     models = pair(lambda: make(kind), x)
     prepared = fxzip.prepare(*models, example_inputs=x).observe([x[:10], x[10:]], hold_back=False, progress=False)
     (name,) = (n.name for n in prepared.alignment.modules[0].graph.nodes if n.name.endswith("norm"))
-    zipped = prepared.convert(cut=name, progress=False)
+    zipped = prepared.convert(cut=name, method="zip", progress=False)
     (crossing,) = call(zipped.trunk, x)
     for parent, head in zip(prepared.alignment.modules, zipped.heads.values(), strict=True):
         value, goal = value_of_norm(recorded(head, crossing)), value_of_norm(recorded(parent, x))
@@ -105,7 +105,7 @@ def test_what_is_exact_stays_exact(kind: str) -> None:
     x = inputs(kind)
     model = randomise(make(kind), x)
     other = permuted_copy(model, x)
-    zipped = fxzip.zip(model, other, [x[:10], x[10:]], method="permute", progress=False)
+    zipped = fxzip.zip(model, other, [x[:10], x[10:]], method="permute", hold_back=False, progress=False)
     for expected, out in zip((call(model, x), call(other, x)), call(zipped, x), strict=True):
         assert difference(expected, out) < 1e-4
 
@@ -113,7 +113,7 @@ def test_what_is_exact_stays_exact(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["batch_norm, plain", "instance_norm", "layer_norm, no bias", "rms_norm"])
 def test_a_norm_that_was_given_parameters_can_be_saved(kind: str, tmp_path: Any) -> None:
     x = inputs(kind)
-    zipped = fxzip.zip(*pair(lambda: make(kind), x), [x], progress=False)
+    zipped = fxzip.zip(*pair(lambda: make(kind), x), [x], method="zip", hold_back=False, progress=False)
     zipped.save(tmp_path / "merged")
     for expected, out in zip(call(zipped, x), call(fxzip.load(tmp_path / "merged"), x), strict=True):
         assert difference(expected, out) < 1e-9
@@ -127,7 +127,7 @@ def test_a_norm_that_others_use_is_left_as_it_is() -> None:
     x = inputs("layer_norm")
     layers = {"stem": nn.Linear(3, WIDTH), "second": nn.Linear(WIDTH, WIDTH), "head": nn.Linear(WIDTH, 5)}
     model = randomise(Net(twice, norm=nn.LayerNorm(WIDTH), **layers), x)
-    zipped = fxzip.zip(model, permuted_copy(model, x), [x], method="permute", progress=False)
+    zipped = fxzip.zip(model, permuted_copy(model, x), [x], method="permute", hold_back=False, progress=False)
     assert difference(call(model, x), call(zipped, x)[0]) < 1e-4
 
 

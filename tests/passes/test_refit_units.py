@@ -49,7 +49,7 @@ def units(model: nn.Module, x: Any = X) -> dict[str, Unit]:
 
 
 def check_exact(model: nn.Module, x: Any = X) -> fxzip.ZippedModel:
-    zipped = fxzip.zip(model, permuted_copy(model, x), [x], method="permute", progress=False)
+    zipped = fxzip.zip(model, permuted_copy(model, x), [x], method="permute", hold_back=False, progress=False)
     assert difference(call(model, x), call(zipped, x)[0]) < 1e-4
     for part in (zipped.trunk, *zipped.heads.values()):
         read = {str(n.target) for n in part.graph.nodes if n.op == "get_attr"}
