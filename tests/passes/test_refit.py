@@ -186,7 +186,6 @@ def test_memory_bounds_the_images(memory: int, read: int, taken: int, monkeypatc
     prepared.convert(
         refit=RefitOptions(memory=memory, least_images=7),
         method="zip",
-        refit=fxzip.RefitOptions(ridge=1e-3),
         progress=False,
     )
     assert found[0] == (read, taken)
