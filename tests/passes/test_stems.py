@@ -86,7 +86,7 @@ def test_a_later_start_keeps_more() -> None:
     prepared = fxzip.prepare(*models, example_inputs=x[:2]).observe(x.split(50), progress=False)
     errors, costs = [], []
     for start in (None, "layer1", "layer2"):
-        zipped = prepared.convert(start=start, progress=False)
+        zipped = prepared.convert(start=start, method="zip", progress=False)
         expected = torch.cat([call(model, x) for model in models], 1)
         errors.append(float((torch.cat(call(zipped, x), 1) - expected).square().mean()))
         costs.append(zipped.report.flops_after)

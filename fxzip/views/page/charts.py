@@ -103,7 +103,7 @@ def _fidelity(report: Report) -> Chart | None:
     if found is None or len(found.depths) < 2:
         return None
     figure = _figure(2.4)
-    axes = figure.subplots()
+    axes: Any = figure.subplots()
     for model, task in enumerate(report.names):
         shares = [100 * depth.unexplained[model] for depth in found.depths]
         axes.plot(

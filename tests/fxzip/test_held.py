@@ -1,0 +1,71 @@
+"""Images that are held back: how many, which, and that they stay so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from fxzip.data.batches import Given
+from fxzip.data.held import HeldBack, count_images, thinned, without
+
+
+def batches(count: int, size: int) -> list[Tensor]:
+    return list(torch.arange(count, dtype=torch.float32)[:, None].split(size))
+
+
+def read(loader: list[Tensor], most: int = 512) -> HeldBack:
+    held = HeldBack(loader, most)
+    for batch in loader:
+        held.rest((batch,), {})
+    return held
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "wanted"),
+    [(3, 3, 0), (8, 8, 2), (100, 10, 25), (640, 64, 64), (2000, 100, 200), (9000, 100, 512)],
+)
+def test_a_tenth_is_held_back_more_of_few_and_no_more_of_many(count: int, size: int, wanted: int) -> None:
+    held = read(batches(count, size))
+    found = count_images(held.held)
+    assert wanted <= found < wanted + size / 2
+    assert held.given == count - found
+
+
+def test_none_is_held_back_where_none_is_wanted() -> None:
+    held = read(batches(100, 10), most=0)
+    assert (held.held, held.given) == ([], 100)
+
+
+def test_a_loader_of_unknown_length_counts_as_long() -> None:
+    held = HeldBack(iter(batches(100, 10)))
+    rest = held.rest((torch.zeros(10, 1),), {})
+    assert rest is not None
+    assert rest.tolist() == [True] * 9 + [False]
+
+
+def test_they_stay_held_back_in_any_order() -> None:
+    loader = batches(100, 10)
+    held = read(loader).held
+    kept = {float(x) for batch in held for x in batch.args[0]}
+    data = TensorDataset(torch.cat(loader))
+    shuffled = DataLoader(data, batch_size=7, shuffle=True, generator=torch.Generator().manual_seed(0))
+    rest = [float(x) for batch in without(shuffled, held) for x in batch.args[0]]
+    assert sorted([*rest, *kept]) == list(range(100))
+
+
+def test_keyword_inputs_and_what_has_no_batch_axis() -> None:
+    x, table = torch.arange(8.0)[:, None], torch.zeros(3)
+    held = HeldBack([x])
+    held.rest((), {"x": x, "table": table})
+    (batch,) = held.held
+    assert batch.kwargs["x"].tolist() == [[3.0], [7.0]]
+    assert torch.equal(batch.kwargs["table"], table)
+
+
+def test_some_of_many_are_spread_evenly() -> None:
+    given = [Given((batch,), {}) for batch in batches(100, 30)]
+    found = torch.cat([batch.args[0] for batch in thinned(given, 10)]).flatten()
+    assert found.diff().tolist() == [10.0] * 9
+    assert thinned(given, 100) == given
