@@ -36,7 +36,8 @@ def main() -> None:
     zipped.draw(out / "merged.svg")
     zipped.report.to_html(out / "merged.html", sweep=sweep)
     facts = Facts.of(zipped.report)
-    for name, chart in zip(("correlation", "operations", "sweep"), charts_of(zipped.report, facts, sweep), strict=True):
+    names = ("correlation", "fidelity", "operations", "sweep")
+    for name, chart in zip(names, charts_of(zipped.report, facts, sweep), strict=True):
         (out / f"{name}.svg").write_text(standalone(chart.svg), encoding="utf-8")
 
 

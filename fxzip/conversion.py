@@ -15,7 +15,7 @@ from fxzip.checks import Choice, check_method
 from fxzip.data.batches import Given, to_device, with_batch_size
 from fxzip.data.held import count_images, thinned, without
 from fxzip.data.loops import counted, device_of
-from fxzip.errors import CutError, LowFidelityWarning
+from fxzip.errors import CutError, FewImagesWarning, LowFidelityWarning
 from fxzip.fidelity import Fidelity
 from fxzip.merged import ZippedModel
 from fxzip.passes.choose import TRIED_IMAGES, Tried, candidates, choose, latest
@@ -167,9 +167,14 @@ class Conversion:
         progress = self.progress and not trial
         if not self.prepared.places.has_layers(Span(plan.begin, plan.end)):
             pass
+        elif refit is not None and trial:
+            fit = thinned(self._images, TRIED_IMAGES)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FewImagesWarning)  # the fit in full warns of them
+                refitted, seen = refit_parts(parts, plan, fit, refit, progress=False), count_images(fit)
         elif refit is not None:
-            fit = thinned(self._images, TRIED_IMAGES) if trial else self._images
-            refitted, seen = refit_parts(parts, plan, fit, refit, progress), count_images(fit)
+            refitted = refit_parts(parts, plan, self._images, refit, progress)
+            seen = count_images(self._images)
         elif self.reset_batch_norm:
             stems = [f"trunk.{name}" for name in parts.stems]
             source = thinned(self._images, TRIED_IMAGES) if trial else self.loader

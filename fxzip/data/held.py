@@ -7,6 +7,7 @@ then on, so that they stay held back where a loader shuffles.
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
@@ -68,18 +69,28 @@ def _stride(loader: Iterable[Any], size: int) -> int:
 
 
 def without(loader: Iterable[Any], held: Sequence[Given]) -> Iterator[Given]:
-    """A loader's batches without these images, whatever order they come in."""
-    known = {mark for batch in held for mark in _marks(batch)}
+    """A loader's batches without these images, whatever order they come in; of equal ones so many as were held back."""
+    left = Counter(mark for batch in held for mark in _marks(batch))
     for batch in loader:
         given = Given(*model_inputs(batch))
-        if not known:
+        if not left:
             yield given
             continue
-        rest = torch.tensor([mark not in known for mark in _marks(given)])
+        rest = torch.tensor([not _taken_off(left, mark) for mark in _marks(given)])
         if rest.all():
             yield given
         elif rest.any():
             yield _taken(given, rest, len(rest))
+
+
+def _taken_off(left: Counter[int], mark: int) -> bool:
+    """Whether something with this mark is left, of which there is one less then."""
+    if mark not in left:
+        return False
+    left[mark] -= 1
+    if not left[mark]:
+        del left[mark]
+    return True
 
 
 def thinned(inputs: Sequence[Given], count: int) -> list[Given]:

@@ -18,19 +18,19 @@ have changed a little since its Gram matrix was taken, so the step's length is f
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, fx
 
 from fxzip.errors import CalibrationError
+from fxzip.passes.refit.fit import Fit
 from fxzip.passes.refit.goals import Goals, Target
 from fxzip.passes.refit.lockstep import Batch, LockStep, Stream
 from fxzip.passes.refit.pairs import Pair
 from fxzip.passes.refit.regression import SLIGHT, Regression, Residuals, noise_of
 from fxzip.passes.refit.reset import norm_behind, reset_scale
-from fxzip.passes.refit.ridge import START, Trial
+from fxzip.passes.refit.ridge import START, Spread, Trial
 from fxzip.passes.refit.sums import add_residuals, columns, curved, gram_samples, power, precise, pulled_back
 from fxzip.passes.refit.units import Unit
 
@@ -38,33 +38,11 @@ STEPS = (2.0, 1.0, 0.5, 0.25)
 """Lengths that are tried for a Gauss-Newton step: the curvature ignores how positions act on one another."""
 ONE_SIDED = 2
 """How often the targets of a one-sided fit are set again."""
+FAR_NEARER = 100
+"""How many times the error a layer must have with its statistics reset to be held to its weights as they are. (A mean
+of unlike channels varies too little, which keeps its error small and is what resetting is to put right.)"""
 PROBED = 4
 """Step lengths are found on one of this many batches."""
-
-
-@dataclass(eq=False)
-class Fit:
-    """A unit's solution, and what it takes to better it.
-
-    Attributes:
-        unit: The unit.
-        inputs: Their Gram matrix, of some samples.
-        prior: W₀, (groups, o, d).
-        sizes: How many of the d inputs each layer has.
-        weights: (groups, o, d).
-        bias: (groups, o).
-        told: The outputs that depend on the inputs, bool (groups, o); None until that was determined.
-        ridge: λ as a share of the mean of the inputs' sums of squares.
-    """
-
-    unit: Unit
-    inputs: Regression
-    prior: Tensor
-    sizes: list[int]
-    weights: Tensor
-    bias: Tensor
-    told: Tensor | None = None
-    ridge: float = START
 
 
 class Fitter:
@@ -104,25 +82,65 @@ class Fitter:
         return found
 
     def _fit(self, unit: Unit) -> Fit:
-        found, trial = self._started(unit), Trial(unit.bias_at is not None)
-        contraction, all_drawn = unit.layers[0].contraction, True
-        for batch in self.lock.seen:
-            value = batch.env[0][unit.root.name]
-            here, count = self._draw(unit, value), contraction.samples(value)
-            all_drawn = all_drawn and here is None
-            residual = precise(contraction.rows(self.goals.linear(batch, unit, self._run(batch, unit)), here))
-            image = (torch.arange(count) if here is None else here) * batch.images // count
-            trial.add(columns(unit, batch, here), residual, image, batch.images)
+        found, trial, whole = self._held_to(unit)
         found.inputs = trial.together()
         if self.ridge is None:
             self._last = trial.best(self._last)
         found.ridge = self._last if self.ridge is None else self.ridge
         found.told = self._told(found)
-        for _ in range(1 if all_drawn or self.goals.one_sided(unit) else 2):
+        for _ in range(1 if whole or self.goals.one_sided(unit) else 2):
             self._solve(found, self.goals.linear)
         for _ in range(ONE_SIDED if self.goals.one_sided(unit) else 0):
             self._solve(found, self.goals.residual)
         return found
+
+    def _held_to(self, unit: Unit) -> tuple[Fit, Trial, bool]:
+        """A fit that is at W₀, its samples, and whether these are all.
+
+        W₀ has its BatchNorm statistics reset, unless it is far nearer to the parents as it is: what is exact stays so.
+        """
+        module = self._merged.module
+        plain = [layer.prior(module) for layer in unit.layers]
+        norms = {layer: norm for layer in unit.layers if (norm := norm_behind(module, layer)) is not None}
+        if norms:
+            values, as_it_is = self._before_norms(unit, set(norms.values()))
+            scales = [
+                reset_scale(module, layer, norms[layer], values[norms[layer]]) if layer in norms else None
+                for layer in unit.layers
+            ]
+            reset = [w if s is None else w * s[:, :, None] for w, s in zip(plain, scales, strict=True)]
+            found = self._started(unit, reset)
+            trial, whole = self._samples(found)
+            if trial.error <= FAR_NEARER * as_it_is:
+                return found, trial, whole
+        found = self._started(unit, plain)
+        return found, *self._samples(found)
+
+    def _before_norms(self, unit: Unit, norms: Set[fx.Node]) -> tuple[dict[fx.Node, list[Tensor]], float]:
+        """What goes into BatchNorms on each batch, and the unit's error as it is, but for its bias."""
+        values: dict[fx.Node, list[Tensor]] = {norm: [] for norm in norms}
+        error = Spread()
+        for batch in self.lock.seen:
+            env = ChainMap({}, batch.env[-1])
+            has = self._run(batch, unit, env)
+            error.add(unit.layers[0].contraction.rows(precise(self.goals.linear(batch, unit, has))))
+            for norm, found in values.items():
+                found.append(env[norm.all_input_nodes[0].name])
+        return values, error.total
+
+    def _samples(self, fit: Fit) -> tuple[Trial, bool]:
+        """Samples of a unit's inputs and of its residuals, and whether they are all."""
+        unit, whole = fit.unit, True
+        trial, contraction = Trial(unit.bias_at is not None), unit.layers[0].contraction
+        for batch in self.lock.seen:
+            value = batch.env[0][unit.root.name]
+            here, count = self._draw(unit, value), contraction.samples(value)
+            whole = whole and here is None
+            rows = precise(contraction.rows(self.goals.linear(batch, unit, self._run(batch, unit))))
+            trial.error_of(rows)
+            image = (torch.arange(count) if here is None else here) * batch.images // count
+            trial.add(columns(unit, batch, here), rows if here is None else rows[:, :, here], image, batch.images)
+        return trial, whole
 
     def _alternate(self, pair: Pair, inner: Fit, outer: Fit, rounds: int) -> None:
         for _ in range(rounds):
@@ -130,11 +148,9 @@ class Fitter:
                 break
             self._solve(outer, self.goals.residual, changed=True)
 
-    def _started(self, unit: Unit) -> Fit:
-        """A fit that is at W₀, with the bias that is best for the first batch."""
-        priors = [layer.prior(self._merged.module) for layer in unit.layers]
-        priors = [prior * scale for prior, scale in zip(priors, self._resets(unit), strict=True)]
-        prior, first = torch.cat(priors, 2), self.lock.seen[0]
+    def _started(self, unit: Unit, priors: Sequence[Tensor]) -> Fit:
+        """A fit that is at these weights, with the bias that is best for the first batch."""
+        prior, first = torch.cat(list(priors), 2), self.lock.seen[0]
         sizes, inputs = [part.shape[2] for part in priors], Regression(unit.bias_at is not None)
         found = Fit(unit, inputs, prior, sizes, prior, prior.new_zeros(prior.shape[:2]))
         self._write(found, prior, found.bias)
@@ -143,20 +159,6 @@ class Fitter:
             residual = contraction.rows(self.goals.linear(first, unit, self._run(first, unit)))
             self._write(found, prior, residual.mean(2, dtype=torch.float64))
         return found
-
-    def _resets(self, unit: Unit) -> list[Tensor | float]:
-        """What resetting BatchNorm statistics multiplies the rows of each layer's weight by."""
-        norms = [norm_behind(self._merged.module, layer) for layer in unit.layers]
-        values: dict[fx.Node, list[Tensor]] = {norm: [] for norm in norms if norm is not None}
-        for batch in self.lock.seen if values else ():
-            env = ChainMap({}, batch.env[-1])
-            self._run(batch, unit, env)
-            for norm, found in values.items():
-                found.append(env[norm.all_input_nodes[0].name])
-        return [
-            1.0 if norm is None else reset_scale(self._merged.module, layer, norm, values[norm])[:, :, None]
-            for layer, norm in zip(unit.layers, norms, strict=True)
-        ]
 
     def _told(self, fit: Fit) -> Tensor:
         """The outputs (groups, o) that depend on the inputs: under W₀ they vary by more than rounding."""

@@ -31,7 +31,8 @@ from fxzip.data.loops import batches, counted, device_of
 from fxzip.errors import CalibrationError, FewImagesWarning
 from fxzip.graphs import bind_inputs, drop_dead_code, drop_unused
 from fxzip.passes.cut.plan import MergePlan
-from fxzip.passes.refit.fitting import Fit, Fitter
+from fxzip.passes.refit.fit import Fit
+from fxzip.passes.refit.fitting import Fitter
 from fxzip.passes.refit.goals import Target
 from fxzip.passes.refit.lockstep import LockStep, Step, Stream
 from fxzip.passes.refit.norms import Norm, find_norm

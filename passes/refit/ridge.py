@@ -29,6 +29,25 @@ PRECISE = 1024
 """Trials of units with more inputs than these are computed in float32: they need not be exact."""
 
 
+class Spread:
+    """The sum of squares of residuals about their means, output by output."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum = self._square = torch.zeros((), dtype=torch.float64)
+
+    def add(self, residual: Tensor) -> None:
+        """Add residuals (groups, o, samples)."""
+        self._count += residual.shape[2]
+        self._sum = self._sum + residual.sum(2, dtype=torch.float64)
+        self._square = self._square + residual.square().sum(2, dtype=torch.float64)
+
+    @property
+    def total(self) -> float:
+        """The sum over all outputs."""
+        return float((self._square - self._sum.square() / max(self._count, 1)).sum())
+
+
 class Trial:
     """The samples of a unit's inputs and of its residuals at W₀, those of some images apart.
 
@@ -41,6 +60,16 @@ class Trial:
         self.rest, self.held = Regression(intercept), Regression(intercept)
         self._rest, self._held = Residuals(), Residuals()
         self._images = 0
+        self._spread = Spread()
+
+    @property
+    def error(self) -> float:
+        """The sum of squares of the residuals at W₀, but for what a bias makes up for."""
+        return self._spread.total
+
+    def error_of(self, residual: Tensor) -> None:
+        """Count all residuals of a batch (groups, o, samples), of which some may be added as samples."""
+        self._spread.add(residual)
 
     def add(self, x: Tensor, residual: Tensor, image: Tensor, images: int) -> None:
         """Add a batch.

@@ -55,6 +55,13 @@ def test_they_stay_held_back_in_any_order() -> None:
     assert sorted([*rest, *kept]) == list(range(100))
 
 
+def test_of_equal_images_some_are_left() -> None:
+    loader = [torch.zeros(12, 2)]
+    held = read(loader)
+    assert (count_images(held.held), held.given) == (3, 9)
+    assert count_images(list(without(loader, held.held))) == 9
+
+
 def test_keyword_inputs_and_what_has_no_batch_axis() -> None:
     x, table = torch.arange(8.0)[:, None], torch.zeros(3)
     held = HeldBack([x])
