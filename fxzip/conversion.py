@@ -18,7 +18,7 @@ from fxzip.data.loops import counted, device_of
 from fxzip.errors import CutError, FewImagesWarning, LowFidelityWarning
 from fxzip.fidelity import Fidelity
 from fxzip.merged import ZippedModel
-from fxzip.passes.choose import TRIED_IMAGES, Tried, candidates, choose, latest
+from fxzip.passes.choose import Tried, candidates, choose, latest, short, tried_images
 from fxzip.passes.compare import compare
 from fxzip.passes.cut import Cut, MergePlan, Span, parse_fidelity
 from fxzip.passes.maps import find_maps
@@ -104,9 +104,8 @@ class Conversion:
 
             def measure(method: str) -> Fidelity | None:
                 choice = self._by(method)
-                short = choice.refit and replace(choice.refit, rounds=0)
                 done()
-                return self._fitted(self.plan(choice), short, trial=True).fidelity
+                return self._fitted(self.plan(choice), short(choice.refit), trial=True).fidelity
 
             method, tried = choose(methods, measure)
         return self._by(method), tried
@@ -118,11 +117,10 @@ class Conversion:
             return
         if not self.prepared.held:
             raise CutError(f"cut={self.cut!r}: no image was held back, so fidelity cannot be measured")
-        short = choice.refit and replace(choice.refit, rounds=0)
 
         def score(cut: str) -> float:
             self.cut = cut
-            found = self._fitted(self.plan(choice), short, trial=True).fidelity
+            found = self._fitted(self.plan(choice), short(choice.refit), trial=True).fidelity
             return found.score if found is not None else 0.0
 
         first = self.prepared.places.span(None, self.start).begin
@@ -161,6 +159,11 @@ class Conversion:
         rest = without(self.loader, self.prepared.held)
         return read_images(rest, device_of(self.prepared.alignment.modules[0]), self.choice.refit or RefitOptions())
 
+    @cached_property
+    def _few(self) -> list[Given]:
+        """The images that trials are fitted on."""
+        return thinned(self._images, tried_images(count_images(self._images)))
+
     def _fitted(self, plan: MergePlan, refit: RefitOptions | None, trial: bool = False) -> Fitted:
         """Merge by a plan, fit or reset, and measure; a trial takes few images and no bars."""
         parts, refitted, recalibrated, seen = split(plan), 0, 0, 0
@@ -168,7 +171,7 @@ class Conversion:
         if not self.prepared.places.has_layers(Span(plan.begin, plan.end)):
             pass
         elif refit is not None and trial:
-            fit = thinned(self._images, TRIED_IMAGES)
+            fit = self._few
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FewImagesWarning)  # the fit in full warns of them
                 refitted, seen = refit_parts(parts, plan, fit, refit, progress=False), count_images(fit)
@@ -177,7 +180,7 @@ class Conversion:
             seen = count_images(self._images)
         elif self.reset_batch_norm:
             stems = [f"trunk.{name}" for name in parts.stems]
-            source = thinned(self._images, TRIED_IMAGES) if trial else self.loader
+            source = self._few if trial else self.loader
             recalibrated = recalibrate(_Whole(parts), source, progress=progress, skip=stems)
         prepared = self.prepared
         fidelity = compare(parts, plan, prepared.names, prepared.points, prepared.held, seen)

@@ -1,15 +1,15 @@
 """The choose pass: the method that fits these networks, found by trying some of them on a few images.
 
-Which way of merging is best depends on the networks. Fine-tunes of one checkpoint need no matching, and a permutation
-only harms them; networks that learned different things keep more if whole channels are selected; alike ones, if
-channels are averaged. So each candidate is merged, and fitted shortly, and the one wins that leaves the least of the
-parents' outputs unexplained on images that no fit saw (`fxzip.fidelity`).
+Which way of merging is best depends on the networks. Fine-tunes of one checkpoint may need no matching; networks that
+learned different things keep more if whole channels are selected; alike ones, if channels are averaged. So each
+candidate is merged, and fitted shortly, and the one wins that leaves the least of the parents' outputs unexplained on
+images that no fit saw (`fxzip.fidelity`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
@@ -17,13 +17,17 @@ from torch.nn import functional as F
 from fxzip.errors import CutError
 from fxzip.fidelity import Fidelity
 from fxzip.passes.align import Alignment
+from fxzip.settings import RefitOptions
 
-CANDIDATES = ("select", "zip", "permute")
+CANDIDATES = ("select", "zip")
 """What is tried for any networks."""
 RELATED = 0.3
 """Mean cosine of the networks' weights from which on they count as fine-tunes of one checkpoint."""
-TRIED_IMAGES = 1_000
-"""The most images that a trial is fitted on."""
+TRIED_SHARE, TRIED_LEAST, TRIED_MOST = 4, 256, 1_000
+"""A trial is fitted on one image of ``TRIED_SHARE``, but on no fewer than ``TRIED_LEAST`` and on no more than
+``TRIED_MOST``."""
+TRIED_RIDGE = 0.1
+"""The ridge of trials, where the user gives none: finding each layer's own would take most of their time."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,18 @@ class Tried:
         if self.agreement is not None:
             shown = f"{self.agreement:.1%} agreement, {shown}"
         return f"{self.method}{'' if self.refit else ' without refit'} {shown}"
+
+
+def tried_images(count: int) -> int:
+    """How many of so many images a trial is fitted on."""
+    return min(max(count // TRIED_SHARE, TRIED_LEAST), TRIED_MOST, count)
+
+
+def short(refit: RefitOptions | None) -> RefitOptions | None:
+    """How a trial is fitted: each layer is solved once."""
+    if refit is None:
+        return None
+    return replace(refit, rounds=0, ridge=TRIED_RIDGE if refit.ridge is None else refit.ridge)
 
 
 def candidates(alignment: Alignment) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ class Regression:
     def add(self, x: Tensor) -> None:
         """Add samples of the inputs (groups, d, samples)."""
         if self._shift is None:
-            self._shift = x.mean(2, keepdim=True) if self.intercept else x.new_zeros(*x.shape[:2], 1)
+            self.shift_by(x)
         for part in x.split(max(1, _SLICE // (x.shape[0] * x.shape[1])), 2):
             shifted = part - self._shift if self.intercept else part
             sums = _gram(shifted).double(), shifted.sum(2).double()
@@ -71,20 +71,23 @@ class Regression:
         self.count += x.shape[2]
         self._factor = None
 
+    def shift_by(self, x: Tensor) -> None:
+        """Shift the samples to come by the means of these (groups, d, samples)."""
+        self._shift = x.mean(2, keepdim=True) if self.intercept else x.new_zeros(*x.shape[:2], 1)
+
+    def beside(self) -> Regression:
+        """One for other samples, shifted by the same values, so that both can be added."""
+        found = Regression(self.intercept)
+        found._shift = self._shift
+        return found
+
     def plus(self, other: Regression) -> Regression:
-        """The samples of both."""
-        if not other.count or not self.count:
-            return self if self.count else other
-        assert self._sums is not None
-        assert self._shift is not None
-        assert other._sums is not None
-        assert other._shift is not None
-        found, gap = Regression(self.intercept), (other._shift - self._shift)[:, :, 0].double()
-        gram, total = other._sums
-        cross = total[:, :, None] * gap[:, None, :]
-        moved = gram + cross + cross.mT + other.count * gap[:, :, None] * gap[:, None, :]
-        found._shift, found.count = self._shift, self.count + other.count
-        found._sums = self._sums[0] + moved, self._sums[1] + total + other.count * gap
+        """The samples of both, of which one was made `beside` the other."""
+        if self._sums is None or other._sums is None:
+            return self if other._sums is None else other
+        found = self.beside()
+        found.count = self.count + other.count
+        found._sums = self._sums[0] + other._sums[0], self._sums[1] + other._sums[1]
         return found
 
     def step(
@@ -161,8 +164,8 @@ class Regression:
         assert self._shift is not None
         gram, total = self._sums
         gap = place - self._shift[:, :, 0].double()
-        cross = total[:, :, None] * gap[:, None, :]
-        return gram - cross - cross.mT + self.count * gap[:, :, None] * gap[:, None, :]
+        left, right = torch.stack([total, gap], 2), torch.stack([-gap, self.count * gap - total], 1)
+        return torch.baddbmm(gram, left, right)
 
 
 def _gram(x: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ class Trial:
     """
 
     def __init__(self, intercept: bool) -> None:
-        self.rest, self.held = Regression(intercept), Regression(intercept)
+        self.rest = Regression(intercept)
+        self.held = self.rest.beside()
         self._rest, self._held = Residuals(), Residuals()
         self._images = 0
         self._spread = Spread()
@@ -80,6 +81,9 @@ class Trial:
             image: The image in the batch that each sample is of (samples,).
             images: How many there are.
         """
+        if not self._images:
+            self.rest.shift_by(x)
+            self.held = self.rest.beside()
         held = (image + self._images) % FOLD == FOLD - 1
         self._images += images
         for part, sums, mine in ((self.rest, self._rest, ~held), (self.held, self._held, held)):

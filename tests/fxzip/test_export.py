@@ -21,7 +21,7 @@ from tests.fxzip.served import BATCHES, NETWORKS, Small, hand_made, serve, zippe
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_fresh_process_serves_what_was_merged(name: str, tmp_path: Path) -> None:
     make, count, size = NETWORKS[name]
-    zipped = fxzip.zip(*(make() for _ in range(count)), [torch.randn(8, 3, size, size)], progress=False)
+    zipped = fxzip.zip(*(make() for _ in range(count)), [torch.randn(8, 3, size, size)], method="zip", progress=False)
     assert zipped.report.spaces
     zipped.save(tmp_path / "saved")
     for path in (tmp_path / "m.onnx", tmp_path / "m.pt2"):
