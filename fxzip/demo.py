@@ -237,7 +237,7 @@ def table(rows: list[Row]) -> Table:
     from rich.table import Table
 
     shown = Table(box=SIMPLE_HEAD, pad_edge=False, title="Held-out digits: accuracy in %; FLOPs of one image")
-    for heading in ("", "MFLOPs", "k params", "joint", "0-4", "5-9", "average", "agrees"):
+    for heading in ("", "MFLOPs", "k params", "joint", "0-4", "5-9", "average", "agree"):
         shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in rows:
         percents = ("-" if x is None else f"{x:.1f}" for x in (row.joint, *row.tasks, row.average, row.agrees))

@@ -68,7 +68,7 @@ def demo(rows: Sequence[Row]) -> str:
         ]
         for r in rows
     ]
-    return markdown(("", "MFLOPs", "params", "joint", "0-4", "5-9", "average", "agrees"), found)
+    return markdown(("", "MFLOPs", "params", "joint", "0-4", "5-9", "average", "agree"), found)
 
 
 def cell(value: Any) -> str:
