@@ -34,6 +34,7 @@ def zip_models(
     options: p.Options = None,
     points: p.Points = "last",
     refit: p.Refit = True,
+    hold_back: p.HoldBack = True,
     verify: p.Verify = True,
     ridge: p.Ridge = None,
     rounds: p.Rounds = None,
@@ -99,7 +100,8 @@ class _Merge:
             first = next(iter(loader))[0]
             prepared = fxzip.prepare(*models, example_inputs=first, names=names, verify=given["verify"])
             prepared.place(self.cut, self.start)
-        prepared.observe(loader, points=given["points"], progress=not self.quiet)
+        hold_back = given["hold_back"] and given["refit"]
+        prepared.observe(loader, points=given["points"], hold_back=hold_back, progress=not self.quiet)
         zipped = prepared.convert(
             cut=self.cut,
             start=self.start,

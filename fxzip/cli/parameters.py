@@ -112,6 +112,9 @@ Refit = Annotated[
     bool, _merging(help="Solve merged layers by least squares; --no-refit: merge by ZipIt!'s rule alone.")
 ]
 Verify = Annotated[bool, _merging(help="Check the merge before it is fitted: a network merged with itself is itself.")]
+HoldBack = Annotated[
+    bool, _merging(help="Hold back a tenth of the images, to measure the merge on what it did not see.")
+]
 Ridge = Annotated[float | None, _merging(help=f"For refit: {read.DECLARED['ridge']}.")]
 Rounds = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['rounds']}.")]
 Images = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['images']}.")]

@@ -110,7 +110,7 @@ def _fidelity(report: Report) -> Chart | None:
             range(1, len(shares) + 1), shares, marker="o", markersize=4, color=PALETTE[model % len(PALETTE)].stroke
         )
         axes.annotate(_short(task), (len(shares), shares[-1]), (4, 0), textcoords="offset points", va="center")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 110 * max(max(depth.unexplained) for depth in found.depths) or 1)
     axes.set_ylabel("unexplained, %")
     axes.set_xlabel("merge point")
     axes.xaxis.get_major_locator().set_params(integer=True)
