@@ -55,9 +55,10 @@ def test_timm_models(ran: dict[str, Any]) -> None:
 
 
 @pytest.mark.example("pick_the_cut")
+@pytest.mark.timeout(900)
 def test_pick_the_cut(ran: dict[str, Any], here: Path) -> None:
     rows = {(row.method, row.cut): row for row in ran["sweep"].rows}
-    assert len(rows) == 6
+    assert len(rows) == 4
     assert all(row.scores["agreement"] > 50 for row in rows.values())
     assert "agreement" in ran["printed"][3]
     assert ran["best"].flops <= 1.5

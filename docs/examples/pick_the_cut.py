@@ -30,7 +30,7 @@ print(prepared.cuts)
 # %%
 prepared.observe(loader())
 sweep = prepared.sweep(
-    cuts=["layer2", "layer3", None],
+    cuts=["layer2", None],
     methods=["zip", {"method": "zip", "refit": False, "name": "zip, paper's rule"}],
 )
 print(sweep)
@@ -68,10 +68,9 @@ for cut in ("layer3", 0.5, "flops<=1.5x"):
 # operations it can keep more than that: compare both on your models.
 
 # %%
-for start, cut in ((None, "layer3"), ("layer2", None)):
-    merged = prepared.convert(start=start, cut=cut, method="zip", progress=False)
-    ratio = merged.report.flops_after / merged.report.before[0].flops
-    print(f"{merged.report.where}: {ratio:.2f} networks, joint accuracy {joint(merged):.1f}")
+merged = prepared.convert(start="layer2", method="zip", progress=False)
+ratio = merged.report.flops_after / merged.report.before[0].flops
+print(f"{merged.report.where}: {ratio:.2f} networks, joint accuracy {joint(merged):.1f}")
 
 # %% [markdown]
 # The report's page shows the sweep as a chart:
