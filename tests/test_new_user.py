@@ -18,7 +18,7 @@ import pytest
 
 from tests.test_package import ROOT, wheel  # noqa: F401  a fixture
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CLASSES = {"dogs": 5, "birds": 7}
 IMAGES_OF_A_CLASS = 3
 
