@@ -2,9 +2,9 @@
 
     python -m benchmarks.ablations --data ../shared/data
 
-One thing is changed at a time, all else being the default of ``fxzip.zip``: α and β of the matcher, greedy against
-optimal assignment, the number of images, one merge point for each space or all, and rounds and ridge of the refit. All
-merges are full zips; a merge that several tables need is made once. Figures go to
+One thing is changed at a time, all else being ``method="zip"`` with one ridge for all layers: α and β of the matcher,
+greedy against optimal assignment, the number of images, one merge point for each space or all, and rounds and ridge of
+the refit. All merges are full zips; a merge that several tables need is made once. Figures go to
 benchmarks/results/ablations_SETTING.json as they come, so that a run can be taken up again; the tables that the docs
 show go to benchmarks/results/ablations.json.
 """
@@ -37,7 +37,7 @@ DIGITS = {"average": 1, "correlation": 3, "seconds": 0}
 
 @dataclass(frozen=True)
 class Merge:
-    """A full zip; without further words the default of `fxzip.zip`.
+    """A full zip; without further words by ``method="zip"`` and a ridge of 0.001.
 
     Attributes:
         images: How many images are observed; the refit reads at most `RefitOptions.images` of them.
@@ -56,7 +56,7 @@ class Merge:
     alpha: float | None = 1.0
     beta: float | None = 1.0
     refit: bool = True
-    ridge: float | None = RefitOptions.ridge
+    ridge: float | None = 1e-3
     rounds: int | None = RefitOptions.rounds
 
     @property

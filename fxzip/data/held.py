@@ -1,6 +1,6 @@
 """Images that are held back from matching and from the fit, so that a merge can be measured on what it did not see.
 
-They are chosen while the loader is read for the first time, evenly spread over it, and known by their contents from
+They are chosen while the loader is read for the first time, spread over all of it, and known by their contents from
 then on, so that they stay held back where a loader shuffles.
 """
 
@@ -48,7 +48,7 @@ class HeldBack:
         given = Given(args, kwargs)
         size = batch_size(*given)
         self._every = self._every or _stride(self._loader, size)
-        mine = torch.arange(self._place, self._place + size) % self._every == self._every - 1
+        mine = one_of(torch.arange(self._place, self._place + size), self._every)
         self._place += size
         if self._kept >= self._most or not mine.any():
             self.given += size
@@ -57,6 +57,18 @@ class HeldBack:
         self._kept += int(mine.sum())
         self.given += size - int(mine.sum())
         return ~mine
+
+
+def one_of(place: Tensor, every: int) -> Tensor:
+    """Which of these places are picked, one in each run of ``every``: bool, as long as ``place``, always the same.
+
+    Where in its run a place is picked differs from run to run: loaders often give their tasks or classes in turn, and
+    with an even step all picks would be of one of them. In the first run it is the last place, so that none is picked
+    of fewer than ``every``.
+    """
+    run = place // every
+    shift = run * 2654435761 % 2**32 >> 16  # Knuth's multiplicative hashing
+    return place % every == (every - 1 + shift) % every
 
 
 def _stride(loader: Iterable[Any], size: int) -> int:
@@ -94,17 +106,14 @@ def _taken_off(left: Counter[int], mark: int) -> bool:
 
 
 def thinned(inputs: Sequence[Given], count: int) -> list[Given]:
-    """At most so many of the images, spread evenly over all of them."""
-    total, start = count_images(inputs), 0
-    found = []
-    for batch in inputs if total > count else ():
-        size = batch_size(*batch)
-        place = torch.arange(start, start + size)
-        mine = (place + 1) * count // total > place * count // total
-        start += size
-        if mine.any():
-            found.append(_taken(batch, mine, size))
-    return found or list(inputs)
+    """At most so many of the images, drawn at random from all of them, in their order; always the same."""
+    sizes = [batch_size(*batch) for batch in inputs]
+    if sum(sizes) <= count:
+        return list(inputs)
+    drawn = torch.zeros(sum(sizes), dtype=torch.bool)
+    drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[:count]] = True
+    parts = zip(inputs, drawn.split(sizes), sizes, strict=True)
+    return [_taken(batch, mine, size) for batch, mine, size in parts if mine.any()]
 
 
 def count_images(inputs: Collection[Given]) -> int:
@@ -117,7 +126,8 @@ def _marks(batch: Given) -> list[int]:
     size, marks = batch_size(*batch), [0] * batch_size(*batch)
     for leaf in pytree.tree_leaves(tuple(batch)):
         if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size:
-            rows = leaf.detach().cpu().contiguous().reshape(size, -1).view(torch.uint8).numpy()
+            flat = leaf.detach().cpu().contiguous().reshape(size, leaf[0].numel())
+            rows = flat.view(torch.uint8).numpy()
             marks = [zlib.crc32(row.tobytes(), mark) for row, mark in zip(rows, marks, strict=True)]
     return marks
 

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fxzip.data.held import one_of
 from fxzip.passes.refit.regression import Regression, Residuals, damping
 
 GRID = tuple(10.0**power for power in range(-4, 3))
@@ -84,7 +85,7 @@ class Trial:
         if not self._images:
             self.rest.shift_by(x)
             self.held = self.rest.beside()
-        held = (image + self._images) % FOLD == FOLD - 1
+        held = one_of(image + self._images, FOLD)
         self._images += images
         for part, sums, mine in ((self.rest, self._rest, ~held), (self.held, self._held, held)):
             if bool(mine.any()):

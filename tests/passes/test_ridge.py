@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import fxzip
+from fxzip.data.held import one_of
 from fxzip.demo import DigitNet
 from fxzip.passes.refit.regression import Residuals
 from fxzip.passes.refit.ridge import FOLD, GRID, START, Trial
@@ -46,7 +47,7 @@ def test_what_the_inputs_tell_is_fitted_and_noise_is_not(start: float) -> None:
 def test_its_error_is_that_of_the_images_left_out() -> None:
     x, residual = drawn(30, 1.0)
     found = trial(x, residual)
-    held = (torch.arange(30) % FOLD == FOLD - 1).repeat_interleave(POSITIONS)
+    held = one_of(torch.arange(30), FOLD).repeat_interleave(POSITIONS)
     error = found._errors()
     for ridge in (1e-3, 1.0):
         own, sums = x[:, :, ~held], Residuals()
