@@ -10,7 +10,8 @@ Nothing is tuned on them.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,24 +21,16 @@ from torch import Tensor, nn
 import fxzip
 from benchmarks.lib import baselines
 from benchmarks.lib.command import CommandLine
-from benchmarks.lib.data import Split
 from benchmarks.lib.finetunes import BASES, fine_tuned, tasks
 from benchmarks.lib.machine import facts, timed
-from benchmarks.lib.merges import percent
+from benchmarks.lib.merges import METHODS, percent, timed_merge
+from benchmarks.lib.mixed import Answer, answers_of, outputs
 from benchmarks.lib.runs import Kept, Row
 from benchmarks.lib.tables import shown
 
 PAIRS = {"halves": ("first", "second"), "half and MNIST": ("first", "mnist")}
 CLASSIFIER = {"resnet8": "fc", "lite0": "classifier"}
-OURS: dict[str, dict[str, Any]] = {
-    "average, statistics reset": {"method": "average", "refit": False},
-    "average + refit": {"method": "average"},
-    "select + refit": {"method": "select"},
-    "zip + refit": {"method": "zip"},
-    "default": {},
-}
-
-Answers = Sequence[Callable[[Tensor], Tensor]]
+OURS = ("average", "average + refit", "select + refit", "zip + refit", "default")
 
 
 def weights_of(name: str, models: Sequence[nn.Module], base: nn.Module, images: Sequence[Tensor]) -> Any:
@@ -58,8 +51,10 @@ def measure(base: str, pair: str, images: int, data: Any, done: Kept) -> Iterato
     drawn = [splits[0].images[: images // 2] for splits in found.values()]
     mixed = list(torch.stack(drawn, 1).flatten(0, 1).split(50))
 
-    def row(method: str, answers: Answers, seconds: float) -> Row:
-        scores = [accuracy(answer, test) for answer, test in zip(answers, tests, strict=True)]
+    def row(method: str, answers: Sequence[Answer], seconds: float) -> Row:
+        scores = [
+            percent(outputs(answer, test).argmax(1) == test.labels) for answer, test in zip(answers, tests, strict=True)
+        ]
         key = {"base": base, "pair": pair, "images": images, "method": method}
         return {**key, "average": statistics.mean(scores), "scores": scores, "seconds": seconds}
 
@@ -69,23 +64,19 @@ def measure(base: str, pair: str, images: int, data: Any, done: Kept) -> Iterato
     if wanted("ensemble"):
         yield row("ensemble", models, 0.0)
     torch.manual_seed(0)
-    start = BASES[base].make(data, models[0].get_submodule(CLASSIFIER[base]).out_features)  # type: ignore[arg-type]
+    start = BASES[base].make(data, int(tests[0].labels.max()) + 1)
     for name in filter(wanted, ("task arithmetic", "TIES", "RegMean")):
-        seconds, _, weights = timed(lambda name=name: weights_of(name, models, start, mixed))  # type: ignore[misc]
+        seconds, _, weights = timed(partial(weights_of, name, models, start, mixed))
         yield row(name, baselines.as_models(models, weights, mixed, CLASSIFIER[base]), seconds)
     todo = list(filter(wanted, OURS))
-    prepared = fxzip.prepare(*models, example_inputs=mixed[0][:2]).observe(mixed, progress=False) if todo else None
+    if not todo:
+        return
+    prepared = fxzip.prepare(*models, example_inputs=mixed[0][:2]).observe(mixed, progress=False)
     for name in todo:
-        seconds, _, zipped = timed(lambda name=name: prepared.convert(progress=False, **OURS[name]))  # type: ignore[misc, union-attr]
-        fidelity = zipped.report.fidelity
-        answers = [lambda x, k=k, z=zipped: z(x)[k] for k in range(2)]  # type: ignore[misc]
-        yield {**row(name, answers, seconds), "agreement": fidelity.agreement, "by": zipped.report.method}
-
-
-@torch.no_grad()
-def accuracy(answer: Callable[[Tensor], Tensor], test: Split) -> float:
-    """In percent."""
-    return percent(torch.cat([answer(x) for x in test.images.split(250)]).argmax(1) == test.labels)
+        zipped, _, seconds = timed_merge(prepared, **METHODS[name])
+        found = zipped.report.fidelity
+        measured = {} if found is None else {"agreement": found.agreement, "by": zipped.report.method}
+        yield row(name, answers_of(zipped), seconds) | measured
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ networks and 94.88 for 8 (README of the data).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,13 @@ import fxzip
 from benchmarks.lib.command import CommandLine
 from benchmarks.lib.data import read_mnist
 from benchmarks.lib.machine import facts, timed
-from benchmarks.lib.merges import percent
+from benchmarks.lib.merges import METHODS, percent
 from benchmarks.lib.runs import Kept, Row
 from benchmarks.lib.tables import shown
 
-METHODS: dict[str, dict[str, Any]] = {
-    "average": {"method": "average", "refit": False},
-    "Git Re-Basin (weights)": {"method": "weights", "refit": False},
-    "ZipIt!": {"method": "zip", "refit": False, "alpha": 1e-4, "beta": 0.05},
-    "permute + refit": {"method": "permute"},
-    "zip + refit": {"method": "zip"},
-    "select + refit": {"method": "select"},
-    "default": {},
-}
+OURS = (
+    "average", "Git Re-Basin (weights)", "ZipIt!", "permute + refit", "zip + refit", "select + refit", "default"
+)  # fmt: skip
 
 
 def network(weights: dict[str, Tensor]) -> nn.Module:
@@ -77,10 +72,10 @@ def measure(models: list[nn.Module], images: int, data: list[tuple[Tensor, Tenso
         if (len(models), images, "ensemble") not in done:
             yield row("ensemble", [model(test) for model in models], 0.0)
         loader = balanced(train, labels, images)
-        for method, options in METHODS.items():
+        for method in OURS:
             if (len(models), images, method) in done:
                 continue
-            seconds, _, zipped = timed(lambda options=options: fxzip.zip(*models, loader, progress=False, **options))  # type: ignore[misc]
+            seconds, _, zipped = timed(partial(fxzip.zip, *models, loader, progress=False, **METHODS[method]))
             found = row(method, zipped(test), seconds)
             fidelity = zipped.report.fidelity
             measured = {} if fidelity is None else {"agreement": fidelity.agreement, "by": zipped.report.method}

@@ -80,8 +80,7 @@ class Conversion:
         Raises:
             VerificationError: The merge would be wrong.
         """
-        choice, tried = self.chosen()
-        self._keep_fidelity(choice)
+        choice, tried = self.settled()
         plan, verified = self._checked_plan(choice) if verify else (self.plan(choice), None)
         fitted = self._fitted(plan, choice.refit)
         if fitted.refitted and fitted.fidelity is not None:
@@ -92,7 +91,13 @@ class Conversion:
             warnings.warn(fitted.fidelity.advice, LowFidelityWarning, stacklevel=4)
         return self._handed_out(plan, choice, fitted, verified, tried)
 
-    def chosen(self) -> tuple[Choice, tuple[Tried, ...]]:
+    def settled(self) -> tuple[Choice, tuple[Tried, ...]]:
+        """The choice with a method in the place of ``auto`` and what was tried to find it; the cut is found, too."""
+        choice, tried = self._chosen()
+        self._keep_fidelity(choice)
+        return choice, tried
+
+    def _chosen(self) -> tuple[Choice, tuple[Tried, ...]]:
         """The choice with a method in the place of ``auto``, and what was tried to find it."""
         if self.choice.method != AUTO:
             return self.choice, ()

@@ -149,7 +149,7 @@ class Prepared:
         """
         choice = check_merge(Prepared.convert, len(self.names), cut=cut, start=start, method=method, **options)
         conversion = Conversion(self, choice, cut, start, self._observed(), reset_batch_norm=True, progress=False)
-        return conversion.plan(conversion.chosen()[0])
+        return conversion.plan(conversion.settled()[0])
 
     def keep_to(self, spec: ChannelSpec) -> None:
         """From now on merge by these channel spaces, of which verification has frozen some."""

@@ -36,26 +36,19 @@ class Tried:
 
     Attributes:
         method: The matcher.
-        refit: Whether it was fitted; else it is the paper's rule with BatchNorm statistics reset.
         unexplained: As of `fxzip.fidelity.Fidelity`.
         agreement: Likewise.
     """
 
     method: str
-    refit: bool
     unexplained: float
     agreement: float | None
-
-    @classmethod
-    def of(cls, method: str, refit: bool, found: Fidelity) -> Tried:
-        """From what was measured."""
-        return cls(method, refit, found.unexplained, found.agreement)
 
     def __str__(self) -> str:
         shown = f"{self.unexplained:.1%} unexplained"
         if self.agreement is not None:
             shown = f"{self.agreement:.1%} agreement, {shown}"
-        return f"{self.method}{'' if self.refit else ' without refit'} {shown}"
+        return f"{self.method} {shown}"
 
 
 def tried_images(count: int) -> int:
@@ -101,7 +94,7 @@ def choose(methods: Sequence[str], measure: Callable[[str], Fidelity | None]) ->
         found = measure(method)
         if found is None or not found.answers:
             return methods[0], ()
-        tried.append(Tried.of(method, True, found))
+        tried.append(Tried(method, found.unexplained, found.agreement))
     return min(tried, key=lambda each: each.unexplained).method, tuple(tried)
 
 

@@ -22,8 +22,10 @@ from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.split import Split
 from fxzip.passes.split.fuse import Mixing, mixed_along
 
-_CLASS_OUTPUTS = {"['logits']": -1, "['out']": 1, "['aux']": 1}
-"""Outputs that hold classes by their names (transformers', torchvision's), and the axis of the classes."""
+_CLASS_OUTPUTS = frozenset({"['logits']", "['out']", "['aux']"})
+"""Outputs that hold classes, by their names (transformers', torchvision's)."""
+_NOISE = 1e-12
+"""An output that varies by less than this share of its size is constant."""
 
 
 def compare(
@@ -43,7 +45,7 @@ def compare(
         points: The merge points of each space.
         held: Batches of images that the fit did not see.
         fitted: How many images it saw.
-    """  # fmt: skip
+    """
     if not held:
         return None
     running = _Comparison(parts, plan, points)
@@ -53,7 +55,7 @@ def compare(
     answers = tuple(
         Answer(names[model], output, *found.figures())
         for (model, output), found in running.outputs.items()
-        if found.total > 0
+        if found.varies
     )
     images = sum(batch_size(*batch) for batch in held)
     return Fidelity(images, fitted, answers, tuple(running.depths()))
@@ -89,6 +91,12 @@ class _Error:
     def total(self) -> float:
         """The sum of squares about the mean."""
         return float(self._square - self._sum.square().sum() / self.count)
+
+    @property
+    def varies(self) -> bool:
+        """Whether it varies by more than rounding."""
+        assert self._shift is not None
+        return self.total > _NOISE * self.count * float(self._shift.square().sum())
 
     def figures(self) -> tuple[float, float | None, float | None]:
         """Unexplained share, agreement and mean KL."""
@@ -149,7 +157,7 @@ class _Comparison:
         found = []
         for node, space in self.points:
             errors = [self._depths[node, model] for model in self.plan.models]
-            if all(error.total > 0 for error in errors):
+            if all(error.varies for error in errors):
                 found.append(Depth(space, node, tuple(error.figures()[0] for error in errors)))
         return found
 
@@ -186,9 +194,9 @@ def _leaves(output: Any) -> dict[str, Tensor]:
 def _class_axis(name: str, leaf: Tensor, tokens: bool) -> int | None:
     """The axis of an output's classes; None where it has none.
 
-    A matrix is taken for logits, and so is what a network of integer tokens gives for each of them.
+    A matrix is taken for logits, and so is what a network of integer tokens gives for each of them. Classes come last,
+    but in front of the axes of a map.
     """
-    axis = 1 if leaf.dim() == 2 else _CLASS_OUTPUTS.get(name)
-    if axis is None and tokens and leaf.dim() == 3 and not name:
-        axis = -1
-    return axis if axis is not None and leaf.dim() > 1 and leaf.shape[axis] > 1 else None
+    known = leaf.dim() == 2 or name in _CLASS_OUTPUTS or (tokens and leaf.dim() == 3 and not name)
+    axis = 1 if leaf.dim() > 3 else -1
+    return axis if known and leaf.dim() > 1 and leaf.shape[axis] > 1 else None

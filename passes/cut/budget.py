@@ -17,22 +17,7 @@ from fxzip.graphs import bind_inputs
 from fxzip.passes.align import Alignment
 
 _BUDGET = re.compile(r"\s*flops\s*<=?\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*x\s*", re.IGNORECASE)
-
 _FIDELITY = re.compile(r"\s*fidelity\s*>=?\s*(0?\.\d+|0|1(?:\.0*)?)\s*", re.IGNORECASE)
-
-
-def parse_fidelity(cut: object) -> float | None:
-    """The bound of a cut like ``"fidelity>=0.98"``, a share from 0 to 1; None for another kind of cut.
-
-    Raises:
-        CutError: It starts like one but cannot be read.
-    """
-    if not isinstance(cut, str) or not cut.lower().lstrip().startswith("fidelity"):
-        return None
-    found = _FIDELITY.fullmatch(cut)
-    if found is None:
-        raise CutError(f'cut={cut!r}: write a bound on fidelity as "fidelity>=0.98", a share from 0 to 1')
-    return float(found[1])
 
 
 def parse_budget(cut: object) -> float | None:
@@ -41,11 +26,25 @@ def parse_budget(cut: object) -> float | None:
     Raises:
         CutError: It starts like a budget but cannot be read as one.
     """
-    if not isinstance(cut, str) or not cut.lower().lstrip().startswith("flops"):
+    return _bound(cut, "flops", _BUDGET, 'a budget as "flops<=1.3x", in multiples of one network\'s FLOPs')
+
+
+def parse_fidelity(cut: object) -> float | None:
+    """The bound of a cut like ``"fidelity>=0.98"``, a share from 0 to 1; None for another kind of cut.
+
+    Raises:
+        CutError: It starts like one but cannot be read.
+    """
+    return _bound(cut, "fidelity", _FIDELITY, 'a bound on fidelity as "fidelity>=0.98", a share from 0 to 1')
+
+
+def _bound(cut: object, word: str, form: re.Pattern[str], wanted: str) -> float | None:
+    """The number in a cut that starts with a word; None where it does not."""
+    if not isinstance(cut, str) or not cut.lower().lstrip().startswith(word):
         return None
-    found = _BUDGET.fullmatch(cut)
+    found = form.fullmatch(cut)
     if found is None:
-        raise CutError(f'cut={cut!r}: write a budget as "flops<=1.3x", in multiples of one network\'s FLOPs')
+        raise CutError(f"cut={cut!r}: write {wanted}")
     return float(found[1])
 
 
