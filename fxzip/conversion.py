@@ -179,7 +179,8 @@ class Conversion:
             fit = self._few
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FewImagesWarning)  # the fit in full warns of them
-                refitted, seen = refit_parts(parts, plan, fit, refit, progress=False), count_images(fit)
+                refitted = refit_parts(parts, plan, fit, refit, progress=False, whole_heads=False)
+            seen = count_images(fit)
         elif refit is not None:
             refitted = refit_parts(parts, plan, self._images, refit, progress)
             seen = count_images(self._images)

@@ -23,9 +23,11 @@ CANDIDATES = ("select", "zip")
 """What is tried for any networks."""
 RELATED = 0.3
 """Mean cosine of the networks' weights from which on they count as fine-tunes of one checkpoint."""
-TRIED_SHARE, TRIED_LEAST, TRIED_MOST = 4, 256, 1_000
+TRIED_SHARE, TRIED_LEAST, TRIED_MOST = 4, 64, 1_000
 """A trial is fitted on one image of ``TRIED_SHARE``, but on no fewer than ``TRIED_LEAST`` and on no more than
 ``TRIED_MOST``."""
+TRIED_SAMPLES = 2**15
+"""How many positions each layer is fitted on in a trial (`RefitOptions.samples`)."""
 TRIED_RIDGE = 0.1
 """The ridge of trials, where the user gives none: finding each layer's own would take most of their time."""
 
@@ -60,7 +62,8 @@ def short(refit: RefitOptions | None) -> RefitOptions | None:
     """How a trial is fitted: each layer is solved once."""
     if refit is None:
         return None
-    return replace(refit, rounds=0, ridge=TRIED_RIDGE if refit.ridge is None else refit.ridge)
+    ridge = TRIED_RIDGE if refit.ridge is None else refit.ridge
+    return replace(refit, rounds=0, ridge=ridge, samples=min(refit.samples, TRIED_SAMPLES))
 
 
 def candidates(alignment: Alignment) -> tuple[str, ...]:

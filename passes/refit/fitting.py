@@ -1,4 +1,4 @@
-"""Fitting: the least-squares solution of a unit, and of two units in a row for what the second one gives.
+"""Fitting: the least-squares solution of a unit.
 
 A unit is solved by steps: its residuals over all samples, times its inputs, times the inverse of their
 Gram matrix. Products of residuals with inputs are cheap; the Gram matrix is not, so it is taken once and of some
@@ -9,10 +9,7 @@ A unit whose value goes through nothing but ReLUs is fitted to what these should
 thinned so by Zhang et al., "Accelerating very deep convolutional networks", arXiv 1505.06798, section 3.2).
 
 Where an inner unit's value goes to one outer unit only (the convolutions of a residual branch, the layers of an MLP),
-it matters by what the outer one makes of it. The two are solved in turn: the inner one by a damped Gauss-Newton step
-on the outer one's error, with the curvature as a Kronecker product (Martens and Grosse, arXiv 1503.05671): the Gram
-matrix of the inputs, and the mean of JᵀJ over positions; the outer one by another step of least squares. Its inputs
-have changed a little since its Gram matrix was taken, so the step's length is found, too.
+it matters by what the outer one makes of it: the two are solved in turn (`fxzip.passes.refit.rounds`).
 """
 
 from __future__ import annotations
@@ -28,21 +25,18 @@ from fxzip.passes.refit.fit import Fit
 from fxzip.passes.refit.goals import Goals, Target
 from fxzip.passes.refit.lockstep import Batch, LockStep, Stream
 from fxzip.passes.refit.pairs import Pair
-from fxzip.passes.refit.regression import SLIGHT, Regression, Residuals, noise_of
+from fxzip.passes.refit.regression import Regression, Residuals, noise_of
 from fxzip.passes.refit.reset import norm_behind, reset_scale
 from fxzip.passes.refit.ridge import START, Spread, Trial
-from fxzip.passes.refit.sums import add_residuals, columns, curved, gram_samples, power, precise, pulled_back
+from fxzip.passes.refit.rounds import PROBED, STEPS, Rounds
+from fxzip.passes.refit.sums import add_residuals, columns, gram_samples, precise
 from fxzip.passes.refit.units import Unit
 
-STEPS = (2.0, 1.0, 0.5, 0.25)
-"""Lengths that are tried for a Gauss-Newton step: the curvature ignores how positions act on one another."""
 ONE_SIDED = 2
 """How often the targets of a one-sided fit are set again."""
 FAR_NEARER = 100
 """How many times the error a layer must have with its statistics reset to be held to its weights as they are. (A mean
 of unlike channels varies too little, which keeps its error small and is what resetting is to put right.)"""
-PROBED = 4
-"""Step lengths are found on one of this many batches."""
 
 
 class Fitter:
@@ -77,7 +71,7 @@ class Fitter:
         """
         found = self._fit(unit)
         for pair, inner in pairs.items():
-            self._alternate(pair, inner, found, rounds)
+            Rounds(self).run(pair, inner, found, rounds)
         self.goals.forget()
         return found
 
@@ -88,10 +82,9 @@ class Fitter:
             self._last = trial.best(self._last)
         found.ridge = self._last if self.ridge is None else self.ridge
         found.told = self._told(found)
-        for _ in range(1 if whole or self.goals.one_sided(unit) else 2):
-            self._solve(found, self.goals.linear)
-        for _ in range(ONE_SIDED if self.goals.one_sided(unit) else 0):
-            self._solve(found, self.goals.residual)
+        self.move(found, self._asked(found, trial.residuals))
+        for _ in range(ONE_SIDED if self.goals.one_sided(unit) else 1 - whole):
+            self.step(found, self.lock.seen)
         return found
 
     def _held_to(self, unit: Unit) -> tuple[Fit, Trial, bool]:
@@ -122,7 +115,7 @@ class Fitter:
         error = Spread()
         for batch in self.lock.seen:
             env = ChainMap({}, batch.env[-1])
-            has = self._run(batch, unit, env)
+            has = self.run(batch, unit, env)
             error.add(unit.layers[0].contraction.rows(precise(self.goals.linear(batch, unit, has))))
             for norm, found in values.items():
                 found.append(env[norm.all_input_nodes[0].name])
@@ -131,22 +124,18 @@ class Fitter:
     def _samples(self, fit: Fit) -> tuple[Trial, bool]:
         """Samples of a unit's inputs and of its residuals, and whether they are all."""
         unit, whole = fit.unit, True
-        trial, contraction = Trial(unit.bias_at is not None), unit.layers[0].contraction
+        trial, contraction = Trial(unit.bias_at is not None, self.ridge is None), unit.layers[0].contraction
         for batch in self.lock.seen:
             value = batch.env[0][unit.root.name]
-            here, count = self._draw(unit, value), contraction.samples(value)
-            whole = whole and here is None
-            rows = precise(contraction.rows(self.goals.linear(batch, unit, self._run(batch, unit))))
+            drawn, count = self.draw(unit, value), contraction.samples(value)
+            whole = whole and drawn is None
+            rows = precise(contraction.rows(self.goals.linear(batch, unit, self.run(batch, unit))))
             trial.error_of(rows)
-            image = (torch.arange(count) if here is None else here) * batch.images // count
-            trial.add(columns(unit, batch, here), rows if here is None else rows[:, :, here], image, batch.images)
+            here = torch.arange(count, device=value.device) if drawn is None else drawn
+            for left_out, mine in trial.parts(here * batch.images // count, batch.images):
+                some = here[mine]
+                trial.add(left_out, columns(unit, batch, some), rows[:, :, some])
         return trial, whole
-
-    def _alternate(self, pair: Pair, inner: Fit, outer: Fit, rounds: int) -> None:
-        for _ in range(rounds):
-            if not self._step(pair, inner):
-                break
-            self._solve(outer, self.goals.residual, changed=True)
 
     def _started(self, unit: Unit, priors: Sequence[Tensor]) -> Fit:
         """A fit that is at these weights, with the bias that is best for the first batch."""
@@ -156,7 +145,7 @@ class Fitter:
         self._write(found, prior, found.bias)
         if inputs.intercept:
             contraction = unit.layers[0].contraction
-            residual = contraction.rows(self.goals.linear(first, unit, self._run(first, unit)))
+            residual = contraction.rows(self.goals.linear(first, unit, self.run(first, unit)))
             self._write(found, prior, residual.mean(2, dtype=torch.float64))
         return found
 
@@ -169,29 +158,32 @@ class Fitter:
             count += first.samples(wanted)
         return fit.inputs.spread(fit.prior) > noise_of(wanted.dtype) ** 2 * power / count
 
-    def _solve(self, fit: Fit, residual: Callable[[Batch, Unit, Tensor], Tensor], changed: bool = False) -> None:
+    def step(self, fit: Fit, batches: Sequence[Batch], changed: bool = False) -> None:
         """A step of least squares on the residuals.
 
         Args:
             fit: The fit to better.
-            residual: Gives a unit's residual on a batch, from its value there.
+            batches: What the residuals are taken on.
             changed: Whether its inputs, and so its value, were computed anew since their Gram matrix was: then the
                 length of the step is found, too.
         """
         residuals, some = Residuals(), []
-        for number, batch in enumerate(self.lock.seen):
-            has = batch.env[-1][fit.unit.root.name] if changed else self._run(batch, fit.unit)
-            here = residual(batch, fit.unit, has)
+        for number, batch in enumerate(batches):
+            has = batch.env[-1][fit.unit.root.name] if changed else self.run(batch, fit.unit)
+            here = self.goals.residual(batch, fit.unit, has)
             add_residuals(residuals, fit.unit, batch, here)
             if changed and number % PROBED == 0:
                 some.append((batch, has, here))
+        self.move(fit, self._asked(fit, residuals), lambda: self._best_length(fit.unit, some) if changed else 1.0)
+
+    def _asked(self, fit: Fit, residuals: Residuals) -> tuple[Tensor, Tensor]:
+        """The step of weights and bias that residuals ask for."""
         try:
-            step = fit.inputs.step(residuals, fit.ridge, fit.prior - fit.weights, fit.told)
+            return fit.inputs.step(residuals, fit.ridge, fit.prior - fit.weights, fit.told)
         except ArithmeticError as error:
             raise CalibrationError(f"refit at {fit.unit.root.name}: {error}") from error
-        self._move(fit, step, lambda: self._best_length(fit.unit, some) if changed else 1.0)
 
-    def _move(self, fit: Fit, step: tuple[Tensor, Tensor], length: Callable[[], float]) -> float:
+    def move(self, fit: Fit, step: tuple[Tensor, Tensor], length: Callable[[], float] = lambda: 1.0) -> float:
         """Take a step of a length that is found once a whole one is taken; returns the length."""
         old = fit.weights, fit.bias
         self._write(fit, old[0] + step[0], old[1] + step[1])
@@ -204,7 +196,7 @@ class Fitter:
         """The length of a step with the least error, from the unit's values and residuals before it."""
         explained = moved = 0.0
         for batch, had, residual in before:
-            change = (self._run(batch, unit) - had).double()
+            change = (self.run(batch, unit) - had).double()
             explained += float((change * residual).sum())
             moved += float(change.square().sum())
         return min(max(explained / max(moved, 1e-30), 0.0), STEPS[0])
@@ -215,82 +207,20 @@ class Fitter:
             layer.write(self._merged.module, part, bias if layer is fit.unit.bias_at else None)
         self._merged.reload()
 
-    def _step(self, pair: Pair, inner: Fit) -> bool:
-        """A Gauss-Newton step of the inner unit; whether it made the outer one's error smaller."""
-        found = self._gradients(pair, inner)
-        if found is None:
-            return False
-        starts, residuals, curvature, least = found
-        step = curved(inner.inputs.step(residuals, inner.ridge, told=inner.told), curvature, least)
-        length = self._move(inner, step, lambda: self._length(pair, starts))
-        if length:
-            for batch in self.lock.seen:
-                self._forward(pair, batch, self._run(batch, pair.inner), batch.env[-1])
-        return length > 0
-
-    def _gradients(self, pair: Pair, inner: Fit) -> tuple[list[tuple[Batch, Tensor]], Residuals, Tensor, float] | None:
-        """Add up the gradients of the outer error by the inner value.
-
-        Returns:
-            The inner value of some batches, the gradients, the mean of JᵀJ over positions (groups, o, o) by random
-            probes, and what it would be if the inner value made hardly anything (`SLIGHT`) of the outer one; None where
-            no gradient comes through.
-        """
-        contraction, residuals, starts = pair.inner.layers[0].contraction, Residuals(), []
-        curvature, probes = torch.zeros((), dtype=torch.float64), 0
-        sizes = torch.zeros(2, dtype=torch.float64)
-        for number, batch in enumerate(self.lock.seen):
-            start = self._run(batch, pair.inner)
-            with torch.enable_grad():
-                value = start.detach().requires_grad_()
-                has = self._forward(pair, batch, value)
-            residual = self.goals.residual(batch, pair.outer, has.detach())
-            gradient = pulled_back(has, value, residual)
-            if gradient is None:
-                return None
-            sizes += torch.stack([power(self.goals.wanted(batch, pair.outer)), power(start)]).cpu()
-            add_residuals(residuals, pair.inner, batch, gradient)
-            if number % PROBED == 0:
-                starts.append((batch, start))
-                probe = torch.randint(2, has.shape, generator=self.generator).to(residual) * 2 - 1
-                probed = pulled_back(has, value, probe * (residual != 0))
-                assert probed is not None
-                rows = precise(contraction.rows(probed, self._draw(pair.inner, probed)))
-                curvature = curvature + (rows @ rows.mT).double()
-                probes += rows.shape[2]
-        least = float(SLIGHT**2 * sizes[0] / sizes[1].clamp(min=1e-300))
-        return starts, residuals, curvature / probes, least
-
-    def _length(self, pair: Pair, starts: Sequence[tuple[Batch, Tensor]]) -> float:
-        """The length of an inner step that gives the least outer error; 0 where none is better."""
-        errors = dict.fromkeys((0.0, *STEPS), 0.0)
-        for batch, start in starts:
-            change = self._run(batch, pair.inner) - start
-            for length in errors:
-                has = self._forward(pair, batch, start + length * change)
-                residual = self.goals.residual(batch, pair.outer, has)
-                errors[length] += float(residual.double().square().sum())
-        return min(errors, key=errors.__getitem__)
-
-    def _forward(self, pair: Pair, batch: Batch, value: Tensor, into: dict[str, Tensor] | None = None) -> Tensor:
-        """The outer unit's value for an inner value; what lies between goes ``into`` a dict."""
-        fresh = {} if into is None else into
-        fresh[pair.inner.root.name] = value
-        return self._compute(pair.path, ChainMap(fresh, batch.env[-1]), pair.outer.root)
-
-    def _run(self, batch: Batch, unit: Unit, into: ChainMap[str, Tensor] | None = None) -> Tensor:
+    def run(self, batch: Batch, unit: Unit, into: ChainMap[str, Tensor] | None = None) -> Tensor:
         """What a unit gives; what lies on the way goes ``into`` a dict."""
         if unit not in self._orders:
             self._orders[unit] = [node for node in self._merged.module.graph.nodes if node in unit.claimed]
-        return self._compute(self._orders[unit], ChainMap({}, batch.env[-1]) if into is None else into, unit.root)
+        return self.compute(self._orders[unit], ChainMap({}, batch.env[-1]) if into is None else into, unit.root)
 
-    def _compute(self, nodes: Iterable[fx.Node], env: ChainMap[str, Tensor], last: fx.Node) -> Tensor:
+    def compute(self, nodes: Iterable[fx.Node], env: ChainMap[str, Tensor], last: fx.Node) -> Tensor:
+        """What the last of some nodes gives, in their order; all of them go into ``env``."""
         for node in nodes:
             if node.op != "get_attr":
                 env[node.name] = self._merged.compute(node.name, env)
         return env[last.name]
 
-    def _draw(self, unit: Unit, value: Tensor) -> Tensor | None:
+    def draw(self, unit: Unit, value: Tensor) -> Tensor | None:
         """Samples of a batch for a Gram matrix, drawn at random; None for all, where they are not too many."""
         share = -(-gram_samples(unit) // self.lock.active)
         count = unit.layers[0].contraction.samples(value)

@@ -40,15 +40,16 @@ from fxzip.passes.refit.pairs import Pair, find_pairs
 from fxzip.passes.refit.slots import Uses
 from fxzip.passes.refit.sums import width
 from fxzip.passes.refit.targets import Targets
-from fxzip.passes.refit.units import Unit, find_units
+from fxzip.passes.refit.units import Unit, find_units, first_units
 from fxzip.passes.split import Split
 from fxzip.passes.split.stems import STEM
 from fxzip.settings import RefitOptions
 
 
 def refit(
-    parts: Split, plan: MergePlan, loader: Iterable[Any], options: RefitOptions | None = None, progress: bool = True
-) -> int:
+    parts: Split, plan: MergePlan, loader: Iterable[Any], options: RefitOptions | None = None, progress: bool = True,
+    whole_heads: bool = True,
+) -> int:  # fmt: skip
     """Refit trunk and heads in place; returns how many layers were solved.
 
     The loader is read once. Memory is that of the inputs, of the tensors that are alive at one node in all networks
@@ -60,6 +61,7 @@ def refit(
         loader: The calibration images.
         options: See `RefitOptions`.
         progress: Show a bar.
+        whole_heads: False: of the heads, only the layers are solved that read what the trunk gives.
     """
     options = options or RefitOptions()
     inputs = read_images(loader, device_of(parts.trunk) or device_of(parts.heads[0]), options)
@@ -76,7 +78,7 @@ def refit(
         pair = [Stream(plan.alignment.modules[model], {}), Stream(head, {})]
         # A head has the parent's width, so its first round leaves little.
         once = replace(options, rounds=min(options.rounds, 1))
-        run = _Refitter(pair, feeds, lambda _, values: values[0], once, set())
+        run = _Refitter(pair, feeds, lambda _, values: values[0], once, set(), whole=whole_heads)
         run.run(progress, f"refitting head {model}")
         solved += run.solved
         few |= run.few
@@ -155,12 +157,15 @@ class _Refitter:
         keep: set[str],
         before: Sequence[fx.Node] = (),
         unknown: Collection[str] = (),
+        whole: bool = True,
     ) -> None:
         self.merged, self.target, self.options = streams[-1].module, target, options
         self.solved = 0
         self.few: dict[str, tuple[int, int]] = {}
         self.before, self.unknown = before, unknown
         self.units = [unit for unit in find_units(self.merged) if self._has_target(unit.root)]
+        if not whole:
+            self.units = first_units(self.merged, self.units)
         self.inner: dict[Unit, list[Pair]] = {}
         for pair in find_pairs(self.merged, self.units) if options.rounds else ():
             self.inner.setdefault(pair.outer, []).append(pair)

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from fxzip.moments import ROUNDINGS
 
-_SLICE = 2**24  # elements of the inputs that are shifted and multiplied at once
+_SLICE = 2**24  # elements of the inputs that are multiplied at once, where there are not many of them
+PRECISE, ROUGH = 1024, 0.03
+"""Systems of more inputs than the first are solved in float32, if the ridge is no less than the second: what rounding
+leaves is then far below what the ridge does."""
 SLIGHT = 1e-3
 """Inputs whose variance is below this share of their mean square count for λ as if it were that share."""
 
@@ -39,6 +42,13 @@ class Residuals:
         self.residual = self.residual + residual
         self.inputs = self.inputs + inputs
 
+    def plus(self, other: Residuals) -> Residuals:
+        """Those of both samples."""
+        found = Residuals()
+        for part in (self, other):
+            found.add(part.count, part.products, part.residual, part.inputs)
+        return found
+
 
 class Regression:
     """The inputs of g regressions of o outputs on d inputs each, and steps that solve them.
@@ -57,19 +67,37 @@ class Regression:
         self.intercept = intercept
         self.count = 0
         self._shift: Tensor | None = None
-        self._sums: tuple[Tensor, Tensor] | None = None
+        self._waiting: list[Tensor] = []
+        self._folded: tuple[Tensor, Tensor] | None = None
         self._factor: tuple[Tensor, Tensor] | None = None
 
     def add(self, x: Tensor) -> None:
         """Add samples of the inputs (groups, d, samples)."""
         if self._shift is None:
             self.shift_by(x)
-        for part in x.split(max(1, _SLICE // (x.shape[0] * x.shape[1])), 2):
-            shifted = part - self._shift if self.intercept else part
-            sums = _gram(shifted).double(), shifted.sum(2).double()
-            self._sums = sums if self._sums is None else (self._sums[0] + sums[0], self._sums[1] + sums[1])
+        groups, d, _ = x.shape
+        most = max(_SLICE // (groups * d), 2 * d)
+        for part in x.split(most, 2):
+            self._waiting.append(part - self._shift if self.intercept else part)
+            if sum(waiting.shape[2] for waiting in self._waiting) >= most:
+                self._fold()
         self.count += x.shape[2]
         self._factor = None
+
+    def _fold(self) -> None:
+        """Take the products of the samples that wait: of many at once, as sums of matrices take their time, too."""
+        x = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting, 2)
+        self._waiting.clear()
+        sums = _gram(x).double(), x.sum(2).double()
+        self._folded = sums if self._folded is None else (self._folded[0].add_(sums[0]), self._folded[1] + sums[1])
+
+    @property
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """The products of the shifted inputs (groups, d, d), and their sums (groups, d)."""
+        if self._waiting:
+            self._fold()
+        assert self._folded is not None
+        return self._folded
 
     def shift_by(self, x: Tensor) -> None:
         """Shift the samples to come by the means of these (groups, d, samples)."""
@@ -83,11 +111,11 @@ class Regression:
 
     def plus(self, other: Regression) -> Regression:
         """The samples of both, of which one was made `beside` the other."""
-        if self._sums is None or other._sums is None:
-            return self if other._sums is None else other
+        if not self.count or not other.count:
+            return self if self.count else other
         found = self.beside()
         found.count = self.count + other.count
-        found._sums = self._sums[0] + other._sums[0], self._sums[1] + other._sums[1]
+        found._folded = self._sums[0] + other._sums[0], self._sums[1] + other._sums[1]
         return found
 
     def step(
@@ -114,7 +142,7 @@ class Regression:
         factor, damping = self._factored(ridge)
         if back is not None:
             products = products + damping[:, None, :] * back
-        weights = torch.cholesky_solve(products.mT, factor).mT
+        weights = torch.cholesky_solve(products.mT.to(factor.dtype), factor).mT.double()
         if told is not None:
             weights = weights * told[:, :, None]
         if not self.intercept:
@@ -128,7 +156,6 @@ class Regression:
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """The inputs' Gram matrix about their means (groups, d, d), and their sums of squares about 0 (groups, d)."""
-        assert self._sums is not None
         assert self._shift is not None
         gram, total = self._sums
         mean = self._shift[:, :, 0].double() + total / self.count
@@ -142,7 +169,8 @@ class Regression:
         if self._factor is None:
             assert self._shift is not None
             gram, power = self.centred()
-            self._factor = _factored(gram, damping(gram, power, ridge, noise_of(self._shift.dtype)))
+            rough = gram.shape[1] > PRECISE and ridge >= ROUGH
+            self._factor = _factored(gram, damping(gram, power, ridge, noise_of(self._shift.dtype)), rough)
         return self._factor
 
     @property
@@ -154,13 +182,11 @@ class Regression:
     @property
     def mean(self) -> Tensor:
         """The means of the inputs (groups, d); 0 without an intercept."""
-        assert self._sums is not None
         assert self._shift is not None
         return self._shift[:, :, 0].double() + self._sums[1] / self.count * self.intercept
 
     def about(self, place: Tensor) -> Tensor:
         """The Gram matrix about some values of the inputs (groups, d), that is (groups, d, d)."""
-        assert self._sums is not None
         assert self._shift is not None
         gram, total = self._sums
         gap = place - self._shift[:, :, 0].double()
@@ -206,9 +232,21 @@ def damping(gram: Tensor, power: Tensor, ridge: float, noise: float) -> Tensor:
     return torch.maximum(found, noise * power)
 
 
-def _factored(gram: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor of ``gram + λ``, with more λ where rounding leaves the matrix indefinite, and λ."""
+def _factored(gram: Tensor, added: Tensor, rough: bool) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of ``gram + λ``, with more λ where rounding leaves the matrix indefinite, and λ.
+
+    Args:
+        gram: (groups, d, d), float64.
+        added: λ for each input (groups, d).
+        rough: Try first whether float32 will do.
+    """
     own = gram.diagonal(dim1=1, dim2=2)
+    if rough:
+        damped = gram.float()
+        damped.diagonal(dim1=1, dim2=2).copy_(own + added)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if not bool(info.any()):
+            return factor, added
     scale = own.mean(1, keepdim=True).clamp_min(0)
     damped = gram.clone()
     for _ in range(6):

@@ -9,14 +9,14 @@ pass over the images. The grid is walked downhill from where the unit before end
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from fxzip.data.held import one_of
-from fxzip.passes.refit.regression import Regression, Residuals, damping
+from fxzip.passes.refit.regression import PRECISE, Regression, Residuals, damping
 
 GRID = tuple(10.0**power for power in range(-4, 3))
 """The λs that are tried, as shares of the inputs' mean square."""
@@ -26,8 +26,6 @@ FOLD = 5
 """One image of so many is held back."""
 OUTPUTS = 64
 """A λ is tried on about this many of a unit's outputs."""
-PRECISE = 1024
-"""Trials of units with more inputs than these are computed in float32: they need not be exact."""
 
 
 class Spread:
@@ -52,15 +50,20 @@ class Spread:
 class Trial:
     """The samples of a unit's inputs and of its residuals at W₀, those of some images apart.
 
+    Args:
+        intercept: As of `Regression`.
+        leave_out: Whether to keep some images apart: a ridge that is given needs none.
+
     Attributes:
         rest: The Gram matrix of the images that a step is found from.
         held: The Gram matrix of those that it is tried on.
     """
 
-    def __init__(self, intercept: bool) -> None:
+    def __init__(self, intercept: bool, leave_out: bool = True) -> None:
         self.rest = Regression(intercept)
         self.held = self.rest.beside()
         self._rest, self._held = Residuals(), Residuals()
+        self._leave_out = leave_out
         self._images = 0
         self._spread = Spread()
 
@@ -73,23 +76,32 @@ class Trial:
         """Count all residuals of a batch (groups, o, samples), of which some may be added as samples."""
         self._spread.add(residual)
 
-    def add(self, x: Tensor, residual: Tensor, image: Tensor, images: int) -> None:
-        """Add a batch.
+    def parts(self, image: Tensor, images: int) -> Iterator[tuple[bool, Tensor]]:
+        """Which samples of a batch to `add`, and whether as those left out.
 
         Args:
-            x: Samples of the inputs (groups, d, samples).
-            residual: Of the outputs (groups, o, samples).
             image: The image in the batch that each sample is of (samples,).
             images: How many there are.
         """
-        if not self._images:
+        held = one_of(image + self._images, FOLD) if self._leave_out else torch.zeros_like(image, dtype=torch.bool)
+        self._images += images
+        for left_out, mine in ((False, ~held), (True, held)):
+            if bool(mine.any()):
+                yield left_out, mine.nonzero()[:, 0]
+
+    def add(self, left_out: bool, x: Tensor, residual: Tensor) -> None:
+        """Add samples of the inputs (groups, d, samples) and of the outputs' residuals (groups, o, samples)."""
+        if not (self.rest.count or self.held.count):
             self.rest.shift_by(x)
             self.held = self.rest.beside()
-        held = one_of(image + self._images, FOLD)
-        self._images += images
-        for part, sums, mine in ((self.rest, self._rest, ~held), (self.held, self._held, held)):
-            if bool(mine.any()):
-                _add(part, sums, x[:, :, mine], residual[:, :, mine])
+        part, sums = (self.held, self._held) if left_out else (self.rest, self._rest)
+        part.add(x)
+        sums.add(x.shape[2], (residual @ x.mT).double(), residual.sum(2).double(), x.sum(2).double())
+
+    @property
+    def residuals(self) -> Residuals:
+        """Those of all images."""
+        return self._rest.plus(self._held)
 
     def together(self) -> Regression:
         """The Gram matrix of all images."""
@@ -137,8 +149,3 @@ class Trial:
             return float(((weights @ other - 2 * tried_on) * weights).sum(dtype=torch.float64))
 
         return error
-
-
-def _add(part: Regression, sums: Residuals, x: Tensor, residual: Tensor) -> None:
-    part.add(x)
-    sums.add(x.shape[2], (residual @ x.mT).double(), residual.sum(2).double(), x.sum(2).double())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -57,6 +58,19 @@ def find_units(module: fx.GraphModule) -> list[Unit]:
     units += [Unit(end, (layer,)) for end, layer in layers.items() if end not in placed]
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     return sorted(units, key=lambda unit: order[unit.root])
+
+
+def first_units(module: fx.GraphModule, units: Sequence[Unit]) -> list[Unit]:
+    """Those that read nothing of another unit's."""
+    owner = {node: unit for unit in units for node in unit.claimed}
+    behind: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if any(
+            source in behind or owner.get(source, owner.get(node)) is not owner.get(node)
+            for source in node.all_input_nodes
+        ):
+            behind.add(node)
+    return [unit for unit in units if not unit.claimed & behind]
 
 
 def _alike(layers: list[Layer], root: fx.Node) -> list[Layer]:
