@@ -1,6 +1,6 @@
 """Pairs of ResNet-20 on disjoint halves of CIFAR-10's classes, merged in every way (the paper's Table 1a).
 
-    python -m benchmarks.cifar --data ../shared/data --width 2 --size 16 --pairs 3 [--jobs 2]
+    python -m benchmarks.cifar --data ../shared/data --width 2 --size 16 [--pairs 1 2] [--jobs 2]
 
 Networks are trained first, or read from benchmarks/checkpoints. The merges see unlabelled training images of all
 classes. Each merge's figures go to benchmarks/results/cifar_SETTING.json as they come, so that a run can be taken up
@@ -82,12 +82,13 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     """Run what is missing, write it, print all."""
     line = CommandLine(__doc__).training().several("cuts", CUTS, "layers that are merged")
-    options = line.numbers(width=2, size=16, epochs=7, pairs=3, images=10_000, jobs=1, threads=1).read()
+    line.several("methods", METHODS, "ways to merge").pairs(3)
+    options = line.numbers(width=2, size=16, epochs=7, images=10_000, jobs=1, threads=1).read()
     setting = Setting(options.width, options.size, options.epochs, options.bf16)
     about = facts("cifar", options.threads, "fxzip")
     kept = Kept(RESULTS / f"cifar_{setting.key}_i{options.images}.json", about, keys=("pair", "cut", "method"))
-    every = [ENSEMBLE, *itertools.product(options.cuts, METHODS)]
-    missing = {pair: [which for which in every if (pair, *which) not in kept] for pair in range(options.pairs)}
+    every = [ENSEMBLE, *itertools.product(options.cuts, options.methods)]
+    missing = {pair: [which for which in every if (pair, *which) not in kept] for pair in options.pairs}
     held_out_first = sorted(missing, key=lambda pair: pair == 0)
     calls = [(setting, pair, options, missing[pair]) for pair in held_out_first if missing[pair]]
     kept.extend(side_by_side(calls, measure_pair, options.jobs))

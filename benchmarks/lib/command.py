@@ -36,6 +36,12 @@ class CommandLine:
         self.parser.add_argument(f"--{name}", nargs="+", choices=names, default=names, help=help)
         return self
 
+    def pairs(self, count: int) -> CommandLine:
+        """``--pairs``, the numbers of the pairs; the first so many by default."""
+        help = "numbers of the pairs of networks; default: %(default)s"
+        self.parser.add_argument("--pairs", nargs="+", type=int, default=list(range(count)), help=help)
+        return self
+
     def training(self) -> CommandLine:
         """``--data`` and ``--bf16``, of commands that train networks."""
         text = "train under bfloat16 autocast (the default where the CPU has instructions for it)"
