@@ -17,19 +17,8 @@ from fxzip.rules.keys import key_of
 from fxzip.rules.registry import Entry, find_entry, kind_of, target_of
 
 _IN_PLACE_OPERATORS = frozenset(
-    {
-        *(operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
-        *(
-            operator.imod,
-            operator.ipow,
-            operator.ilshift,
-            operator.irshift,
-            operator.iand,
-            operator.ior,
-            operator.ixor,
-            operator.imatmul,
-        ),
-    }
+    getattr(operator, name)
+    for name in "setitem iadd isub imul itruediv ifloordiv imod ipow ilshift irshift iand ior ixor imatmul".split()
 )
 _IN_PLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS)
 _CALLS = frozenset({"call_function", "call_method", "call_module"})
@@ -280,11 +269,16 @@ def new_parameter(module: fx.GraphModule, node: fx.Node, name: str, value: Tenso
         return module.graph.get_attr(target)
 
 
+def drop_dead_nodes(graph: fx.Graph, module: nn.Module) -> None:
+    """Erase the nodes that nobody uses and that have no effect; ``module`` holds what they name."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not has_effect(node, module):
+            graph.erase_node(node)
+
+
 def drop_dead_code(module: fx.GraphModule) -> None:
     """Erase the nodes that nobody uses and that have no effect, and the modules that no node calls then."""
-    for node in reversed(list(module.graph.nodes)):
-        if not node.users and not has_effect(node, module):
-            module.graph.erase_node(node)
+    drop_dead_nodes(module.graph, module)
     module.delete_all_unused_submodules()
     module.recompile()
 
