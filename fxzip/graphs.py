@@ -77,7 +77,7 @@ def is_random(node: fx.Node, module: nn.Module) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = str(key_of(node.target)).removesuffix("_with_indices")
-    if name in _RANDOM_IN_TRAINING:
+    if draws_in_training(node):
         place, default = _RANDOM_IN_TRAINING[name]
         default = default or node.target is torch.dropout
         named = node.kwargs.get("training", node.kwargs.get("train", default))
@@ -85,6 +85,11 @@ def is_random(node: fx.Node, module: nn.Module) -> bool:
     if name == "scaled_dot_product_attention":
         return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0))
     return name in _RANDOM
+
+
+def draws_in_training(node: fx.Node) -> bool:
+    """Whether a node calls a function that is random where it is told that this is training (``F.dropout``)."""
+    return node.op in ("call_function", "call_method") and str(key_of(node.target)) in _RANDOM_IN_TRAINING
 
 
 def is_relu(module: nn.Module, node: fx.Node) -> bool:

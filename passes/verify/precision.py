@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, fx
 
+from fxzip.passes.verify.chance import hold_still
+
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 2e-3, torch.float16: 1e-1, torch.bfloat16: 3e-1}
 """How far two orders of the same sums may be apart, through all layers, as a share of the outputs' largest value."""
 COPIES = 3
@@ -36,8 +38,9 @@ class Precision:
         return value.to(self.dtype) if wide else value
 
     def copied(self, module: fx.GraphModule) -> fx.GraphModule:
-        """A copy of a network in this dtype, on which nothing depends."""
+        """A copy of a network in this dtype, on which nothing depends, and which draws no random numbers."""
         copied = copy.deepcopy(module).eval()
+        hold_still(copied)
         if self.dtype is None:
             return copied
         own = {p.dtype for p in module.parameters() if p.is_floating_point()}

@@ -75,7 +75,7 @@ class Run:
         program = network(Random(seed), self.options.steps, self.options.without)
         outcome = check(program, seed, extras_of(number), self.options.verify)
         counts = Counter(self.state["counts"])
-        for what in ("wrong", "raw", "mismatched", "touched", "frozen"):
+        for what in ("wrong", "raw", "mismatched", "caught", "touched", "frozen"):
             counts[what] += bool(getattr(outcome, what))
         counts["refused"] += outcome.is_refused
         self.state["counts"] = dict(counts)
@@ -113,7 +113,7 @@ class Run:
         """One line: how many networks, and what became of them."""
         done, counts = self.state["done"], self.state["counts"]
         shares = ", ".join(
-            f"{what} {counts.get(what, 0)}" for what in ("wrong", "raw", "mismatched", "refused", "frozen")
+            f"{what} {counts.get(what, 0)}" for what in ("wrong", "raw", "mismatched", "caught", "refused", "frozen")
         )
         coverage = statistics.median(self.state["coverage"]) if self.state["coverage"] else 0
         return f"{done} graphs: {shares}; median coverage {coverage:.3f}"
