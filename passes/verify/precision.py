@@ -18,6 +18,8 @@ COPIES = 3
 """Networks that a check holds beside the user's: one to compare with, its permuted copy, and what is merged of both."""
 CHANGE = 0.05
 """By how much parameters and statistics are changed, as a share of their size."""
+PERIOD = 65_521
+"""How many random numbers are drawn for one parameter: a prime, so that the rows of no matrix begin alike."""
 SMALLEST = 1e-2
 """What is added to a parameter of zeros."""
 
@@ -65,7 +67,10 @@ class Precision:
 
 
 def _noise(like: Tensor, generator: Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like)
+    """Random numbers of a shape; large ones repeat themselves, after so many that no two channels get the same."""
+    count = like.numel()
+    drawn = torch.randn(min(count, PERIOD), generator=generator).to(like.device, like.dtype)
+    return drawn.repeat(-(-count // PERIOD))[:count].reshape(like.shape)
 
 
 def precision_for(module: fx.GraphModule) -> Precision:

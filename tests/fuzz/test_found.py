@@ -220,9 +220,18 @@ def test_channels_are_matched_by_what_tells_them_apart(name: str) -> None:
     assert "convert cut=None" not in outcome.refused
 
 
-def test_a_model_that_cannot_run_on_one_sample_is_refused() -> None:
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "return m.a(x) + m.b(m.a(x))",  # in the heads
+        "return m.c(m.b(m.a(x)).tanh())",  # in the trunk
+    ],
+)
+def test_a_model_that_cannot_run_on_one_sample_is_refused(steps: str, verify: bool) -> None:
     """Its costs cannot be counted."""
-    outcome = outcome_of("x: (4,)\nm.a = nn.Linear(4, 6)\nm.b = nn.GroupNorm(6, 6)\nreturn m.a(x) + m.b(m.a(x))")
+    text = "x: (4,)\nm.a = nn.Linear(4, 6)\nm.b = nn.GroupNorm(6, 6)\nm.c = nn.Linear(6, 3)\n"
+    outcome = Check(Program.parse(text + steps), Random(0), verify=verify).run()
     assert not outcome.findings
     assert any("a batch of 1" in text for text in outcome.refused.values())
 
