@@ -59,14 +59,16 @@ class MergePoint:
         axes: Axes of the node's output over which the channels lie, mostly ``(1,)``.
         index: Positions in the row-major product of those axes, int64 of shape (channels, copies); further
             copies of a channel are further samples of it.
-        pooled: Axes over which the activations are averaged: channels of other spaces lie there, and as it is not known
-            yet how those correspond between the models, they cannot count as samples.
+        pooled: Axes over which the activations are averaged, and their squares: channels of other spaces lie there, and
+            as it is not known yet how those correspond between the models, they cannot count as samples.
+        mixed: The copies of a channel lie at channels of other spaces, too, and are averaged likewise.
     """
 
     node: str
     axes: tuple[int, ...]
     index: Tensor
     pooled: tuple[int, ...] = ()
+    mixed: bool = False
 
 
 @dataclass(frozen=True, eq=False)

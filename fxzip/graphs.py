@@ -17,19 +17,8 @@ from fxzip.rules.keys import key_of
 from fxzip.rules.registry import Entry, find_entry, kind_of, target_of
 
 _IN_PLACE_OPERATORS = frozenset(
-    {
-        *(operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
-        *(
-            operator.imod,
-            operator.ipow,
-            operator.ilshift,
-            operator.irshift,
-            operator.iand,
-            operator.ior,
-            operator.ixor,
-            operator.imatmul,
-        ),
-    }
+    getattr(operator, name)
+    for name in "setitem iadd isub imul itruediv ifloordiv imod ipow ilshift irshift iand ior ixor imatmul".split()
 )
 _IN_PLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS)
 _CALLS = frozenset({"call_function", "call_method", "call_module"})
@@ -88,7 +77,7 @@ def is_random(node: fx.Node, module: nn.Module) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = str(key_of(node.target)).removesuffix("_with_indices")
-    if name in _RANDOM_IN_TRAINING:
+    if draws_in_training(node):
         place, default = _RANDOM_IN_TRAINING[name]
         default = default or node.target is torch.dropout
         named = node.kwargs.get("training", node.kwargs.get("train", default))
@@ -96,6 +85,11 @@ def is_random(node: fx.Node, module: nn.Module) -> bool:
     if name == "scaled_dot_product_attention":
         return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0))
     return name in _RANDOM
+
+
+def draws_in_training(node: fx.Node) -> bool:
+    """Whether a node calls a function that is random where it is told that this is training (``F.dropout``)."""
+    return node.op in ("call_function", "call_method") and str(key_of(node.target)) in _RANDOM_IN_TRAINING
 
 
 def is_relu(module: nn.Module, node: fx.Node) -> bool:
@@ -280,11 +274,16 @@ def new_parameter(module: fx.GraphModule, node: fx.Node, name: str, value: Tenso
         return module.graph.get_attr(target)
 
 
+def drop_dead_nodes(graph: fx.Graph, module: nn.Module) -> None:
+    """Erase the nodes that nobody uses and that have no effect; ``module`` holds what they name."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not has_effect(node, module):
+            graph.erase_node(node)
+
+
 def drop_dead_code(module: fx.GraphModule) -> None:
     """Erase the nodes that nobody uses and that have no effect, and the modules that no node calls then."""
-    for node in reversed(list(module.graph.nodes)):
-        if not node.users and not has_effect(node, module):
-            module.graph.erase_node(node)
+    drop_dead_nodes(module.graph, module)
     module.delete_all_unused_submodules()
     module.recompile()
 

@@ -134,13 +134,14 @@ class _Place:
     def __init__(self, point: MergePoint) -> None:
         self.node = point.node
         self.axes = point.axes
-        self.pooled = point.pooled
+        self.pooled, self.mixed = point.pooled, point.mixed
         self.index = point.index.cpu()
-        self.size, self.copies = self.index.shape
+        self.size = len(self.index)
+        self.copies = 1 if self.mixed else self.index.shape[1]
         self.needed = int(self.index.max()) + 1 if self.index.numel() else 0
         self.first = int(self.index[0, 0]) if self.index.numel() else 0
         span = torch.arange(self.first, self.first + self.size)
-        self.is_range = self.copies == 1 and torch.equal(self.index[:, 0], span)
+        self.is_range = self.index.shape[1] == 1 and torch.equal(self.index[:, 0], span)
 
 
 class _ChannelView:
@@ -157,15 +158,18 @@ class _ChannelView:
                 f"the activation at node {place.node!r} has shape {tuple(tensor.shape)}, which lacks axes of {axes}"
             )
         if place.pooled:
-            tensor = tensor.mean(place.pooled, keepdim=True)
+            tensor = _summary(tensor, place.pooled)
         front = tensor.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
         if place.needed > len(front):
             raise CalibrationError(
                 f"the activation at node {place.node!r} has shape {tuple(tensor.shape)}: {len(front)} "
                 f"channels on axes {axes}, at least {place.needed} expected"
             )
+        if place.mixed:
+            index = place.index.to(tensor.device)
+            front = _summary(front[index.flatten()].unflatten(0, index.shape), (1,))
         rows = _as_grid(front)
-        self.index = None if place.is_range else place.index.to(tensor.device)
+        self.index = None if place.is_range or place.mixed else place.index.to(tensor.device)
         self.rows = rows.narrow(0, place.first, place.size) if place.is_range else rows
 
     def flatten(self) -> None:
@@ -183,6 +187,17 @@ class _ChannelView:
         if self.index is not None:
             part = part[self.index.flatten()].unflatten(0, self.index.shape).flatten(1, 2)
         torch.sub(part, shift[:, None, None], out=out.unflatten(1, part.shape[1:]))
+
+
+def _summary(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """What does not depend on the order along axes, side by side on the first of them, of size 2; the others are of 1.
+
+    The mean, and the root of the mean square: means of opposite values (differences of halves, what a norm has centred)
+    cancel, so that nothing but rounding would be left to match by.
+    """
+    count = math.prod(tensor.shape[axis] for axis in axes)
+    size = torch.linalg.vector_norm(tensor, dim=axes, keepdim=True) / math.sqrt(max(count, 1))
+    return torch.cat([tensor.mean(axes, keepdim=True), size], axes[0])
 
 
 def _as_grid(front: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ def build_report(
     parts = fitted.parts
     spec, modules = prepared.spec, prepared.alignment.modules
     args, kwargs = with_batch_size(*spec.example, 1)
+    counts = prepared.places.counts  # raises where a model does not run on one
     trunk, crossing = measure_cost(parts.trunk, args, kwargs)
     heads = dict(zip(prepared.names, parts.heads, strict=True))
 
@@ -57,9 +58,7 @@ def build_report(
         spaces=tuple(_row(prepared, space.name, maps[space.name]) for space in spec.spaces if space.name in maps),
         frozen=tuple(f"{space.name} ({space.size}): {space.reason}" for space in spec.frozen),
         coverage=spec.coverage,
-        before=tuple(
-            Cost(_params(module), counts.total) for module, counts in zip(modules, prepared.places.counts, strict=True)
-        ),
+        before=tuple(Cost(_params(module), counts.total) for module, counts in zip(modules, counts, strict=True)),
         trunk=trunk,
         heads=tuple(measure_cost(head, crossing, {})[0] for head in heads.values()),
         recalibrated=fitted.recalibrated,

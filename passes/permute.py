@@ -83,14 +83,17 @@ def _moved(tensor: Tensor, site: Site, order: Tensor) -> Tensor:
     """The parameter with one site's channels moved."""
     index = site.index.to(tensor.device)
     if site.rows is None:
-        source = tensor.index_select(site.axis, index[order].reshape(-1))
-        return tensor.index_copy(site.axis, index.reshape(-1), source)
+        return _arranged(tensor, site.axis, index, index[order])
     result = tensor.clone()
     width = len(index) // len(site.rows)
     for block, rows in enumerate(site.rows.to(tensor.device)):
         here = slice(block * width, (block + 1) * width)
-        part = tensor[rows]
-        result[rows] = part.index_copy(
-            site.axis, index[here].reshape(-1), part.index_select(site.axis, index[order[here]].reshape(-1))
-        )
+        result[rows] = _arranged(tensor[rows], site.axis, index[here], index[order[here]])
     return result
+
+
+def _arranged(tensor: Tensor, axis: int, places: Tensor, sources: Tensor) -> Tensor:
+    """The tensor with what lies at ``sources`` of an axis at ``places``; the rest where it was."""
+    whole = torch.arange(tensor.shape[axis], device=tensor.device)
+    whole[places.reshape(-1)] = sources.reshape(-1)
+    return tensor.index_select(axis, whole)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, fx
 
-from fxzip.channels import ChannelSpace, ChannelSpec, MergePoint
+from fxzip.channels import ChannelSpace, ChannelSpec, Located, MergePoint
 from fxzip.errors import OptionError
 from fxzip.rules import kind_of, target_of
 
@@ -83,8 +85,37 @@ def _origin(module: fx.GraphModule, node: fx.Node, space: ChannelSpace, spec: Ch
         node, place = sources[0]
     assert place is not None
     axes, index = place
-    other = {a for _, found, _ in spec.locate(node.name) if not set(found) & set(axes) for a in found}
-    return MergePoint(node.name, axes, index, tuple(sorted(other)))
+    others = [other for other in spec.locate(node.name) if other[2] is not index]  # it may lie along two axes itself
+    pooled = {axis for _, found, _ in others for axis in found if axis not in axes}
+    factors = spec.layout.factors[node.name]
+    sizes = [max(factor.shape[axis] for factor in factors) for axis in range(factors[0].dim())]
+    return MergePoint(node.name, axes, index, tuple(sorted(pooled)), _mixed(axes, index, sizes, others))
+
+
+def _mixed(axes: Sequence[int], index: Tensor, sizes: Sequence[int], others: Sequence[Located]) -> bool:
+    """Whether copies of one channel lie at different channels of another space, along axes that the two share.
+
+    Args:
+        axes: Where the channels lie.
+        index: Their places in the product of these axes, (channels, copies).
+        sizes: Of all axes of the node's output.
+        others: The other spaces there.
+    """
+    for space, found, where in others:
+        shared = [axis for axis in axes if axis in found]
+        channel = torch.full([math.prod(sizes[axis] for axis in found)], -1)
+        channel[where] = torch.arange(space.size)[:, None]
+        grid = channel.reshape([sizes[axis] for axis in found]).permute(
+            [found.index(axis) for axis in (*shared, *(axis for axis in found if axis not in shared))]
+        )
+        sets = grid.reshape(math.prod(grid.shape[: len(shared)]), -1).sort(1).values  # along the rest it is pooled
+        number = torch.where((sets >= 0).any(1), sets.unique(dim=0, return_inverse=True)[1], -1)
+        spread = number.reshape([sizes[axis] if axis in shared else 1 for axis in axes])
+        here = spread.expand([sizes[axis] for axis in axes]).reshape(-1)[index]
+        first = here.amax(1, keepdim=True)
+        if bool(((here != first) & (here >= 0)).any()):
+            return True
+    return False
 
 
 def _place(node: fx.Node, space: ChannelSpace, spec: ChannelSpec) -> tuple[tuple[int, ...], Tensor] | None:

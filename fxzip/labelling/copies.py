@@ -35,6 +35,8 @@ class Copies:
         kinds: Where each pair met; (pairs,).
         inside: Labels that lie in blocks, and the label and the class of the block; (pairs, 3).
         relations: The number of each pair's relation; (pairs,).
+        held: Classes of which labels lie in blocks that are among the labels, the block's label, and the relation;
+            (pairs, 3).
     """
 
     labels: Ints
@@ -44,11 +46,11 @@ class Copies:
     kinds: Ints
     inside: Ints
     relations: Ints
+    held: Ints
 
     @classmethod
-    def of(cls, graph: LabelGraph, of: Ints, free: NDArray[np.bool_], marks: Sequence[tuple[Ints, Ints]]) -> Copies:
-        """From a graph; ``marks`` are (labels, keys), ``free`` says which classes may move."""
-        labels = _several(graph, of, free)
+    def of(cls, graph: LabelGraph, of: Ints, labels: Ints, marks: Sequence[tuple[Ints, Ints]]) -> Copies:
+        """From a graph; ``labels`` are `ambiguous` ones, ``marks`` are (labels, keys)."""
         number = np.full(len(of), -1)
         number[labels] = np.arange(len(labels))
         total = np.zeros(len(labels), dtype=np.int64)
@@ -56,12 +58,15 @@ class Copies:
             here = number[owners]
             np.add.at(total, here[here >= 0], scrambled(keys[here >= 0]))
         ends, kinds = _meetings(graph, number)
-        inside, relations = _insides(graph, of, number)
-        return cls(labels, of[labels], total, ends, kinds, inside, relations)
+        inside, relations, held = _insides(graph, of, number)
+        return cls(labels, of[labels], total, ends, kinds, inside, relations, held)
 
     def label_colours(self, of_class: Ints) -> Ints:
         """A colour for each label, given the colours of all classes: no two labels of a class have the same."""
-        colour = self._refined(self.marks + scrambled(of_class[self.classes]), of_class)
+        marks = self.marks + scrambled(of_class[self.classes])
+        child, block, relation = self.held.T
+        np.add.at(marks, block, scrambled(of_class[child] ^ scrambled(relation)))
+        colour = self._refined(marks, of_class)
         for _ in range(_ROUNDS):
             alike = self._alike(colour)
             if not len(alike):
@@ -72,6 +77,11 @@ class Copies:
         alike = self._alike(colour, all_of_them=True)
         colour[alike] = scrambled(colour[alike] + self.labels[alike])
         return colour
+
+    def by_block(self, by_label: Ints) -> tuple[Ints, Ints]:
+        """Marks of classes: which copy of a block, by the colours of labels, what is in it lies in."""
+        child, block, relation = self.held.T
+        return child, by_label[block] ^ scrambled(relation)
 
     def _alike(self, colour: Ints, all_of_them: bool = False) -> Ints:
         """The first label, in each class that has two of one colour, of those that have; or all such labels."""
@@ -94,8 +104,8 @@ class Copies:
         return colour
 
 
-def _several(graph: LabelGraph, of: Ints, free: NDArray[np.bool_]) -> Ints:
-    """The labels of the classes that hold several labels of one origin, and may move."""
+def ambiguous(graph: LabelGraph, of: Ints, free: NDArray[np.bool_]) -> Ints:
+    """The labels of the classes that hold several labels of one origin, and may move; ``free`` says which do."""
     begins = np.array(graph.origins, dtype=np.int64)
     origin = np.repeat(np.arange(len(begins)), np.diff(begins, append=len(of)))
     keys = np.sort(of[FIRST:] * max(len(begins), 1) + origin)
@@ -117,16 +127,18 @@ def _meetings(graph: LabelGraph, number: Ints) -> tuple[Ints, Ints]:
     return ends, scrambled(scrambled(scrambled(call) + ranks[0]) + ranks[1])
 
 
-def _insides(graph: LabelGraph, of: Ints, number: Ints) -> tuple[Ints, Ints]:
-    found, relations = [np.zeros((0, 3), dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+def _insides(graph: LabelGraph, of: Ints, number: Ints) -> tuple[Ints, Ints, Ints]:
+    found, held, relations = [np.zeros((0, 3), dtype=np.int64)], [np.zeros((0, 3), dtype=np.int64)], []
     known: dict[str, int] = {}
     for relation, children, blocks in graph.parents if (number >= 0).any() else ():
-        child, block = number[children.numpy()], blocks.numpy()
-        here = child >= 0
-        if here.any():
-            found.append(np.stack([child[here], number[block[here]], of[block[here]]], 1))
-            relations.append(np.full(int(here.sum()), known.setdefault(relation, len(known))))
-    return np.concatenate(found), np.concatenate(relations)
+        inside, around = children.numpy(), blocks.numpy()
+        this = known.setdefault(relation, len(known))
+        here = number[inside] >= 0
+        found.append(np.stack([number[inside], number[around], of[around]], 1)[here])
+        relations += [this] * int(here.sum())
+        here = number[around] >= 0
+        held.append(np.stack([of[inside], number[around], np.full(len(inside), this)], 1)[here])
+    return np.concatenate(found), np.array(relations, dtype=np.int64), np.unique(np.concatenate(held), axis=0)
 
 
 def occurrences(keys: Ints) -> Ints:

@@ -32,8 +32,8 @@ def along(graph: LabelGraph, value: Labelled, axis: int) -> Tensor | None:
     if len(found) < 2:
         return found[0] if found else None
     labels = graph.fresh(value.shape[axis])
-    for other in found:
-        graph.nest(f"product:{int(labels[0])}:{int(other.amax())}", labels, other)
+    for side, other in enumerate(found):  # the same labels may be on both: a channel by itself is no pair of two
+        graph.nest(f"product:{int(labels[0])}:{side}", labels, other)
     _, which = torch.stack(found, 1).unique(dim=0, return_inverse=True)
     graph.place(f"{graph.node}:product", labels, occurrences(which))  # of one product each is a position of its own
     return labels

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fxzip.labelling.copies import Copies, scrambled
+from fxzip.labelling.copies import Copies, ambiguous, scrambled
 from fxzip.labelling.labels import LabelGraph
 
 Ints = NDArray[np.int64]
@@ -35,31 +35,23 @@ def colours(graph: LabelGraph, of: Ints, reason: Ints, nests: Mapping[str, Ints]
     """
     count = len(reason)
     frozen = np.flatnonzero(reason)
-    axes, sets = _axes(graph), _sets(graph, of)
+    labels = ambiguous(graph, of, reason == 0)
+    axes, sets = _axes(graph), _sets(graph, of, labels)
     first = (frozen, -1 - frozen)
     colour = _stable(_recolour(count, [first, (of[axes[0]], axes[1]), _by_class(of, *sets)]), nests)
-    copies = Copies.of(graph, of, reason == 0, [axes, sets[:2]])
-    while len(copies.labels):
+    copies = Copies.of(graph, of, labels, [axes, sets[:2]])
+    while len(labels):
         by_label = copies.label_colours(colour)
-        if not _apart(colour, copies.classes, by_label):
+        marks = [(np.arange(count), colour), (copies.classes, by_label), copies.by_block(by_label)]
+        finer = _recolour(count, marks)
+        if finer.max(initial=0) == colour.max(initial=0):
             break
-        colour = _stable(_recolour(count, [(np.arange(count), colour), (copies.classes, by_label)]), nests)
+        colour = _stable(finer, nests)
     order = colour[of]
     if len(copies.labels):
         order[copies.labels] = by_label  # random numbers of 64 bits: none is that of a class
         order = _numbered(order)
     return _numbered(colour), order
-
-
-def _apart(colour: Ints, classes: Ints, by_label: Ints) -> bool:
-    """Whether classes of one colour have labels of different colours."""
-    total = np.zeros(len(colour), dtype=np.int64)
-    np.add.at(total, classes, scrambled(by_label))
-    meant = np.zeros(int(colour.max(initial=0)) + 1, dtype=bool)
-    meant[colour[classes]] = True
-    members = np.flatnonzero(meant[colour])
-    order = members[np.lexsort((total[members], colour[members]))]
-    return bool(((np.diff(colour[order]) == 0) & (np.diff(total[order]) != 0)).any())
 
 
 def _numbered(colour: Ints) -> Ints:
@@ -90,10 +82,10 @@ def _axes(graph: LabelGraph) -> tuple[Ints, Ints]:
     return np.concatenate([np.zeros(0, dtype=np.int64), *owners]), np.repeat(numbers, [len(o) for o in owners])
 
 
-def _sets(graph: LabelGraph, of: Ints) -> tuple[Ints, Ints, Ints]:
+def _sets(graph: LabelGraph, of: Ints, apart: Ints) -> tuple[Ints, Ints, Ints]:
     """The labels that nodes treat as one set or keep at places, odd numbers for these, and the number of the set."""
     fixed = [(node, labels.numpy(), where.numpy()) for node, labels, where in graph.places]
-    placed = [*fixed, *_copies(graph, of)]
+    placed = [*fixed, *_copies(graph, of, apart)]
     used = [(node, labels.numpy()) for node, labels in graph.uses]
     names = [*((node, "use") for node, _ in used), *((node, "place") for node, _, _ in placed)]
     numbers = {name: 2 * number + 1 for number, name in enumerate(dict.fromkeys(names))}
@@ -122,14 +114,20 @@ def _by_class(of: Ints, labels: Ints, keys: Ints, sets: Ints) -> tuple[Ints, Int
     return np.concatenate(classes), np.concatenate(key)
 
 
-def _copies(graph: LabelGraph, of: Ints) -> Iterator[tuple[str, Ints, Ints]]:
+def _copies(graph: LabelGraph, of: Ints, apart: Ints) -> Iterator[tuple[str, Ints, Ints]]:
     """For relations in which a block has several copies: channels, and the number of the copy that each lies in.
 
-    A channel of one copy of a block (a row of an attention map, say) never goes to another one.
+    A channel of one copy of a block (a row of an attention map, say) never goes to another one. Copies of different
+    origins are numbered as these are; which of one origin correspond, `Copies` finds for the labels ``apart``.
     """
     found: dict[str, list[tuple[Ints, Ints]]] = {}
+    named = np.zeros(len(of), dtype=bool)
+    named[apart] = True
     for relation, children, blocks in graph.parents:
-        found.setdefault(relation, []).append((children.numpy(), blocks.numpy()))
+        inside, around = children.numpy(), blocks.numpy()
+        plain = ~named[around]
+        if plain.any():
+            found.setdefault(relation, []).append((inside[plain], around[plain]))
     for relation, parts in found.items():
         inside, around = (np.concatenate(side) for side in zip(*parts, strict=True))
         known, at = np.unique(around, return_inverse=True)

@@ -88,8 +88,9 @@ def native_dropout(ctx: RuleContext, input: Labelled, p: float, train: bool) -> 
 
 
 @register_rule("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full")
+@register_rule("rand_like", "randn_like", "randint_like")
 def constant(ctx: RuleContext, *args: Any, **kwargs: Any) -> Labelled:
-    """A constant of one value."""
+    """A constant of one value, or noise: in another order it is the same."""
     return Labelled(ctx.shape, uniform=True)
 
 

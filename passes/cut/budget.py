@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +90,16 @@ def count(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]
     """
     args, kwargs = with_batch_size(*example, 1)
     counting = _Counting(module)
+    with on_one_sample(), torch.no_grad():
+        counting.run(*bind_inputs(module, args, kwargs).values())
+    return counting.counts
+
+
+@contextmanager
+def on_one_sample() -> Iterator[None]:
+    """Where a model runs on a batch of one, as it must; raises TraceError where it does not."""
     try:
-        with torch.no_grad():
-            counting.run(*bind_inputs(module, args, kwargs).values())
+        yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -99,7 +107,6 @@ def count(module: fx.GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]
             "the model fails on a batch of 1, on which its operations are counted: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
-    return counting.counts
 
 
 def cost_of_cuts(alignment: Alignment, places: Sequence[int], counts: Sequence[Counts]) -> dict[int, float]:

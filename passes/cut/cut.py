@@ -139,7 +139,10 @@ def _ends(alignment: Alignment, spec: ChannelSpec) -> Iterator[tuple[int, str]]:
         of = {names[model]: i for i, names in enumerate(alignment.shared)}
         for node in classifiers(module):
             if node.name in of:
-                yield of[node.name], f"the classifiers begin at {node.target}"
+                yield (
+                    of[node.name],
+                    f"the classifiers begin at {node.target if node.op == 'call_module' else node.name}",
+                )
     for i, names in enumerate(alignment.shared):
         node = alignment.nodes[0][names[0]]
         if _cannot_be_merged(alignment.modules[0], node, spec):

@@ -58,7 +58,8 @@ class Places:
             raise CutError(f"no layer comes before the place where the heads begin: {self.cuts.reason}")
         if layers and not self.spaces(span):
             frozen = "; ".join(f"{f.name}: {f.reason}" for f in self.spec.frozen[:3])
-            raise CutError(f"cut={cut!r}: the layers before it share no channel space that can be merged; {frozen}")
+            why = frozen or "each channel there has a place of its own, so that none can stand for another"
+            raise CutError(f"cut={cut!r}: the layers before it share no channel space that can be merged; {why}")
         return span
 
     def _begin(self, start: Cut) -> int:

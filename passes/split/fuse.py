@@ -250,11 +250,12 @@ class Mixing:
         if self.target is None:
             assert self.matrix is not None
             return self.matrix.to(rows) @ rows
-        result = torch.zeros(self.size, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
         target = self.target.to(rows.device)
-        if self.scale is None:
-            return result.index_add_(0, target, rows)
-        if bool((self.scale == self.scale[0]).all()):
-            return result.index_add_(0, target, rows, alpha=float(self.scale[0]))
-        scale = self.scale.to(rows).reshape(-1, *[1] * (rows.dim() - 1))
-        return result.index_add_(0, target, rows * scale)
+        alpha = 1.0 if self.scale is None else float(self.scale[0])
+        if self.scale is not None and not bool((self.scale == alpha).all()):
+            rows, alpha = rows * self.scale.to(rows).reshape(-1, *[1] * (rows.dim() - 1)), 1.0
+        if len(target) == self.size and len(target.unique()) == self.size:  # each goes to a row of its own
+            moved = rows.index_select(0, target.argsort())
+            return moved if alpha == 1 else moved.mul_(alpha)
+        result = torch.zeros(self.size, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+        return result.index_add_(0, target, rows, alpha=alpha)

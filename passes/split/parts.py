@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx
 
-from fxzip.graphs import drop_dead_code
+from fxzip.graphs import drop_dead_nodes
 
 
 def part(
@@ -24,8 +24,7 @@ def part(
     holder = copy.copy(root) if buffers else root
     for key, tensor in (buffers or {}).items():
         holder.register_buffer(key, tensor)
-    module = fx.GraphModule(holder, graph, class_name=name)
-    drop_dead_code(module)
-    result = copy.deepcopy(fx.GraphModule(module, module.graph, class_name=name))
+    drop_dead_nodes(graph, holder)
+    result = copy.deepcopy(fx.GraphModule(holder, graph, class_name=name))
     result.graph.lint()
     return result.eval()

@@ -47,7 +47,8 @@ def untie(trunk: fx.GraphModule, spec: ChannelSpec) -> dict[str, Untied]:
         for parameter, roles in by_parameter.items():
             tensor = trunk.get_parameter(parameter)
             found |= dict.fromkeys(_replace(trunk, node, tensor), Untied(parameter, roles))
-    trunk.recompile()
+    if found:
+        trunk.recompile()
     return found
 
 

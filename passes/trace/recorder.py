@@ -150,7 +150,8 @@ class GraphRecorder(GraphWriter, TorchFunctionMode):
 
     def _is_made(self, module: nn.Module) -> bool:
         """Whether a tensor of a leaf was set or written to during the run, by a hook for one: then it is no leaf."""
-        tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        own = (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
+        tensors = [t for t in own if isinstance(t, Tensor)]
         if any(isinstance(t, FakeTensor) for t in tensors):
             return True
         memory = self._memories

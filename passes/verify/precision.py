@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, fx
 
+from fxzip.passes.verify.chance import hold_still
+
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 2e-3, torch.float16: 1e-1, torch.bfloat16: 3e-1}
 """How far two orders of the same sums may be apart, through all layers, as a share of the outputs' largest value."""
 COPIES = 3
 """Networks that a check holds beside the user's: one to compare with, its permuted copy, and what is merged of both."""
 CHANGE = 0.05
 """By how much parameters and statistics are changed, as a share of their size."""
+PERIOD = 65_521
+"""How many random numbers are drawn for one parameter: a prime, so that the rows of no matrix begin alike."""
 SMALLEST = 1e-2
 """What is added to a parameter of zeros."""
 
@@ -36,8 +40,9 @@ class Precision:
         return value.to(self.dtype) if wide else value
 
     def copied(self, module: fx.GraphModule) -> fx.GraphModule:
-        """A copy of a network in this dtype, on which nothing depends."""
+        """A copy of a network in this dtype, on which nothing depends, and which draws no random numbers."""
         copied = copy.deepcopy(module).eval()
+        hold_still(copied)
         if self.dtype is None:
             return copied
         own = {p.dtype for p in module.parameters() if p.is_floating_point()}
@@ -62,7 +67,10 @@ class Precision:
 
 
 def _noise(like: Tensor, generator: Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like)
+    """Random numbers of a shape; large ones repeat themselves, after so many that no two channels get the same."""
+    count = like.numel()
+    drawn = torch.randn(min(count, PERIOD), generator=generator).to(like.device, like.dtype)
+    return drawn.repeat(-(-count // PERIOD))[:count].reshape(like.shape)
 
 
 def precision_for(module: fx.GraphModule) -> Precision:

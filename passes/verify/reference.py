@@ -70,8 +70,10 @@ class _Watching(fx.Interpreter):
 
 
 def run(module: nn.Module, inputs: Sequence[Any]) -> Any:
-    """What a network gives, without gradients; it gets tensors of its own."""
-    with torch.no_grad():
+    """What a network gives, without gradients, and with the same random numbers always; it gets tensors of its own."""
+    devices = sorted({t.device.index for t in tensors_in(inputs) if t.is_cuda})
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
         return module(*pytree.tree_map_only(Tensor, Tensor.clone, tuple(inputs)))
 
 

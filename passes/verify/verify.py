@@ -28,7 +28,7 @@ from fxzip.data.batches import Inputs, with_batch_size
 from fxzip.errors import FrozenSpaceWarning, VerificationError
 from fxzip.graphs import bind_inputs
 from fxzip.passes.align import Alignment
-from fxzip.passes.cut import MergePlan
+from fxzip.passes.cut import MergePlan, on_one_sample
 from fxzip.passes.permute import permute, random_permutations
 from fxzip.passes.split import split
 from fxzip.passes.verify.freeze import without_spaces
@@ -200,6 +200,7 @@ def ensemble_error(alignment: Alignment, spec: ChannelSpec, example: Inputs, pla
     """How far the heads behind an empty trunk are off the models, in the models' own dtype.
 
     Raises:
+        TraceError: A model does not run on a batch of one.
         VerificationError: They are off by more than rounding.
 
     Args:
@@ -208,12 +209,14 @@ def ensemble_error(alignment: Alignment, spec: ChannelSpec, example: Inputs, pla
         example: Inputs (args, kwargs).
         place: The first valid cut, before which there is nothing but the inputs.
     """
-    args, kwargs = with_batch_size(*example, SAMPLES)
+    args, kwargs = with_batch_size(*example, 1)  # nothing is merged, so that one sample tells
     parts = split(MergePlan(alignment, spec, {}, 0, place))
     worst = 0.0
     for module, head in zip(alignment.modules, parts.heads, strict=True):
         inputs = tuple(bind_inputs(module, args, kwargs).values())
-        worst = max(worst, error_of(run(module, inputs), run(head, run(parts.trunk, inputs))))
+        with on_one_sample():
+            wanted = run(module, inputs)
+        worst = max(worst, error_of(wanted, run(head, run(parts.trunk, inputs))))
     if not worst <= own_precision(alignment.modules[0]).tolerance:
         raise VerificationError(f"the models' heads behind an empty trunk are off by {worst:.1e} of their outputs")
     return worst

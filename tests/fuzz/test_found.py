@@ -72,6 +72,31 @@ PERMUTED = {
         v1[:, :4] = v0[:, :4]
         return m.c(m.b(v1))
     """,
+    "a product of a value and of another function of it": """
+        x: (3, 6, 6)
+        m.a = nn.Conv2d(3, 3, 1)
+        m.b = nn.Linear(9, 4)
+        v0 = m.a(x).flatten(2)
+        return m.b((v0 @ F.relu(v0).mT).flatten(1))
+    """,
+    "a product of the copies of channels": """
+        x: (3, 6, 6)
+        m.a = nn.Conv2d(3, 6, 1)
+        m.b = nn.Linear(36, 4)
+        v0 = m.a(x).flatten(2)
+        v1 = torch.cat([v0[:, :3], v0[:, :3] + v0[:, 3:]], 1)
+        return m.b((v1 @ v1.mT).flatten(1))
+    """,
+    "groups that read copies of channels in another order": """
+        x: (4, 6)
+        m.a = nn.Conv1d(4, 5, 1)
+        m.b = nn.Conv1d(5, 10, 1, groups=5)
+        m.c = nn.Linear(5, 3)
+        m.d = nn.Linear(10, 4)
+        v0 = torch.cat(m.a(x).tanh().chunk(2, 1)[::-1], 1)
+        v1 = v0[:, [0, 2, 1, 4, 3]]
+        return m.c(torch.addcmul(v1, v1, v0).mean(2)), m.d(m.b(v1).sigmoid().mean(2))
+    """,
 }
 MERGED = {
     "tokens and channels on one axis": """
@@ -116,6 +141,37 @@ SELECTED = {
 }
 
 
+MATCHED = {
+    "means over the channels of another space that cancel": """
+        x: (3, 4, 4)
+        m.a = nn.Conv2d(3, 6, 1)
+        m.b = nn.Linear(16, 5)
+        m.c = nn.Linear(6, 2)
+        v0 = m.b(m.a(x).flatten(2)).sigmoid()
+        v1 = v0 - torch.cat(v0.chunk(2, 1)[::-1], 1)
+        return m.c(v1.mean(2))
+    """,
+    "copies that lie at the channels of another space": """
+        x: (2, 3, 6)
+        m.a = nn.Linear(6, 5)
+        m.b = nn.Parameter(torch.randn(2, 8))
+        m.c = nn.Linear(3, 3)
+        v0 = torch.einsum("bctu,co->btuo", m.a(x).sin(), m.b)
+        v0.select(1, 0).sin_()
+        return m.c(v0.mean((2, 3)))
+    """,
+    "a space that lies along two axes": """
+        x: (6,)
+        m.a = nn.Linear(6, 5)
+        m.b = nn.Parameter(torch.randn(5, 5))
+        m.c = nn.Linear(5, 4)
+        v0 = m.a(x)
+        v1 = v0[:, :, None] * F.relu(v0)[:, None] + m.b
+        return m.c(v1.tanh().sum(2))
+    """,
+}
+
+
 def outcome_of(text: str, only: str | None = None, extras: tuple[str, ...] = ()) -> Outcome:
     """What the oracles find of a program."""
     with warnings.catch_warnings():
@@ -155,9 +211,27 @@ def test_channels_that_are_kept_make_up_the_network_again(name: str) -> None:
     assert "select" not in outcome.refused
 
 
-def test_a_model_that_cannot_run_on_one_sample_is_refused() -> None:
+@pytest.mark.parametrize("name", MATCHED)
+def test_channels_are_matched_by_what_tells_them_apart(name: str) -> None:
+    """By `convert` on images: the merge with a permuted copy is the network."""
+    outcome = outcome_of(MATCHED[name])
+    assert not outcome.findings
+    assert not outcome.frozen
+    assert "convert cut=None" not in outcome.refused
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "return m.a(x) + m.b(m.a(x))",  # in the heads
+        "return m.c(m.b(m.a(x)).tanh())",  # in the trunk
+    ],
+)
+def test_a_model_that_cannot_run_on_one_sample_is_refused(steps: str, verify: bool) -> None:
     """Its costs cannot be counted."""
-    outcome = outcome_of("x: (4,)\nm.a = nn.Linear(4, 6)\nm.b = nn.GroupNorm(6, 6)\nreturn m.a(x) + m.b(m.a(x))")
+    text = "x: (4,)\nm.a = nn.Linear(4, 6)\nm.b = nn.GroupNorm(6, 6)\nm.c = nn.Linear(6, 3)\n"
+    outcome = Check(Program.parse(text + steps), Random(0), verify=verify).run()
     assert not outcome.findings
     assert any("a batch of 1" in text for text in outcome.refused.values())
 

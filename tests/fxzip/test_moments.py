@@ -145,6 +145,29 @@ def test_copies_are_samples_and_points_are_pooled() -> None:
     assert_moments(observer.moments, picked.double().numpy())
 
 
+def test_channels_of_other_spaces_count_by_mean_and_size() -> None:
+    """Whatever their order, and where their means cancel, too."""
+    generator = torch.Generator().manual_seed(8)
+    maps = [torch.randn(6, 4, 5, 3, generator=generator) for _ in range(2)]
+    own = torch.arange(4)[:, None]
+    observer = Observer(
+        2, MergePoint("pooled", (1,), own, (2,)), MergePoint("mixed", (1, 2), torch.arange(20).view(4, 5), (), True)
+    )
+    observer(0, *maps)
+    mean, size = (
+        torch.cat([f(a) for a in maps], 1) for f in (lambda a: a.mean(2), lambda a: a.square().mean(2).sqrt())
+    )
+    wanted = torch.stack([mean, size]).permute(0, 1, 3, 2).flatten(0, 2).double().numpy()
+    assert_moments(observer.moments, wanted)
+    observer(1, *(a[:, :, torch.randperm(5, generator=generator)] for a in maps))
+    assert_moments(observer.moments, np.concatenate([wanted, wanted]))
+
+    opposed = [torch.cat([a, -a], 2) for a in maps]
+    observer = Observer(2, MergePoint("pooled", (1,), own, (2,)))
+    observer(0, *opposed)
+    assert not observer.moments.dead.any()
+
+
 def test_combine_is_the_whole_and_select_a_part() -> None:
     batches = draw(8)
     parts = []

@@ -275,7 +275,7 @@ FREE: dict[str, tuple[float, int]] = {
     "flattened: a learned map beside": (0.243, 35),
     "flattened: a learned map alone": (0.958, 7),
     "flattened: distances": (0.995, 11),
-    "flattened: distances of all": (0.312, 17),
+    "flattened: distances of all": (0.108, 7),
     "flattened: outer": (0.58, 4),
     "padded: pad first": (0.991, 6),
     "padded: pad last": (0.991, 6),

@@ -165,3 +165,54 @@ def test_a_graph_without_writes_is_left_as_it_is() -> None:
 def test_a_view_that_is_not_known_is_named() -> None:
     with pytest.raises(TraceError, match="unfold"):
         trace(Net(lambda y: (y.unfold(2, 2, 2).mul_(2), y)[1]).eval(), (X,))
+
+
+class Shared(nn.Module):
+    """Two tensors of one memory, of which one is written to, and the other is read before that or after it."""
+
+    def __init__(self, is_buffer: bool, late: bool) -> None:
+        super().__init__()
+        self.late = late
+        self.fc = nn.Linear(6, 6).double()
+        self.register_buffer("whole", torch.zeros(4, 6, dtype=torch.float64))
+        part = self.whole[1:]  # type: ignore[index]
+        if is_buffer:
+            self.register_buffer("part", part)
+        else:
+            self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x) + (0 if self.late else self.part[0])
+        self.whole.add_(1)  # type: ignore[operator]
+        return y + (self.part[0] if self.late else 0)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("is_buffer", [True, False])
+def test_memory_that_is_shared_behind_the_graph_s_back_is_refused(is_buffer: bool, late: bool) -> None:
+    """No node takes the view, so what it looks at after the write is not known."""
+    with pytest.raises(TraceError, match=r"shares memory with a tensor that was written to|memory that is shared"):
+        trace(Shared(is_buffer, late).eval(), (X,))
+
+
+class Views(nn.Module):
+    """A value, a view of it, and a view of that, each used after all that was written through the others."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x * 2
+        view = y.view(y.shape[0], -1)
+        part = view[:, 1:5]
+        before = part + 0
+        y.mul_(3)
+        between = part + 0
+        part.sub_(1)
+        y[:, 0] = view[:, :6] + part.sum(1, keepdim=True)
+        return before, between, part, view, y
+
+
+def test_each_read_sees_all_writes_before_it_and_none_behind() -> None:
+    graph_module = trace(Views(), (X,))
+    for found, wanted in zip(graph_module(X), Views()(X), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    # A view whose memory was not written to since is read as it is, and not taken again.
+    assert graph_module.code.count(".view(") == 3

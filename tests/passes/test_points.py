@@ -121,3 +121,19 @@ def test_the_channels_of_another_space_are_no_samples() -> None:
     (point,) = found["down"]
     assert (point.axes, point.pooled) == ((2,), (1,))
     assert max(self_zip_errors(net, X).values()) < TOLERANCE
+
+
+def test_copies_of_a_channel_at_those_of_another_space_are_no_samples_either() -> None:
+    """Of two tokens only the first is changed, so the channels lie along three axes with those of the other space."""
+
+    def outer(m: Net, x: Tensor) -> Tensor:
+        value = m.a(x.flatten(2).transpose(1, 2)[:, :2]).sin()[..., None] * m.b.weight
+        value[:, 0] = value[:, 0].sin()
+        return m.head(value.amax((2, 3)))
+
+    net = randomise(Net(outer, a=nn.Linear(3, 5), b=nn.Linear(8, 1), head=nn.Linear(2, 3)), X)
+    prepared = fxzip.prepare(net, net, example_inputs=X)
+    found = merge_points(prepared.alignment.modules[0], prepared.spec, prepared.alignment.trunk_names(0))
+    (point,) = found["b"]
+    assert (point.axes, point.index.shape, point.mixed) == ((1, 2, 3), (8, 5), True)
+    assert max(self_zip_errors(net, X).values()) < TOLERANCE

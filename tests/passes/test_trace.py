@@ -282,6 +282,14 @@ def compile_forward(model: nn.Module) -> None:
     model.forward = torch.compile(model.forward)
 
 
+def equalise(model: nn.Module) -> None:
+    """Learning rates made equal by a hook that makes the weight, a plain tensor, which is not there before a run."""
+    weight = model[0].weight
+    del model[0].weight
+    model[0].register_parameter("weight_orig", nn.Parameter(weight.detach()))  # type: ignore[operator]
+    model[0].register_forward_pre_hook(lambda part, _: setattr(part, "weight", part.weight_orig * 0.5))
+
+
 def compile_part(model: nn.Module) -> None:
     model[2] = torch.compile(model[2])  # type: ignore[index, operator]
 
@@ -296,6 +304,7 @@ def compile_part(model: nn.Module) -> None:
         ),
         lambda m: m[0].register_forward_pre_hook(lambda part, _: part.weight.data.clamp_(-0.1, 0.1) is None or None),
         lambda m: nn.utils.spectral_norm(m[0]),
+        equalise,
         compile_forward,
         compile_part,
     ],
