@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         FxzipError,
         LowFidelityWarning,
         OptionError,
+        RestoreError,
         SaveError,
         TraceError,
     )
@@ -56,6 +57,7 @@ _HOMES = {
     "FxzipError": "fxzip.errors",
     "LowFidelityWarning": "fxzip.errors",
     "OptionError": "fxzip.errors",
+    "RestoreError": "fxzip.errors",
     "SaveError": "fxzip.errors",
     "TraceError": "fxzip.errors",
     "Export": "fxzip.export",
@@ -92,6 +94,7 @@ __all__ = [
     "Prepared",
     "RefitOptions",
     "Report",
+    "RestoreError",
     "SaveError",
     "Sweep",
     "TraceError",

@@ -14,6 +14,7 @@ from fxzip.data.checks import check_order, first_batch, ready_example, ready_loa
 from fxzip.data.loops import device_of
 from fxzip.errors import AlignmentError
 from fxzip.merged import ZippedModel
+from fxzip.originals import Originals
 from fxzip.passes.align import align
 from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.canonicalise import canonicalise
@@ -114,7 +115,7 @@ def prepare(
         raise AlignmentError(f"the models share no layer: {alignment.parting}")
     example = to_device(args, kwargs, device_of(alignment.modules[0]))
     spec, verified = _analysed(alignment.modules[0], example, verify)
-    return Prepared(tasks, alignment, spec, verified)
+    return Prepared(tasks, alignment, spec, verified, Originals.of(models, alignment))
 
 
 @undisturbed

@@ -71,7 +71,7 @@ def save(zipped: ZippedModel, folder: str | PathLike[str], *, overwrite: bool = 
                 f"the network cannot be saved, as it could not be loaded: {_one_line(str(error))}"
             ) from error
         tensors, plan["state"] = write_state(zipped)
-        _write_tensors(fresh / WEIGHTS, tensors)
+        write_tensors(fresh / WEIGHTS, tensors)
         plan["weights"] = dict(zip(("bytes", "sha256"), _measure(fresh / WEIGHTS), strict=True))
         plan["sha256"] = plan_hash(plan)
         (fresh / PLAN).write_bytes(_text(plan))
@@ -206,7 +206,12 @@ def _built(plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ZippedMode
 # ---- the tensors
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        SaveError: The tensors cannot be saved.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -17,6 +17,7 @@ from fxzip.report import Report
 
 if TYPE_CHECKING:
     from fxzip.export import Export
+    from fxzip.originals import Originals
 
 
 class ZippedModel(nn.Module):
@@ -28,6 +29,7 @@ class ZippedModel(nn.Module):
         names: The tasks, in the order of the models.
         report: What was merged, and what it costs.
         example: Inputs (args, kwargs) of the right shapes, of two samples or more; None if nobody gave any.
+        originals: The models' own classes, without weights; None where the network was loaded.
 
     Raises:
         OptionError: A task has a name that is no plain word (`fxzip.names`).
@@ -49,6 +51,7 @@ class ZippedModel(nn.Module):
         self.trunk = trunk
         self.heads = nn.ModuleDict(heads)
         self.report = report
+        self.originals: Originals | None = None
         # A copy, so that two samples do not keep a whole batch in memory.
         self.example = pytree.tree_map_only(Tensor, Tensor.clone, example)
 
@@ -87,11 +90,59 @@ class ZippedModel(nn.Module):
             return chosen(*crossing)
         return tuple(head(*crossing) for head in self.heads.values())
 
-    def save(self, folder: str | PathLike[str], *, overwrite: bool = False) -> Path:
-        """Save to a folder that `fxzip.load` reads; see `fxzip.io.save`."""
+    def as_models(self, models: Any = None) -> dict[str, nn.Module]:
+        """For each task a copy of the user's own module with the merged weights: the same class, the same keys.
+
+            dogs, birds = zipped.as_models().values()
+            dogs.forward_features(images)
+
+        The tensors of the trunk are shared by all of them: two models take the memory of one and of the heads. What
+        refit has folded into a layer is unfolded; BatchNorms get the statistics 0 and 1. Each model is checked against
+        the merged network on the example.
+
+        Args:
+            models: Modules of the classes that were merged, in the order of the tasks or by task, whatever their
+                weights: only needed where the network was loaded.
+
+        Returns:
+            The models by task, in eval mode.
+
+        Raises:
+            RestoreError: Something in the merged network has no place in the class, and is named.
+            OptionError: ``models`` are not one for each task.
+        """
+        from fxzip.originals import as_models
+
+        return as_models(self, models)
+
+    def save(
+        self,
+        folder: str | PathLike[str],
+        *,
+        layout: Literal["fxzip", "models"] = "fxzip",
+        overwrite: bool = False,
+    ) -> Path:
+        """Save to a folder.
+
+        Args:
+            folder: Where to; it appears whole or not at all.
+            layout: ``fxzip``: one network that `fxzip.load` reads, see `fxzip.io.save`. ``models``: a checkpoint for
+                each task in the keys of its own class, see `fxzip.checkpoint_folder.save_models`.
+            overwrite: Write even into a folder that holds other files.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OptionError: There is no such layout.
+            SaveError, RestoreError: As for these functions.
+        """
+        from fxzip.checkpoint_folder import save_models
         from fxzip.io import save
 
-        return save(self, folder, overwrite=overwrite)
+        if layout not in ("fxzip", "models"):
+            raise OptionError(f"layout={layout!r}: it must be 'fxzip' or 'models'")
+        return (save if layout == "fxzip" else save_models)(self, folder, overwrite=overwrite)
 
     def draw(self, path: str | PathLike[str]) -> Path:
         """Draw the trunk and the heads (``.svg``, ``.png``, ``.pdf``, ``.dot`` or ``.mmd``); see `fxzip.draw`."""

@@ -46,14 +46,19 @@ def plain_given(graph_module: fx.GraphModule, inputs: Inputs) -> fx.GraphModule:
         graph.erase_node(node)
     if type(graph._codegen) is not fx.graph.CodeGen:
         graph_module = _plain_signature(graph_module, bound_arguments(graph_module, *inputs))
-        graph = graph_module.graph
+    else:
+        _put_inputs_first(graph)
+    return graph_module
+
+
+def _put_inputs_first(graph: fx.Graph) -> None:
+    """Cuts count on it: what comes before the inputs is no cut."""
     first = next(iter(graph.nodes))
     for node in graph.find_nodes(op="placeholder"):
         if node is first:
             first = first.next
         else:
             first.prepend(node)
-    return graph_module
 
 
 def _plain_signature(graph_module: fx.GraphModule, named: dict[str, Any]) -> fx.GraphModule:
@@ -69,6 +74,7 @@ def _plain_signature(graph_module: fx.GraphModule, named: dict[str, Any]) -> fx.
     flat = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
     output.args = (pytree.tree_unflatten(list(flat), codegen.pytree_info.out_spec),)
     graph.set_codegen(fx.graph.CodeGen())
+    _put_inputs_first(graph)
     attributes = {
         str(node.target): attribute(graph_module, str(node.target))
         for node in graph.nodes
