@@ -13,12 +13,14 @@ from fxzip.data.batches import Inputs, to_device
 from fxzip.data.checks import check_order, first_batch, ready_example, ready_loader
 from fxzip.data.loops import device_of
 from fxzip.errors import AlignmentError
+from fxzip.joining import inner_names, is_task, separated
 from fxzip.merged import ZippedModel
 from fxzip.originals import Originals
 from fxzip.passes.align import align
 from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.cut import Cut
+from fxzip.passes.fold import fold
 from fxzip.passes.points import Points
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
@@ -73,12 +75,13 @@ def zip(
     given, loader = models_and_loader(models, loader)
     check_order(given)
     check_models(given)
+    each, names = separated(given, names)
     wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
     wanted["verify"] = verify
-    check_merge(zip, len(given), points=points, hold_back=hold_back, **wanted, **options)
-    tasks = task_names(names, len(given))
-    ready = ready_loader(loader, tasks, given)
-    prepared = prepare(*given, example_inputs=first_batch(ready), names=tasks, verify=verify)
+    check_merge(zip, len(each), points=points, hold_back=hold_back, **wanted, **options)
+    tasks = task_names(names, len(each))
+    ready = ready_loader(loader, tasks, each)
+    prepared = prepare(*each, example_inputs=first_batch(ready), names=tasks, verify=verify)
     prepared.place(cut, start)
     prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=progress)
     return prepared.convert(**wanted, **options)
@@ -108,14 +111,17 @@ def prepare(
     """
     check_order(models, "fxzip.prepare(model_a, model_b, example_inputs=images)")
     check_models(models)
-    tasks = task_names(names, len(models))
-    args, kwargs = ready_example(example_inputs, models)
-    alignment = align([canonicalise(trace(model, args, kwargs)) for model in models])
+    each, names = separated(models, names)
+    tasks = task_names(names, len(each))
+    args, kwargs = ready_example(example_inputs, each)
+    graphs = [canonicalise(_traced(model, args, kwargs)) for model in each]
+    folded = any(map(is_task, each))
+    alignment = align([fold(graph) for graph in graphs] if folded else graphs)
     if not alignment.shared_parameters():
         raise AlignmentError(f"the models share no layer: {alignment.parting}")
     example = to_device(args, kwargs, device_of(alignment.modules[0]))
     spec, verified = _analysed(alignment.modules[0], example, verify)
-    return Prepared(tasks, alignment, spec, verified, Originals.of(models, alignment))
+    return Prepared(tasks, alignment, spec, verified, None if folded else Originals.of(each, alignment))
 
 
 @undisturbed
@@ -134,6 +140,12 @@ def analyse(model: nn.Module, example_inputs: Any, *, verify: bool = True) -> Ch
     args, kwargs = ready_example(example_inputs, [model])
     traced = canonicalise(trace(model, args, kwargs))
     return _analysed(traced, to_device(args, kwargs, device_of(traced)), verify)[0]
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """A model's graph; that of a merged network's task has the names that its layers had before."""
+    graph = trace(model, args, kwargs)
+    return inner_names(graph) if is_task(model) else graph
 
 
 def _analysed(module: fx.GraphModule, example: Inputs, verify: bool) -> tuple[ChannelSpec, Verified | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -27,7 +27,6 @@ class ZippedModel(nn.Module):
         trunk: The shared network up to the cut; gives a tuple of the tensors that cross it.
         heads: Each model's own rest, by task; takes the tensors that cross the cut.
         names: The tasks, in the order of the models.
-        report: What was merged, and what it costs.
         example: Inputs (args, kwargs) of the right shapes, of two samples or more; None if nobody gave any.
         originals: The models' own classes, without weights; None where the network was loaded.
 
@@ -50,8 +49,9 @@ class ZippedModel(nn.Module):
             raise OptionError(wrong)
         self.trunk = trunk
         self.heads = nn.ModuleDict(heads)
-        self.report = report
+        self._report = report
         self.originals: Originals | None = None
+        self._places = {name: place for place, name in enumerate(self.heads)}
         # A copy, so that two samples do not keep a whole batch in memory.
         self.example = pytree.tree_map_only(Tensor, Tensor.clone, example)
 
@@ -59,6 +59,17 @@ class ZippedModel(nn.Module):
     def names(self) -> tuple[str, ...]:
         """The tasks, in the order of the models."""
         return tuple(self.heads)
+
+    @property
+    def report(self) -> Report:
+        """What was merged, and what it costs, with the heads that there are."""
+        from fxzip.narrowing import narrowed
+
+        return narrowed(self._report, self.names)
+
+    @report.setter
+    def report(self, report: Report) -> None:
+        self._report = report
 
     def head(self, task: str) -> fx.GraphModule:
         """The head of a task.
@@ -70,25 +81,73 @@ class ZippedModel(nn.Module):
             raise OptionError(f"there is no task {task!r}; the tasks are {', '.join(self.names)}")
         return cast(fx.GraphModule, self.heads[task])
 
-    def forward(self, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
-        """Run the trunk once, then every head, or the one of ``task`` only.
+    def place(self, task: str) -> int:
+        """Which of the models that were merged a task was, counted from 0."""
+        return self._places[task]
+
+    def forward(self, *args: Any, task: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Run the trunk once, then every head, or those of some tasks only.
 
         Args:
             args: The inputs that each of the models took.
-            task: Name of a head.
+            task: Name of a head, or a list of names.
             kwargs: Keyword inputs.
 
         Returns:
-            A tuple of each model's output, in the order of ``names``; with ``task`` that output alone.
+            A tuple of each model's output, in the order of ``names``; with a list those of these tasks, in its order;
+            with one name that output alone.
 
         Raises:
-            OptionError: There is no such task.
+            OptionError: There is no such task, or the list is empty.
         """
-        chosen = None if task is None else self.head(task)
+        if isinstance(task, str):
+            chosen = self.head(task)
+            return chosen(*self.trunk(*args, **kwargs))
+        heads = [self.head(name) for name in self._checked(task)] if task is not None else list(self.heads.values())
         crossing = self.trunk(*args, **kwargs)
-        if chosen is not None:
-            return chosen(*crossing)
-        return tuple(head(*crossing) for head in self.heads.values())
+        return tuple(head(*crossing) for head in heads)
+
+    def select(self, tasks: Iterable[str]) -> ZippedModel:
+        """The merged network with some of its heads only; it shares its tensors with this one.
+
+            zipped.select(["dogs"]).export("dogs.onnx")
+
+        Args:
+            tasks: The tasks, in the order in which they are wanted.
+
+        Returns:
+            Another network, whose report is that of these tasks.
+
+        Raises:
+            OptionError: There is no such task, one is given twice, or none.
+        """
+        names = self._checked(tasks)
+        chosen = ZippedModel(self.trunk, {name: self.head(name) for name in names}, self._report, self.example)
+        chosen.originals, chosen._places = self.originals, self._places
+        return chosen.train(self.training)
+
+    def _checked(self, tasks: Iterable[str]) -> list[str]:
+        """Names of heads, all different.
+
+        Raises:
+            OptionError: They are not.
+        """
+        names = [tasks] if isinstance(tasks, str) else list(tasks)
+        for name in names:
+            self.head(name)
+        if not names or len(set(names)) < len(names):
+            raise OptionError(f"tasks are {names!r}: give some of {', '.join(self.names)}, each once")
+        return names
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Change all tensors (``to``, ``half``...); the example stays where it is, in the precision of the weights."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+        def in_precision(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor.new_zeros(1)).dtype) if tensor.is_floating_point() else tensor
+
+        self.example = pytree.tree_map_only(Tensor, in_precision, self.example)
+        return self
 
     def as_models(self, models: Any = None) -> dict[str, nn.Module]:
         """For each task a copy of the user's own module with the merged weights: the same class, the same keys.

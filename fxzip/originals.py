@@ -100,7 +100,8 @@ def as_models(zipped: ZippedModel, models: Any = None) -> dict[str, nn.Module]:
     originals = _originals(zipped, models)
     shared: dict[tuple[str, ...], Tensor] = {}
     made: dict[str, nn.Module] = {}
-    for number, task in enumerate(zipped.names):
+    for task in zipped.names:
+        number = list(zipped.names).index(task) if models is not None else zipped.place(task)
         made[task] = _made(zipped, originals, number, task, shared)
     return made
 
@@ -109,8 +110,9 @@ def _originals(zipped: ZippedModel, models: Any) -> Originals:
     if models is None:
         if zipped.originals is None:
             raise RestoreError(
-                "this merged network does not know the models' own classes, as it was loaded or unpickled: give "
-                "models of these classes, with any weights: zipped.as_models([model_a, model_b])"
+                "this merged network does not know the models' own classes, as it was loaded, unpickled or "
+                "merged from a merged one: give models of these classes, with any weights: "
+                "zipped.as_models([model_a, model_b])"
             )
         return zipped.originals
     given = [models[name] for name in zipped.names if name in models] if isinstance(models, Mapping) else list(models)

@@ -128,13 +128,14 @@ def _fold(module: fx.GraphModule, node: fx.Node, names: frozenset[str]) -> Fold:
 
 def _replace(module: fx.GraphModule, node: fx.Node, value: Tensor, names: frozenset[str]) -> str:
     """Read the value in place of computing it; the name that it got."""
+    learns = any(attribute(module, name).requires_grad for name in names)
     target = _new_name(module, node, names, value)
     owner, _, leaf = target.rpartition(".")
     parent = module.get_submodule(owner)
     if hasattr(parent, leaf):
         delattr(parent, leaf)
     if value.is_floating_point():
-        parent.register_parameter(leaf, nn.Parameter(value.detach().clone(), requires_grad=False))
+        parent.register_parameter(leaf, nn.Parameter(value.detach().clone(), requires_grad=learns))
     else:
         parent.register_buffer(leaf, value.detach().clone())
     with module.graph.inserting_before(node):

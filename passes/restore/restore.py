@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzip.errors import RestoreError
-from fxzip.graphs import attribute, is_static, linear_of, nodes_by_name, run_call
+from fxzip.graphs import attribute, is_static, linear_of, named_call, nodes_by_name, run_call
 from fxzip.passes.restore.chains import Chain, find_chain
 from fxzip.passes.restore.moves import moved_back
 from fxzip.passes.restore.values import Values
@@ -141,6 +141,7 @@ class _Restorer:
             if source.op == "get_attr" and source.name in kept:
                 target = str(kept[source.name].target)
                 self._set(str(source.target), (part, target), attribute(module, target))
+        call = named_call(self.parent, node)
         for place, given in _arguments(merged).items():
             if isinstance(given, fx.Node) and given.op == "get_attr" and given.name not in known:
                 old = _arguments(node).get(place)
@@ -148,8 +149,9 @@ class _Restorer:
                 if isinstance(old, fx.Node) and is_static(old):
                     self.give(old, (part, target), attribute(module, target))
                 else:
-                    neutral = float(place == "weight")
-                    self.values.refuse_unless(neutral, attribute(module, target), f"refit gave {node.name} a {place}")
+                    name = call.names[int(place)] if call is not None and place.isdigit() else place
+                    neutral = float(name == "weight")
+                    self.values.refuse_unless(neutral, attribute(module, target), f"refit gave {node.name} a {name}")
 
     def _set(self, name: str, key: tuple[str, ...], tensor: Any) -> None:
         if isinstance(tensor, Tensor):
