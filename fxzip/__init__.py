@@ -23,16 +23,19 @@ if TYPE_CHECKING:
         FxzipError,
         LowFidelityWarning,
         OptionError,
+        PreparationWarning,
         RestoreError,
         SaveError,
         TraceError,
     )
     from fxzip.export import Export
+    from fxzip.information import Information, Preparation
     from fxzip.io import load
     from fxzip.matching import MergeMap
     from fxzip.merged import ZippedModel
     from fxzip.moments import Moments
     from fxzip.prepared import Prepared
+    from fxzip.renormalise import renormalise
     from fxzip.report import Report
     from fxzip.rules import register_rule
     from fxzip.settings import RefitOptions
@@ -57,6 +60,7 @@ _HOMES = {
     "FxzipError": "fxzip.errors",
     "LowFidelityWarning": "fxzip.errors",
     "OptionError": "fxzip.errors",
+    "PreparationWarning": "fxzip.errors",
     "RestoreError": "fxzip.errors",
     "SaveError": "fxzip.errors",
     "TraceError": "fxzip.errors",
@@ -65,7 +69,10 @@ _HOMES = {
     "MergeMap": "fxzip.matching",
     "ZippedModel": "fxzip.merged",
     "Moments": "fxzip.moments",
+    "Information": "fxzip.information",
+    "Preparation": "fxzip.information",
     "Prepared": "fxzip.prepared",
+    "renormalise": "fxzip.renormalise",
     "Report": "fxzip.report",
     "register_rule": "fxzip.rules",
     "RefitOptions": "fxzip.settings",
@@ -87,10 +94,13 @@ __all__ = [
     "FileFormatError",
     "FrozenSpaceWarning",
     "FxzipError",
+    "Information",
     "LowFidelityWarning",
     "MergeMap",
     "Moments",
     "OptionError",
+    "Preparation",
+    "PreparationWarning",
     "Prepared",
     "RefitOptions",
     "Report",
@@ -103,6 +113,7 @@ __all__ = [
     "load",
     "prepare",
     "register_rule",
+    "renormalise",
     "zip",
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -13,6 +13,7 @@ from fxzip.data.batches import Inputs, to_device
 from fxzip.data.checks import check_order, first_batch, ready_example, ready_loader
 from fxzip.data.loops import device_of
 from fxzip.errors import AlignmentError
+from fxzip.information import gathered
 from fxzip.joining import inner_names, is_task, separated
 from fxzip.merged import ZippedModel
 from fxzip.originals import Originals
@@ -36,7 +37,8 @@ Loader = Iterable[Any]
 def zip(
     *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, method: str = "auto",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
-    hold_back: bool = True, verify: bool = True, progress: bool = True, **options: Any,
+    hold_back: bool = True, verify: bool = True, progress: bool = True,
+    labels: Mapping[str, Iterable[str]] | None = None, **options: Any,
 ) -> ZippedModel:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
@@ -66,6 +68,8 @@ def zip(
         verify: Check the merge before it is fitted: the first network, merged with a permuted copy of itself, must be
             itself again (`fxzip.passes.verify`). Channel spaces that fail are kept in place, with a warning.
         progress: Show bars.
+        labels: Names of the classes by task; default: those that the models know (timm's ``pretrained_cfg``,
+            transformers' ``id2label``). They travel with the network: `ZippedModel.predict`.
         **options: Options of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
             `fxzip.matching.settings_of` says what they do, and their ranges and defaults.
 
@@ -81,7 +85,7 @@ def zip(
     check_merge(zip, len(each), points=points, hold_back=hold_back, **wanted, **options)
     tasks = task_names(names, len(each))
     ready = ready_loader(loader, tasks, each)
-    prepared = prepare(*each, example_inputs=first_batch(ready), names=tasks, verify=verify)
+    prepared = prepare(*each, example_inputs=first_batch(ready), names=tasks, verify=verify, labels=labels)
     prepared.place(cut, start)
     prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=progress)
     return prepared.convert(**wanted, **options)
@@ -89,8 +93,9 @@ def zip(
 
 @undisturbed
 def prepare(
-    *models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None, verify: bool = True
-) -> Prepared:
+    *models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None, verify: bool = True,
+    labels: Mapping[str, Iterable[str]] | None = None,
+) -> Prepared:  # fmt: skip
     """Trace and analyse networks, so that they can be observed once and merged many times.
 
         prepared = fxzip.prepare(model_a, model_b, example_inputs=images)
@@ -102,6 +107,7 @@ def prepare(
         example_inputs: Inputs for one of them: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         names: Names of the tasks.
         verify: Check the channel spaces on the example (`fxzip.passes.verify`); spaces that fail are kept in place.
+        labels: As for `zip`.
 
     Raises:
         TraceError: A model cannot be traced.
@@ -121,7 +127,8 @@ def prepare(
         raise AlignmentError(f"the models share no layer: {alignment.parting}")
     example = to_device(args, kwargs, device_of(alignment.modules[0]))
     spec, verified = _analysed(alignment.modules[0], example, verify)
-    return Prepared(tasks, alignment, spec, verified, None if folded else Originals.of(each, alignment))
+    originals = None if folded else Originals.of(each, alignment)
+    return Prepared(tasks, alignment, spec, verified, originals, gathered(each, tasks, labels, example))
 
 
 @undisturbed

@@ -202,7 +202,7 @@ class Conversion:
         report = build_report(prepared, plan.maps, choice, cut, start, fitted, verified, tried)
         example = with_batch_size(*to_device(*prepared.spec.example, "cpu"), 2)
         zipped = ZippedModel(parts.trunk, dict(zip(prepared.names, parts.heads, strict=True)), report, example).eval()
-        zipped.originals = prepared.originals
+        zipped.originals, zipped.information = prepared.originals, prepared.information
         _let_learn(plan, parts)
         for part in (parts.trunk, *parts.heads):
             reuse_memory(part)

@@ -65,5 +65,9 @@ class LowFidelityWarning(UserWarning):
     """The merged network often answers otherwise than its parents do."""
 
 
+class PreparationWarning(UserWarning):
+    """The models that are merged were trained on images that were prepared otherwise."""
+
+
 class DroppedInputWarning(UserWarning):
     """A loader's batches hold labels, which are not inputs of the models and are left out."""

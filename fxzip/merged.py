@@ -12,12 +12,14 @@ from torch.utils import _pytree as pytree
 
 from fxzip.data.batches import Inputs
 from fxzip.errors import OptionError
+from fxzip.information import Information
 from fxzip.names import bad_name
 from fxzip.report import Report
 
 if TYPE_CHECKING:
     from fxzip.export import Export
     from fxzip.originals import Originals
+    from fxzip.prediction import Prediction
 
 
 class ZippedModel(nn.Module):
@@ -51,6 +53,7 @@ class ZippedModel(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self._report = report
         self.originals: Originals | None = None
+        self._information = Information()
         self._places = {name: place for place, name in enumerate(self.heads)}
         # A copy, so that two samples do not keep a whole batch in memory.
         self.example = pytree.tree_map_only(Tensor, Tensor.clone, example)
@@ -80,6 +83,20 @@ class ZippedModel(nn.Module):
         if task not in self.heads:
             raise OptionError(f"there is no task {task!r}; the tasks are {', '.join(self.names)}")
         return cast(fx.GraphModule, self.heads[task])
+
+    @property
+    def information(self) -> Information:
+        """How images are prepared and what the classes are called, of the heads that there are."""
+        return self._information.some(self.names)
+
+    @information.setter
+    def information(self, information: Information) -> None:
+        self._information = information
+
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """The names of the classes of each task whose names are known."""
+        return dict(self.information.labels)
 
     def place(self, task: str) -> int:
         """Which of the models that were merged a task was, counted from 0."""
@@ -123,7 +140,7 @@ class ZippedModel(nn.Module):
         """
         names = self._checked(tasks)
         chosen = ZippedModel(self.trunk, {name: self.head(name) for name in names}, self._report, self.example)
-        chosen.originals, chosen._places = self.originals, self._places
+        chosen.originals, chosen._places, chosen.information = self.originals, self._places, self._information
         return chosen.train(self.training)
 
     def _checked(self, tasks: Iterable[str]) -> list[str]:
@@ -148,6 +165,29 @@ class ZippedModel(nn.Module):
 
         self.example = pytree.tree_map_only(Tensor, in_precision, self.example)
         return self
+
+    def predict(
+        self, image: Any, *, task: str | Iterable[str] | None = None, top: int = 5
+    ) -> dict[str, tuple[Prediction, ...]]:
+        """The likeliest classes of one image, for each task.
+
+            zipped.predict("image.jpg")["dogs"][0]  # Prediction(label='beagle', number=3, score=0.98)
+
+        Args:
+            image: A file, an image of Pillow's, or a tensor (channels, height, width) that is prepared already.
+            task: A task, or some; None: all.
+            top: How many classes.
+
+        Returns:
+            For each task its classes, the likeliest first.
+
+        Raises:
+            OptionError: The image cannot be read, how images are prepared is not known, there is no such task, or its
+                output has no classes.
+        """
+        from fxzip.prediction import predict
+
+        return predict(self, image, task=task, top=top)
 
     def as_models(self, models: Any = None) -> dict[str, nn.Module]:
         """For each task a copy of the user's own module with the merged weights: the same class, the same keys.

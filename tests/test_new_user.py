@@ -133,7 +133,7 @@ def run(home: Path, *command: str) -> str:
 def test_readme_from_the_wheel_to_onnxruntime(home: Path) -> None:
     run(home, "python", "-c", MAKE, str(IMAGES_OF_A_CLASS))
     told = {line.split()[1]: run(home, "bash", "-ec", line) for line in readme_commands()}
-    assert list(told) == ["inspect", "zip", "eval", "export", "draw"]
+    assert list(told) == ["inspect", "zip", "eval", "predict", "export", "draw"]
     assert "valid cuts" in told["inspect"]
 
     run(home, "python", "-c", SERVE)
