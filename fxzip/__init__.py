@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fxzip.matching import MergeMap
     from fxzip.merged import ZippedModel
     from fxzip.moments import Moments
+    from fxzip.parts import put_part, zip_part
     from fxzip.prepared import Prepared
     from fxzip.renormalise import renormalise
     from fxzip.report import Report
@@ -72,7 +73,9 @@ _HOMES = {
     "Information": "fxzip.information",
     "Preparation": "fxzip.information",
     "Prepared": "fxzip.prepared",
+    "put_part": "fxzip.parts",
     "renormalise": "fxzip.renormalise",
+    "zip_part": "fxzip.parts",
     "Report": "fxzip.report",
     "register_rule": "fxzip.rules",
     "RefitOptions": "fxzip.settings",
@@ -112,9 +115,11 @@ __all__ = [
     "analyse",
     "load",
     "prepare",
+    "put_part",
     "register_rule",
     "renormalise",
     "zip",
+    "zip_part",
 ]
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -333,19 +332,12 @@ def test_a_checkpoint_for_each_task(models: list[nn.Module], tmp_path: Path) -> 
 
 
 @pytest.mark.filterwarnings("ignore::fxzip.FewImagesWarning")
-@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "vit", "torchvision"])
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext", "test_vit"])
 def test_known_architectures(name: str) -> None:
     x = torch.randn(4, 3, 32, 32)
 
-    def make() -> nn.Module:
-        if name == "torchvision":
-            return torchvision.models.mnasnet0_5(num_classes=3).eval()
-        if name == "vit":
-            sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
-            return timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes).eval()
-        return timm.create_model(name, num_classes=3).eval()
-
-    models = [make() for _ in range(2)]
+    size = {"img_size": 32} if name == "test_vit" else {}
+    models = [timm.create_model(name, num_classes=3, **size).eval() for _ in range(2)]
     zipped = merged(models, x)
     assert max(errors(zipped, x)) < 1e-5
     made = next(iter(zipped.as_models().values()))
