@@ -23,15 +23,20 @@ if TYPE_CHECKING:
         FxzipError,
         LowFidelityWarning,
         OptionError,
+        PreparationWarning,
+        RestoreError,
         SaveError,
         TraceError,
     )
     from fxzip.export import Export
+    from fxzip.information import Information, Preparation
     from fxzip.io import load
     from fxzip.matching import MergeMap
     from fxzip.merged import ZippedModel
     from fxzip.moments import Moments
+    from fxzip.parts import put_part, zip_part
     from fxzip.prepared import Prepared
+    from fxzip.renormalise import renormalise
     from fxzip.report import Report
     from fxzip.rules import register_rule
     from fxzip.settings import RefitOptions
@@ -56,6 +61,8 @@ _HOMES = {
     "FxzipError": "fxzip.errors",
     "LowFidelityWarning": "fxzip.errors",
     "OptionError": "fxzip.errors",
+    "PreparationWarning": "fxzip.errors",
+    "RestoreError": "fxzip.errors",
     "SaveError": "fxzip.errors",
     "TraceError": "fxzip.errors",
     "Export": "fxzip.export",
@@ -63,7 +70,12 @@ _HOMES = {
     "MergeMap": "fxzip.matching",
     "ZippedModel": "fxzip.merged",
     "Moments": "fxzip.moments",
+    "Information": "fxzip.information",
+    "Preparation": "fxzip.information",
     "Prepared": "fxzip.prepared",
+    "put_part": "fxzip.parts",
+    "renormalise": "fxzip.renormalise",
+    "zip_part": "fxzip.parts",
     "Report": "fxzip.report",
     "register_rule": "fxzip.rules",
     "RefitOptions": "fxzip.settings",
@@ -85,13 +97,17 @@ __all__ = [
     "FileFormatError",
     "FrozenSpaceWarning",
     "FxzipError",
+    "Information",
     "LowFidelityWarning",
     "MergeMap",
     "Moments",
     "OptionError",
+    "Preparation",
+    "PreparationWarning",
     "Prepared",
     "RefitOptions",
     "Report",
+    "RestoreError",
     "SaveError",
     "Sweep",
     "TraceError",
@@ -99,8 +115,11 @@ __all__ = [
     "analyse",
     "load",
     "prepare",
+    "put_part",
     "register_rule",
+    "renormalise",
     "zip",
+    "zip_part",
 ]
 
 

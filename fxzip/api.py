@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -13,11 +13,15 @@ from fxzip.data.batches import Inputs, to_device
 from fxzip.data.checks import check_order, first_batch, ready_example, ready_loader
 from fxzip.data.loops import device_of
 from fxzip.errors import AlignmentError
+from fxzip.information import gathered
+from fxzip.joining import inner_names, is_task, separated
 from fxzip.merged import ZippedModel
+from fxzip.originals import Originals
 from fxzip.passes.align import align
 from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.cut import Cut
+from fxzip.passes.fold import fold
 from fxzip.passes.points import Points
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
@@ -33,7 +37,8 @@ Loader = Iterable[Any]
 def zip(
     *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, method: str = "auto",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
-    hold_back: bool = True, verify: bool = True, progress: bool = True, **options: Any,
+    hold_back: bool = True, verify: bool = True, progress: bool = True,
+    labels: Mapping[str, Iterable[str]] | None = None, **options: Any,
 ) -> ZippedModel:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
@@ -63,6 +68,8 @@ def zip(
         verify: Check the merge before it is fitted: the first network, merged with a permuted copy of itself, must be
             itself again (`fxzip.passes.verify`). Channel spaces that fail are kept in place, with a warning.
         progress: Show bars.
+        labels: Names of the classes by task; default: those that the models know (timm's ``pretrained_cfg``,
+            transformers' ``id2label``). They travel with the network: `ZippedModel.predict`.
         **options: Options of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
             `fxzip.matching.settings_of` says what they do, and their ranges and defaults.
 
@@ -72,12 +79,13 @@ def zip(
     given, loader = models_and_loader(models, loader)
     check_order(given)
     check_models(given)
+    each, names = separated(given, names)
     wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
     wanted["verify"] = verify
-    check_merge(zip, len(given), points=points, hold_back=hold_back, **wanted, **options)
-    tasks = task_names(names, len(given))
-    ready = ready_loader(loader, tasks, given)
-    prepared = prepare(*given, example_inputs=first_batch(ready), names=tasks, verify=verify)
+    check_merge(zip, len(each), points=points, hold_back=hold_back, **wanted, **options)
+    tasks = task_names(names, len(each))
+    ready = ready_loader(loader, tasks, each)
+    prepared = prepare(*each, example_inputs=first_batch(ready), names=tasks, verify=verify, labels=labels)
     prepared.place(cut, start)
     prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=progress)
     return prepared.convert(**wanted, **options)
@@ -85,8 +93,9 @@ def zip(
 
 @undisturbed
 def prepare(
-    *models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None, verify: bool = True
-) -> Prepared:
+    *models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None, verify: bool = True,
+    labels: Mapping[str, Iterable[str]] | None = None,
+) -> Prepared:  # fmt: skip
     """Trace and analyse networks, so that they can be observed once and merged many times.
 
         prepared = fxzip.prepare(model_a, model_b, example_inputs=images)
@@ -98,6 +107,7 @@ def prepare(
         example_inputs: Inputs for one of them: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         names: Names of the tasks.
         verify: Check the channel spaces on the example (`fxzip.passes.verify`); spaces that fail are kept in place.
+        labels: As for `zip`.
 
     Raises:
         TraceError: A model cannot be traced.
@@ -107,14 +117,18 @@ def prepare(
     """
     check_order(models, "fxzip.prepare(model_a, model_b, example_inputs=images)")
     check_models(models)
-    tasks = task_names(names, len(models))
-    args, kwargs = ready_example(example_inputs, models)
-    alignment = align([canonicalise(trace(model, args, kwargs)) for model in models])
+    each, names = separated(models, names)
+    tasks = task_names(names, len(each))
+    args, kwargs = ready_example(example_inputs, each)
+    graphs = [canonicalise(_traced(model, args, kwargs)) for model in each]
+    folded = any(map(is_task, each))
+    alignment = align([fold(graph) for graph in graphs] if folded else graphs)
     if not alignment.shared_parameters():
         raise AlignmentError(f"the models share no layer: {alignment.parting}")
     example = to_device(args, kwargs, device_of(alignment.modules[0]))
     spec, verified = _analysed(alignment.modules[0], example, verify)
-    return Prepared(tasks, alignment, spec, verified)
+    originals = None if folded else Originals.of(each, alignment)
+    return Prepared(tasks, alignment, spec, verified, originals, gathered(each, tasks, labels, example))
 
 
 @undisturbed
@@ -133,6 +147,12 @@ def analyse(model: nn.Module, example_inputs: Any, *, verify: bool = True) -> Ch
     args, kwargs = ready_example(example_inputs, [model])
     traced = canonicalise(trace(model, args, kwargs))
     return _analysed(traced, to_device(args, kwargs, device_of(traced)), verify)[0]
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """A model's graph; that of a merged network's task has the names that its layers had before."""
+    graph = trace(model, args, kwargs)
+    return inner_names(graph) if is_task(model) else graph
 
 
 def _analysed(module: fx.GraphModule, example: Inputs, verify: bool) -> tuple[ChannelSpec, Verified | None]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fxzip.merged import ZippedModel
 
 _MARKS = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:@$^=/])")
+_SHOWN = 20
+"""The most names of classes that a card lists."""
 _UNSEEN = re.compile(r"[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 
@@ -18,7 +21,10 @@ def model_card(zipped: ZippedModel) -> str:
     report = zipped.report
     ratio = f"{report.flops_after / report.flops_before:.1%}" if report.flops_before else "-"
     inputs = "\n".join(f"- {_code(str(node.target))}" for node in zipped.trunk.graph.find_nodes(op="placeholder"))
-    tasks = "\n".join(f"- {_code(name)}" for name in zipped.names)
+    labels = {name: zipped.labels.get(name, ()) for name in zipped.names}
+    tasks = "\n".join(f"- {_code(name)}{_classes(found)}" for name, found in labels.items())
+    config = zipped.information.preparation.config
+    prepared = "".join(f"\n- {_text(key)}: {_code(str(value))}" for key, value in config.items())
     return f"""---
 library_name: fxzip
 tags: [fxzip, model-merging, pytorch]
@@ -44,12 +50,20 @@ Tasks:
 
 Inputs, prepared as for the networks that were merged:
 
-{inputs}
+{inputs}{prepared}
 
 ## Report
 
 {_block(str(report).strip())}
 """
+
+
+def _classes(labels: Sequence[str]) -> str:
+    """The names of a task's classes, not more than fit."""
+    if not labels:
+        return ""
+    shown = ", ".join(map(_code, labels[:_SHOWN]))
+    return f": {len(labels)} classes, {shown}{' ...' if len(labels) > _SHOWN else ''}"
 
 
 def _text(value: str) -> str:

@@ -17,6 +17,7 @@ from fxzip.data.held import count_images, thinned, without
 from fxzip.data.loops import counted, device_of
 from fxzip.errors import CutError, FewImagesWarning, LowFidelityWarning
 from fxzip.fidelity import Fidelity
+from fxzip.learning import learn_as, learns
 from fxzip.merged import ZippedModel
 from fxzip.passes.choose import Tried, candidates, choose, latest, short, tried_images
 from fxzip.passes.compare import compare
@@ -202,9 +203,21 @@ class Conversion:
         report = build_report(prepared, plan.maps, choice, cut, start, fitted, verified, tried)
         example = with_batch_size(*to_device(*prepared.spec.example, "cpu"), 2)
         zipped = ZippedModel(parts.trunk, dict(zip(prepared.names, parts.heads, strict=True)), report, example).eval()
+        zipped.originals, zipped.information = prepared.originals, prepared.information
+        _let_learn(plan, parts)
         for part in (parts.trunk, *parts.heads):
             reuse_memory(part)
         return zipped
+
+
+def _let_learn(plan: MergePlan, parts: Split) -> None:
+    """Let the merged parameters take gradients as the parents' do."""
+    own = [learns([module]) for module in plan.alignment.modules]
+    shared = {name: any(o.get(n, False) for o, n in zip(own, names, strict=True)) for name, names in plan.peers.items()}
+    stems = {f"{stem}.{name}": flag for stem, o in zip(parts.stems, own, strict=False) for name, flag in o.items()}
+    learn_as(parts.trunk, {**own[0], **shared, **stems})
+    for head, known in zip(parts.heads, own, strict=True):
+        learn_as(head, known)
 
 
 class _Whole(nn.Module):

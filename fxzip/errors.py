@@ -45,6 +45,10 @@ class ExportError(FxzipError, RuntimeError):
     """The merged network could not be exported, or what was exported computes something else."""
 
 
+class RestoreError(FxzipError, RuntimeError):
+    """The merged weights cannot be put back into the models' own classes."""
+
+
 class RuleError(FxzipError, AssertionError):
     """One of fxzip's own rules failed on a node: a bug in fxzip, please report it."""
 
@@ -59,6 +63,10 @@ class FewImagesWarning(UserWarning):
 
 class LowFidelityWarning(UserWarning):
     """The merged network often answers otherwise than its parents do."""
+
+
+class PreparationWarning(UserWarning):
+    """The models that are merged were trained on images that were prepared otherwise."""
 
 
 class DroppedInputWarning(UserWarning):

@@ -9,7 +9,7 @@ import importlib.util
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from fxzip.errors import ExportError, OptionError
 from fxzip.exported import input_names, onnx_runner, output_names, tensors_in
 from fxzip.folders import replace_files, scratch_folder
 from fxzip.graphs import placeholders
+from fxzip.onnx_names import metadata, write_names
 from fxzip.surroundings import undisturbed, unheard
 
 if TYPE_CHECKING:
@@ -168,7 +169,8 @@ def _write(
     outputs = zipped(*example[0], task=task, **example[1])
     names = input_names(zipped, example), output_names(zipped, task, outputs)
     if path.suffix == ".onnx":
-        run = _to_onnx(served, example, path, names, opset)
+        said = metadata(zipped, zipped.names if task is None else (task,))
+        run = _to_onnx(served, example, path, names, opset, said)
     else:
         run = _to_program(served, example, path)
     return names, max(_difference(served, with_batch_size(*example, size), run) for size in CHECKED)
@@ -213,8 +215,9 @@ def _with_signature(served: Served, positional: int) -> fx.GraphModule:
 
 
 def _to_onnx(
-    served: Served, example: Inputs, path: Path, names: tuple[Sequence[str], Sequence[str]], opset: int | None
-) -> Any:
+    served: Served, example: Inputs, path: Path, names: tuple[Sequence[str], Sequence[str]], opset: int | None,
+    said: Mapping[str, str],
+) -> Any:  # fmt: skip
     program = _exported(served, example)
     size = sum(tensor.nbytes for tensor in (*served.parameters(), *served.buffers()))
     torch.onnx.export(
@@ -227,6 +230,7 @@ def _to_onnx(
         verbose=False,
         dynamo=True,
     )
+    write_names(path, said)
     return onnx_runner(path, list(names[0]), list(names[1]))
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from fxzip.errors import SaveError
 
+PLAN = "fxzip.json"
+"""The file of a merged network's folder that says what it is."""
 OPEN: set[Path] = set()
 """The scratch folders that exist now, to be removed if the process ends at once."""
 

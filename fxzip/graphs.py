@@ -33,7 +33,7 @@ _RANDOM_IN_TRAINING = {
     "alpha_dropout": (2, False), "feature_alpha_dropout": (2, False), "feature_dropout": (2, True),
 }  # fmt: skip
 """Where these take ``training``, and what it is if it is not given."""
-_NO_WRITES = SHAPE_CHANGES | {"requires_grad_", "share_memory_", "detach_", "rename_"}
+_NO_WRITES = SHAPE_CHANGES | {"requires_grad_", "share_memory_", "detach_", "rename_", "and_", "or_", "not_", "is_"}
 
 
 # ---- what a node does

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fxzip.card import model_card
 from fxzip.errors import FileFormatError, OptionError, SaveError
-from fxzip.folders import new_folder, open_regular, read_regular
+from fxzip.folders import PLAN, new_folder, open_regular, read_regular
+from fxzip.information import Information
 from fxzip.merged import ZippedModel
 from fxzip.names import bad_name
 from fxzip.plan import read_graph, read_record, read_state, write_graph, write_record, write_state
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
 VERSION = 1
-PLAN, WEIGHTS, CARD = "fxzip.json", "model.safetensors", "README.md"
+WEIGHTS, CARD = "model.safetensors", "README.md"
 MOST_WEIGHTS = 1 << 38
 """Bytes of the largest file of weights that is read."""
 
@@ -65,13 +66,14 @@ def save(zipped: ZippedModel, folder: str | PathLike[str], *, overwrite: bool = 
     with new_folder(path) as fresh:
         plan = _plan(zipped)
         try:
+            zipped.information.checked(zipped.names)
             _check_run(zipped)
         except FileFormatError as error:
             raise SaveError(
                 f"the network cannot be saved, as it could not be loaded: {_one_line(str(error))}"
             ) from error
         tensors, plan["state"] = write_state(zipped)
-        _write_tensors(fresh / WEIGHTS, tensors)
+        write_tensors(fresh / WEIGHTS, tensors)
         plan["weights"] = dict(zip(("bytes", "sha256"), _measure(fresh / WEIGHTS), strict=True))
         plan["sha256"] = plan_hash(plan)
         (fresh / PLAN).write_bytes(_text(plan))
@@ -132,6 +134,7 @@ def _plan(zipped: ZippedModel) -> dict[str, Any]:
         "versions": {"fxzip": fxzip.__version__, "torch": torch.__version__},
         "names": list(zipped.names),
         "report": write_record(zipped.report),
+        "information": write_record(zipped.information),
         "example": write_example(zipped.example),
         "trunk": write_graph(zipped.trunk),
         "heads": [write_graph(zipped.head(name)) for name in zipped.names],
@@ -200,13 +203,20 @@ def _built(plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ZippedMode
         read_example(plan["example"]),
     )
     read_state(zipped, tensors, plan["state"])
+    if "information" in plan:  # there was none at first
+        zipped.information = read_record(Information, plan["information"]).checked(names)
     return zipped
 
 
 # ---- the tensors
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        SaveError: The tensors cannot be saved.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -13,8 +13,10 @@ from fxzip.data.batches import Given
 from fxzip.data.checks import ready_loader
 from fxzip.data.held import HeldBack
 from fxzip.errors import CalibrationError, OptionError
+from fxzip.information import Information
 from fxzip.merged import ZippedModel
 from fxzip.moments import Moments
+from fxzip.originals import Originals
 from fxzip.passes.align import Alignment
 from fxzip.passes.cut import Cut, MergePlan, Places, find_cuts
 from fxzip.passes.observe import observe
@@ -39,16 +41,21 @@ class Prepared:
         held: The images that were held back.
         observed: How many others were observed.
         verified: What was checked of the spaces; None with ``verify=False``.
+        originals: The models' own classes, without weights.
+        information: How images are prepared, and the names of the classes.
     """
 
     def __init__(
-        self, names: Sequence[str], alignment: Alignment, spec: ChannelSpec, verified: Verified | None = None
-    ) -> None:
+        self, names: Sequence[str], alignment: Alignment, spec: ChannelSpec, verified: Verified | None = None,
+        originals: Originals | None = None, information: Information | None = None,
+    ) -> None:  # fmt: skip
         self.names = tuple(names)
         self.alignment = alignment
         self.spec = spec
         self.places = Places(alignment, spec, find_cuts(alignment, spec))
         self.verified = verified
+        self.originals = originals
+        self.information = information or Information()
         self.points: dict[str, tuple[MergePoint, ...]] = {}
         self.moments: dict[str, Moments] = {}
         self.held: list[Given] = []

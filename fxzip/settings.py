@@ -100,9 +100,11 @@ class RefitOptions:
             not fit, fewer images are used.
         least_images: Least number of images that every layer is fitted on, if there are as many.
         seed: Seed for the random choice of positions.
+        biases: Whether a layer or norm without a bias may get one, which mostly fits better. False: only biases that
+            the model's class has, or its BatchNorms hold, so that `ZippedModel.as_models` finds a place for each.
 
     Raises:
-        OptionError: A value is no number, or out of range.
+        OptionError: A value is no number, or out of range, or ``biases`` is neither True nor False.
     """
 
     ridge: float | None = _field(
@@ -116,15 +118,18 @@ class RefitOptions:
     memory: int = _field(3 * 2**30, "most bytes of inputs and activations to keep", low=0)
     least_images: int = _field(64, "least number of images for each layer, whatever memory they take", low=1)
     seed: int = _field(0, "seed for the random choice of positions", low=0)
+    biases: bool = True
 
     def __post_init__(self) -> None:
         for name, setting in refit_settings().items():
             object.__setattr__(self, name, setting.check(name, getattr(self, name)))
+        if not isinstance(self.biases, bool):
+            raise OptionError(f"biases={self.biases!r}: it must be True or False")
 
 
 def refit_settings() -> dict[str, Setting]:
     """The settings of refit, by name."""
-    return {each.name: each.metadata["setting"] for each in fields(RefitOptions)}
+    return {each.name: each.metadata["setting"] for each in fields(RefitOptions) if "setting" in each.metadata}
 
 
 AUTO = "auto"

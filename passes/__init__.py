@@ -4,6 +4,7 @@
 | ------------------- | ------------------------------ | ------------------------------------ | --------------- |
 | `trace`             | a model, example inputs        | a GraphModule                        | nothing         |
 | `canonicalise`      | a GraphModule                  | the same, computed weights folded    | the GraphModule |
+| `fold`              | a GraphModule                  | the same, norms folded into layers   | the GraphModule |
 | `align`             | the models' GraphModules       | `Alignment`: the nodes they share    | nothing         |
 | `analyse`           | a GraphModule, example inputs  | `ChannelSpec`: the channel spaces    | nothing         |
 | `cut`               | alignment, spec                | `Cuts`, costs; a `MergePlan`         | nothing         |
@@ -19,6 +20,7 @@
 | `recalibrate`       | a network, loader              | how many BatchNorms were reset       | the network     |
 | `compare`           | trunk, heads, plan, images     | `Fidelity`: how well it answers      | nothing         |
 | `reuse`             | a GraphModule                  | nothing                              | the GraphModule |
+| `restore`           | trunk, head, a parent's graph  | the values of the parent's tensors   | nothing         |
 | `permute`           | spec, a model                  | a copy with channels in other orders | nothing         |
 
 Each is usable alone. A pass that has grown is a package with its verb on its face: ``from fxzip.passes.trace import

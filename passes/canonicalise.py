@@ -8,7 +8,8 @@ really uses.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,38 @@ from fxzip.graphs import attribute, compute, drop_dead_code, drop_unused, learne
 from fxzip.rules import kind_of, target_of
 
 
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """How a folded value was computed.
+
+    Attributes:
+        what: The node whose value it was.
+        shapes: The parameters that it is made of.
+        steps: The operations on these, as a graph; None where layers with parameters are among them.
+    """
+
+    what: str
+    shapes: Mapping[str, torch.Size]
+    steps: fx.GraphModule | None
+
+    def run(self, given: Mapping[str, Tensor]) -> Tensor:
+        """The value for other parameters.
+
+        Raises:
+            TypeError: How it was computed is not known.
+        """
+        if self.steps is None:
+            raise TypeError(f"{self.what} is made by layers")
+        found: Tensor = self.steps(*(given[name] for name in self.shapes))
+        return found
+
+
 def canonicalise(module: fx.GraphModule) -> fx.GraphModule:
     """Fold the parts of a traced network that depend on parameters only; the module is changed and returned.
 
     A folded value takes the name of the one parameter that it was made from, where there is just one that
-    nothing else uses; else it is named after its node. ``module.meta["folded"]`` lists the names.
+    nothing else uses; else it is named after its node. ``module.meta["folded"]`` lists the names, and
+    ``module.meta["folds"]`` has a `Fold` for each.
     """
     state = {name for name, value in module.state_dict(keep_vars=True).items() if value.is_floating_point()}
     known = _learned(module, state)
@@ -30,8 +58,11 @@ def canonicalise(module: fx.GraphModule) -> fx.GraphModule:
     if not edge:
         return module
     values = _evaluate(module, known)
-    folded = [_replace(module, node, values[node], known[node]) for node in edge if isinstance(values[node], Tensor)]
+    edge = [node for node in edge if isinstance(values[node], Tensor)]
+    folds = [_fold(module, node, known[node]) for node in edge]
+    folded = [_replace(module, node, values[node], known[node]) for node in edge]
     module.meta["folded"] = (*module.meta.get("folded", ()), *folded)
+    module.meta["folds"] = {**module.meta.get("folds", {}), **dict(zip(folded, folds, strict=True))}
     drop_dead_code(module)
     drop_unused(module, state)
     module.graph.lint()
@@ -75,15 +106,36 @@ def _evaluate(module: fx.GraphModule, nodes: Collection[fx.Node]) -> dict[fx.Nod
     return values
 
 
+def _fold(module: fx.GraphModule, node: fx.Node, names: frozenset[str]) -> Fold:
+    """How a node's value is computed, with the parameters as inputs."""
+    shapes = {name: attribute(module, name).shape for name in sorted(names)}
+    needed = {node}
+    for other in reversed(module.graph.nodes):
+        if other in needed:
+            needed.update(other.all_input_nodes)
+    layers = [module.get_submodule(str(n.target)) for n in needed if n.op == "call_module"]
+    if any(next(layer.parameters(), None) is not None for layer in layers):
+        return Fold(node.name, shapes, None)
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    inputs = {name: graph.placeholder(f"x{number}") for number, name in enumerate(shapes)}
+    for other in module.graph.nodes:
+        if other in needed:
+            given = inputs.get(str(other.target)) if other.op == "get_attr" else None
+            copies[other] = graph.node_copy(other, copies.__getitem__) if given is None else given
+    graph.output(copies[node])
+    return Fold(node.name, shapes, fx.GraphModule(module, graph))
+
+
 def _replace(module: fx.GraphModule, node: fx.Node, value: Tensor, names: frozenset[str]) -> str:
     """Read the value in place of computing it; the name that it got."""
+    learns = any(attribute(module, name).requires_grad for name in names)
     target = _new_name(module, node, names, value)
     owner, _, leaf = target.rpartition(".")
     parent = module.get_submodule(owner)
     if hasattr(parent, leaf):
         delattr(parent, leaf)
     if value.is_floating_point():
-        parent.register_parameter(leaf, nn.Parameter(value.detach().clone(), requires_grad=False))
+        parent.register_parameter(leaf, nn.Parameter(value.detach().clone(), requires_grad=learns))
     else:
         parent.register_buffer(leaf, value.detach().clone())
     with module.graph.inserting_before(node):

@@ -75,6 +75,19 @@ def test_many_models(ran: dict[str, Any]) -> None:
     assert min(ran["kept"].values()) > 80
 
 
+@pytest.mark.example("after_the_merge")
+def test_after_the_merge(ran: dict[str, Any], here: Path) -> None:
+    assert ran["same"]
+    assert ran["shared"]
+    assert {path.name for path in (here / "checkpoints").iterdir()} == {"low.safetensors", "high.safetensors"}
+    assert min(ran["after"].values()) >= min(ran["before"].values()) - 0.5
+    assert sum(ran["after"].values()) >= sum(ran["before"].values())
+    assert ran["only"].report.names == ("low",)
+    assert ran["three"].names == ("low", "high", "middle")
+    assert min(ran["kept"].values()) > 80
+    assert {found[0].label for found in ran["best"].values()} <= set("0123456789")
+
+
 @pytest.mark.example("own_architecture")
 def test_own_architecture(ran: dict[str, Any]) -> None:
     from fxzip.rules.registry import unregister_rule

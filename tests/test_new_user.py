@@ -58,10 +58,13 @@ import sys
 for name in ("torch", "timm", "torchvision", "fxzip"):
     sys.modules[name] = None
 from pathlib import Path
-import numpy as np, onnxruntime, yaml
+import json
+import numpy as np, onnxruntime
 from PIL import Image
 
-recipe = yaml.safe_load(Path("merged/recipe.yaml").read_text())
+session = onnxruntime.InferenceSession("merged.onnx")
+said = session.get_modelmeta().custom_metadata_map
+recipe, labels = json.loads(said["fxzip.preparation"]), json.loads(said["fxzip.labels"])
 size = recipe["input_size"][1]
 larger = int(size // recipe["crop_pct"])
 edge = round((larger - size) / 2)
@@ -71,7 +74,6 @@ def prepare(path):
     image = Image.open(path).resize((larger, larger), method).crop((edge, edge, edge + size, edge + size))
     return ((np.asarray(image) / 255 - recipe["mean"]) / recipe["std"]).transpose(2, 0, 1).astype(np.float32)
 
-session = onnxruntime.InferenceSession("merged.onnx")
 (images,) = session.get_inputs()
 found = {}
 for task in ("dogs", "birds"):
@@ -80,6 +82,9 @@ for task in ("dogs", "birds"):
     found[task] = session.run([task], {images.name: found[task + ".x"]})[0]
     found[task + ".labels"] = np.array([int(path.parent.name.removeprefix("class")) for path in paths])
 np.savez("served.npz", **found)
+scores = session.run(["dogs"], {images.name: prepare("IMAGES/dogs/class0/1.png")[None]})[0][0]
+chances = np.exp(scores - scores.max())
+print(labels["dogs"][scores.argmax()], (chances / chances.sum()).max())
 """
 
 COMPARE = """
@@ -132,11 +137,15 @@ def run(home: Path, *command: str) -> str:
 
 def test_readme_from_the_wheel_to_onnxruntime(home: Path) -> None:
     run(home, "python", "-c", MAKE, str(IMAGES_OF_A_CLASS))
-    told = {line.split()[1]: run(home, "bash", "-ec", line) for line in readme_commands()}
-    assert list(told) == ["inspect", "zip", "eval", "export", "draw"]
+    # Its classes are called otherwise than those of the README.
+    told = {line.split()[1]: run(home, "bash", "-ec", line.replace("beagle", "class0")) for line in readme_commands()}
+    assert list(told) == ["inspect", "zip", "eval", "predict", "export", "draw"]
     assert "valid cuts" in told["inspect"]
 
-    run(home, "python", "-c", SERVE)
+    label, score = run(home, "python", "-c", SERVE).split()
+    (predicted,) = re.findall(r"dogs: (\S+) ([\d.]+)%", told["predict"])
+    assert predicted[0] == label
+    assert float(predicted[1]) == pytest.approx(100 * float(score), abs=1)
     where = Path(run(home, "python", "-c", COMPARE).strip())
     assert where.is_relative_to(home / ".venv")
 

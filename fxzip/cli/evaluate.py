@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fxzip.cli import first
 from fxzip.cli import options as shared
 from fxzip.cli import parameters as p
 from fxzip.cli.errors import warn
@@ -44,24 +45,26 @@ def evaluate(
 
     Images are prepared as the recipe beside the network says.
     """
+    first.check_network(folder)
+    first.check_data(data)
+    if json_path is not None:
+        first.check_writable(json_path.absolute().parent)
     import fxzip
     from fxzip.accuracy import measure, table
     from fxzip.data.groups import find_images
 
-    if json_path is not None:
-        shared.check_writable(json_path.absolute().parent)
     place = shared.device_named(device)
     zipped = fxzip.load(folder, device=place)
     for name in task or ():
         zipped.head(name)
     tasks = tuple(task or zipped.names)
-    saved = _saved_recipe(folder)
+    saved = {**zipped.information.preparation.config, **_saved_recipe(folder)}
     groups = find_images(data, labelled=True)
     loaders = _loaders(groups, tasks, saved, ctx.params, str(data))
     classes = {name: groups[name].classes for name in tasks}
     rows = [measure(zipped, loaders, classes, progress=not quiet)]
     if originals:
-        rows += _measure_originals(zipped.names, loaders, saved, place, quiet)
+        rows += _measure_originals(zipped.names, loaders, saved, place, quiet, zipped.information.folded)
     for name, loader in loaders.items():
         if loader.skipped():
             warn(f"{name}: {loader.skipped()}")
@@ -96,7 +99,7 @@ def _loaders(
     lacking = [key for key in shared.PREPARATION[:3] if key not in config]
     if files and lacking:
         names = ", ".join(f"--{key.replace('_', '-')}" for key in lacking)
-        raise OptionError(f"no recipe beside the network says how images are prepared: give {names}, or --recipe")
+        raise OptionError(f"neither the network nor a recipe says how images are prepared: give {names}, or --recipe")
     return {
         name: ImageLoader(
             [groups[name]],
@@ -117,8 +120,9 @@ def _unused(image: Any) -> Any:
 
 
 def _measure_originals(
-    names: tuple[str, ...], loaders: Mapping[str, Any], saved: Mapping[str, Any], device: Any, quiet: bool
-) -> list[Any]:
+    names: tuple[str, ...], loaders: Mapping[str, Any], saved: Mapping[str, Any], device: Any, quiet: bool,
+    folded: tuple[str, ...],
+) -> list[Any]:  # fmt: skip
     """A row for each network that was merged."""
     from fxzip.accuracy import measure_one
     from fxzip.zoo import load
@@ -133,5 +137,16 @@ def _measure_originals(
                 saved.get("model"), path, num_classes=saved.get("num_classes"), ema=saved.get("ema", True),
                 **(saved.get("model_args") or {}),
             )  # fmt: skip
+            if name in folded:
+                model = _renormalised(model, saved)
             rows.append(measure_one(name, model.to(device), loaders[name], progress=not quiet))
     return rows
+
+
+def _renormalised(model: Any, saved: Mapping[str, Any]) -> Any:
+    """A model that takes images prepared as the recipe says, as it was merged."""
+    from fxzip.renormalise import renormalise
+    from fxzip.zoo import data_config
+
+    own = data_config(model)
+    return renormalise(model, own["mean"], own["std"], saved["mean"], saved["std"])

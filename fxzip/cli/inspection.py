@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fxzip.cli import first
 from fxzip.cli import options as shared
 from fxzip.cli import parameters as p
+from fxzip.folders import PLAN
 
 if TYPE_CHECKING:
     from fxzip.channels import ChannelSpec
@@ -27,10 +29,8 @@ def inspect_model(
     debug: p.Debug = False,
 ) -> None:  # fmt: skip
     """Show a network's channel spaces, what is kept in place and why, and where it can be cut."""
-    from fxzip.io import PLAN
-
     if json_path is not None:
-        shared.check_writable(json_path.absolute().parent)
+        first.check_writable(json_path.absolute().parent)
     if (Path(model) / PLAN).is_file():
         text, values = _saved(Path(model))
     else:

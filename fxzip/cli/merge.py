@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from fxzip.cli import first
 from fxzip.cli import options as shared
 from fxzip.cli import parameters as p
+from fxzip.cli.alike import labels_of_folders, prepared_alike, read_labels
 from fxzip.cli.errors import warn
 from fxzip.errors import OptionError
 from fxzip.settings import AUTO, MATCHING, RefitOptions
@@ -50,8 +52,10 @@ def zip_models(
     interpolation: p.Interpolation = None,
     crop_pct: p.CropPct = None,
     crop_mode: p.CropMode = None,
+    labels: p.Labels = None,
+    report: p.ReportPath = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write into a folder even if it holds other files.")
+        bool, typer.Option("--overwrite", help="Write into a folder even if it holds a merged network or other files.")
     ] = False,
     recipe: p.Recipe = None,
     quiet: p.Quiet = False,
@@ -80,16 +84,17 @@ class _Merge:
 
     def run(self) -> None:
         """Check, load, merge, save."""
+        self._check_first()
         import fxzip
+        from fxzip.checks import task_names
         from fxzip.data.groups import find_images
         from fxzip.data.images import ImageLoader
-        from fxzip.zoo import data_config, transform
+        from fxzip.zoo import transform
 
         given = self.given
-        names = self._check()
+        names = self._check() or task_names(None, len(self.checkpoints))
         groups = find_images(given["data"])
-        models = self._load()
-        config = data_config(models[0], **{key: given[key] for key in shared.PREPARATION})
+        models, config, self.folded = prepared_alike(self._load(), names, given)
         loader = ImageLoader(
             groups.values(),
             transform(config),
@@ -97,8 +102,10 @@ class _Merge:
             **{key: given[key] for key in ("batch_size", "limit", "seed", "strict", "workers")},
         )
         with shared.spinner("tracing and analysing", self.quiet):
-            first = next(iter(loader))[0]
-            prepared = fxzip.prepare(*models, example_inputs=first, names=names, verify=given["verify"])
+            batch = next(iter(loader))[0]
+            prepared = fxzip.prepare(
+                *models, example_inputs=batch, names=names, verify=given["verify"], labels=self.labels
+            )
             prepared.place(self.cut, self.start)
         hold_back = given["hold_back"] and given["refit"]
         prepared.observe(loader, points=given["points"], hold_back=hold_back, progress=not self.quiet)
@@ -111,11 +118,33 @@ class _Merge:
             progress=not self.quiet,
             **self.options,
         )
+        self._inform(zipped, config)
         self._save(zipped, config)
         if loader.skipped():
             warn(str(loader.skipped()))
         if not self.quiet:
             typer.echo(f"{zipped.report}\nsaved to {given['out']}")
+
+    def _inform(self, zipped: Any, config: dict[str, Any]) -> None:
+        """Let what is known of images and classes travel with the network."""
+        from fxzip.information import Information, Preparation
+
+        labels = {**labels_of_folders(zipped, self.given["data"]), **zipped.labels}
+        zipped.information = Information(Preparation.of(config), labels, tuple(self.folded))
+
+    def _check_first(self) -> None:
+        """Raise what can be known without PyTorch."""
+        given = self.given
+        first.check_output(given["out"], overwrite=given["overwrite"])
+        first.check_checkpoints(self.checkpoints, given["model"])
+        first.check_data(given["data"])
+        first.check_matching(self.method, self.options)
+        if given["names"] and len(given["names"]) != len(self.checkpoints):
+            raise OptionError(f"names={given['names']}: give one name for each of the {len(self.checkpoints)} models")
+        self.labels = read_labels(given["labels"])
+        if given["report"] is not None:
+            first.check_suffix(given["report"], (".html",), "a report")
+            first.check_writable(given["report"].absolute().parent)
 
     def _check(self) -> tuple[str, ...] | None:
         """Raise what can be known before the work; returns the tasks' names."""
@@ -123,9 +152,6 @@ class _Merge:
         from fxzip.passes.cut import check_span
 
         given, count = self.given, len(self.checkpoints)
-        shared.check_output(given["out"], overwrite=given["overwrite"])
-        if count < 2:
-            raise OptionError(f"{count} checkpoint given: merging takes two or more")
         self.options = check_method(self.method, self.options, count)
         check_span(self.cut, self.start)
         self.device = shared.device_named(given["device"])
@@ -165,9 +191,11 @@ class _Merge:
         with new_folder(self.given["out"]) as fresh:
             zipped.save(fresh)
             write_recipe(fresh / NAME, kept, beside=self.given["out"])
+        if self.given["report"] is not None:
+            zipped.report.to_html(self.given["report"])
 
 
-_NOT_KEPT = frozenset({"recipe", "debug", "quiet", "out", "overwrite"})
+_NOT_KEPT = frozenset({"recipe", "debug", "quiet", "out", "overwrite", "report", "labels"})
 
 
 def task_names_of(checkpoints: Sequence[str]) -> tuple[str, ...]:

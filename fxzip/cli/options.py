@@ -13,8 +13,8 @@ from typing import Any, get_type_hints
 import typer
 import yaml
 
-from fxzip.errors import OptionError, SaveError
-from fxzip.folders import scratch_folder, write_file
+from fxzip.errors import OptionError
+from fxzip.folders import write_file
 from fxzip.recipe import as_number, read_recipe
 from fxzip.settings import MATCHING, refit_settings
 
@@ -102,32 +102,6 @@ def set_debug(ctx: typer.Context, wanted: bool) -> bool:
     if wanted:
         ctx.find_root().params["debug"] = True
     return wanted
-
-
-def check_output(folder: Path, *, overwrite: bool) -> None:
-    """Raise now what saving a network there would raise after the work.
-
-    Raises:
-        SaveError: The folder holds other things, is a file, or cannot be written to.
-    """
-    from fxzip.io import PLAN
-
-    if folder.exists() and not folder.is_dir():
-        raise SaveError(f"{folder} is a file: give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite and not (folder / PLAN).exists():
-        raise SaveError(f"{folder} holds other files: choose another folder, or give --overwrite")
-    check_writable(folder)
-
-
-def check_writable(path: Path) -> None:
-    """Raise unless files can be made at the path, or in the nearest folder above it that exists.
-
-    Raises:
-        SaveError: They cannot.
-    """
-    near = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
-    with scratch_folder(near):
-        pass
 
 
 def write_json(path: Path, values: Any) -> None:

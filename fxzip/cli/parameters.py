@@ -159,6 +159,19 @@ CropMode = Annotated[
     str | None, _images(metavar="NAME", help=f"How images are cropped: center, squash or border{_OWN}")
 ]
 
+Labels = Annotated[
+    list[str] | None,
+    _images(
+        "--labels",
+        metavar="TASK=FILE",
+        help="Names of a task's classes, one on each line of a file; default: the checkpoint's own, or the folders' of "
+        "the images. They are saved with the network.",
+    ),
+]
+ReportPath = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Also write the report as an HTML page.")
+]
+
 # ---- every command
 
 Recipe = Annotated[

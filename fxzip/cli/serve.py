@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from fxzip.cli import first
 from fxzip.cli import options as shared
 from fxzip.cli import parameters as p
+from fxzip.errors import OptionError
 
 
 def export(
@@ -25,9 +27,11 @@ def export(
     debug: p.Debug = False,
 ) -> None:
     """Export a merged network to ONNX or torch.export, and check the file against it."""
+    first.check_network(folder)
+    first.check_suffix(path, (".onnx", ".pt2"), "an export")
+    first.check_writable(path.absolute().parent)
     import fxzip
 
-    shared.check_writable(path.absolute().parent)
     zipped = fxzip.load(folder)
     with shared.spinner(f"exporting and checking {path.name}", quiet):
         done = zipped.export(path, task=task, opset=opset)
@@ -40,10 +44,17 @@ def draw(
     quiet: p.Quiet = False,
     debug: p.Debug = False,
 ) -> None:
-    """Draw a merged network: trunk, heads, and what is shared."""
+    """Draw a merged network: trunk, heads, and what is shared. Pictures need Graphviz; Mermaid text needs nothing."""
+    from fxzip.views.drawable import PICTURES, TEXTS, lacking
+
+    first.check_network(folder)
+    first.check_suffix(path, (*PICTURES, *TEXTS), "a drawing")
+    first.check_writable(path.absolute().parent)
+    why = lacking(path.suffix.lower())
+    if why is not None:
+        raise OptionError(f"{path.name} cannot be drawn: {why}; {path.with_suffix('.mmd').name} is Mermaid text")
     import fxzip
 
-    shared.check_writable(path.absolute().parent)
     fxzip.load(folder).draw(path)
     if not quiet:
         typer.echo(str(path))

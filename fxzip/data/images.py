@@ -130,14 +130,14 @@ class _Images(Dataset[_Item]):
     def _read(self, value: Path | npt.NDArray[Any]) -> Tensor:
         if isinstance(value, Path):
             with Image.open(value) as image:
-                return self.transform(_in_bytes(image).convert(self.mode))
+                return self.transform(in_bytes(image).convert(self.mode))
         if value.dtype == np.uint8:
             pixels = value[..., 0] if value.shape[2:] == (1,) else value
             return self.transform(Image.fromarray(pixels).convert(self.mode))
         return torch.from_numpy(value).float()
 
 
-def _in_bytes(image: Image.Image) -> Image.Image:
+def in_bytes(image: Image.Image) -> Image.Image:
     """The image with 8 bits for each channel, as `Image.convert` expects: it would cut off all that is above 255.
 
     Whole numbers of 16 or 32 bits are of 0 to 65,535, as PNG has them; floats of 0 to 1, or else of 0 to 255.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fxzip.errors import OptionError, SaveError
 from fxzip.folders import write_file
 from fxzip.report import Report
+from fxzip.views.drawable import PICTURES, TEXTS, lacking
 from fxzip.views.outline import Block, blocks
 from fxzip.views.style import INK, PLAIN, Colour, colour_of, colours, flops_text, matched, merged_as, shape_text
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
     from fxzip.merged import ZippedModel
 
-PICTURES = (".svg", ".png", ".pdf")
-TEXTS = (".mmd", ".mermaid", ".dot", ".gv")
 FONT = "Helvetica,Arial,sans-serif"
 
 
@@ -49,31 +46,19 @@ def draw(zipped: ZippedModel | Report, path: str | PathLike[str]) -> Path:
         raise OptionError(f"{target} cannot be drawn: its name must end in {', '.join(PICTURES + TEXTS)}")
     if not report.layers:
         raise OptionError("the report has no outline of the network (an older fxzip saved it): merge the models again")
-    if kind in PICTURES and (lack := _lacking(("pydot", "dot"))):
+    lack = lacking(kind)
+    if kind in PICTURES and lack is not None:
         target = target.with_suffix(".mmd")
-        warnings.warn(f"no {lack}, so {target} is written, as Mermaid text; {_HELP[lack]}", stacklevel=3)
+        warnings.warn(f"{target} is written, as Mermaid text: {lack}", stacklevel=3)
         kind = ".mmd"
     if kind in (".mmd", ".mermaid"):
         return write_file(target, mermaid(report).encode())
-    if lack := _lacking(("pydot",)):
-        raise OptionError(f"{target} needs {lack}: {_HELP[lack]}; a name in .mmd gives Mermaid text")
+    if lack is not None:
+        raise OptionError(f"{target} cannot be drawn: {lack}; a name in .mmd gives Mermaid text")
     graph = _graphviz(report)
     if kind in PICTURES:
         return write_file(target, _run(graph, kind[1:]))
     return write_file(target, graph.to_string().encode())
-
-
-_HELP = {
-    "pydot": "for pydot: pip install 'fxzip[report]'",
-    "dot": "dot comes with Graphviz (apt install graphviz, brew install graphviz)",
-}
-
-
-def _lacking(needed: tuple[str, ...]) -> str | None:
-    """The first thing that is not installed."""
-    if "pydot" in needed and importlib.util.find_spec("pydot") is None:
-        return "pydot"
-    return "dot" if "dot" in needed and shutil.which("dot") is None else None
 
 
 def label(report: Report, block: Block) -> Iterator[str]:

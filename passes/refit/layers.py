@@ -15,6 +15,7 @@ from fxzip.contraction import Contraction
 from fxzip.graphs import attribute, linear_of
 from fxzip.passes.refit.lines import line_of
 from fxzip.passes.refit.slots import Uses, fill, own_parameter, slot
+from fxzip.rules.keys import key_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class Layer:
         bias: The node's argument that is its bias, or would be; None if it can have none.
         chain: The nodes after it to fold (BatchNorm, layer scale, a bias that is added).
         scale: What these multiply each channel by, float64.
+        takes_bias: Whether there is a place for a bias: the node's own, or that of what is folded.
     """
 
     node: fx.Node
@@ -38,16 +40,12 @@ class Layer:
     bias: str | None
     chain: tuple[fx.Node, ...]
     scale: Tensor
+    takes_bias: bool = True
 
     @property
     def end(self) -> fx.Node:
         """The last node of the chain."""
         return self.chain[-1] if self.chain else self.node
-
-    @property
-    def takes_bias(self) -> bool:
-        """Whether there is a place for a bias: the node's own, or that of what is folded."""
-        return self.bias is not None or bool(self.chain)
 
     def prior(self, module: fx.GraphModule) -> Tensor:
         """The weight with the chain folded in: (groups, o, d), float64."""
@@ -89,8 +87,15 @@ def _become(node: fx.Node, function: Any, *args: fx.Node) -> None:
     node.op, node.target, node.args, node.kwargs = "call_function", function, args, {}
 
 
-def find_layer(module: fx.GraphModule, node: fx.Node, uses: Uses) -> Layer | None:
-    """The layer that a node is, as its rule says, if its weights can be solved for."""
+def find_layer(module: fx.GraphModule, node: fx.Node, uses: Uses, biases: bool = True) -> Layer | None:
+    """The layer that a node is, as its rule says, if its weights can be solved for.
+
+    Args:
+        module: The graph.
+        node: The node.
+        uses: How often its parameters are used.
+        biases: Whether it may get a bias that it has not.
+    """
     found = linear_of(module, node)
     if found is None or not uses.alone(node):
         return None
@@ -98,7 +103,15 @@ def find_layer(module: fx.GraphModule, node: fx.Node, uses: Uses) -> Layer | Non
     if not isinstance(parameter, nn.Parameter) or not uses.once(parameter):
         return None  # a buffer is the matrix of an unmerge, which no parent has
     chain, scale = _chain(module, node, found.contraction, uses)
-    return Layer(node, found.input, found.weight, found.contraction, found.bias, chain, scale)
+    takes = found.bias is not None or bool(chain)
+    if not biases:
+        takes = (found.bias is not None and slot(module, node, found.bias) is not None) or any(map(_shifts, chain))
+    return Layer(node, found.input, found.weight, found.contraction, found.bias, chain, scale, takes)
+
+
+def _shifts(node: fx.Node) -> bool:
+    """Whether a node of a chain is more than a product."""
+    return key_of(node.target) not in ("mul", "div", "truediv")
 
 
 def _chain(

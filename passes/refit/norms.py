@@ -43,9 +43,17 @@ class Norm:
         return [value * slope.to(like).reshape(shape) + shift.to(like).reshape(shape) for value in values]
 
 
-def find_norm(module: fx.GraphModule, node: fx.Node, uses: Uses) -> Norm | None:
-    """The norm that a node is, as its rule says, used once and of one value; None for anything else."""
+def find_norm(module: fx.GraphModule, node: fx.Node, uses: Uses, biases: bool = True) -> Norm | None:
+    """The norm that a node is, as its rule says, used once and of one value; None for anything else.
+
+    Args:
+        module: The graph.
+        node: The node.
+        uses: How often its parameters are used.
+        biases: Whether it may get a weight and a bias that it has not.
+    """
     found, call = norm_of(module, node), named_call(module, node)
     if found is None or call is None or found.several or not uses.alone(node):
         return None
-    return Norm(node, found.axis, call.takes("bias"))
+    has = {name: biases or slot(module, node, name) is not None for name in ("weight", "bias")}
+    return Norm(node, found.axis, call.takes("bias") and has["bias"]) if has["weight"] else None

@@ -163,7 +163,7 @@ class _Refitter:
         self.solved = 0
         self.few: dict[str, tuple[int, int]] = {}
         self.before, self.unknown = before, unknown
-        self.units = [unit for unit in find_units(self.merged) if self._has_target(unit.root)]
+        self.units = [unit for unit in find_units(self.merged, options.biases) if self._has_target(unit.root)]
         if not whole:
             self.units = first_units(self.merged, self.units)
         self.inner: dict[Unit, list[Pair]] = {}
@@ -202,7 +202,8 @@ class _Refitter:
                 yield Step(node, merged)
                 continue
             yield Step(node, parents if node in claimed else slice(None))
-            norm = find_norm(self.merged, node, uses) if node not in claimed and self._has_target(node) else None
+            free = node not in claimed and self._has_target(node)
+            norm = find_norm(self.merged, node, uses, self.options.biases) if free else None
             if node in roots:
                 unit = roots[node]
                 samples, reads = unit.layers[0].contraction.samples, {layer.source for layer in unit.layers}

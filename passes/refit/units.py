@@ -39,10 +39,15 @@ class Unit:
         return next((layer for layer in self.layers if layer.takes_bias), None)
 
 
-def find_units(module: fx.GraphModule) -> list[Unit]:
-    """All units of a graph, in the order of their roots; layers that are shared or unknown are left out."""
+def find_units(module: fx.GraphModule, biases: bool = True) -> list[Unit]:
+    """All units of a graph, in the order of their roots; layers that are shared or unknown are left out.
+
+    Args:
+        module: The graph.
+        biases: Whether layers may get biases that they have not.
+    """
     uses = Uses(module)
-    found = (find_layer(module, node, uses) for node in module.graph.nodes)
+    found = (find_layer(module, node, uses, biases) for node in module.graph.nodes)
     layers = {layer.end: layer for layer in found if layer is not None}
     units: list[Unit] = []
     placed: set[fx.Node] = set()

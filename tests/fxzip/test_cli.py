@@ -30,6 +30,7 @@ from fxzip.data.images import ImageLoader
 from fxzip.errors import FrozenSpaceWarning, OptionError
 from fxzip.matching import chosen_options
 from fxzip.settings import MATCHING, refit_settings
+from fxzip.views import drawable
 from fxzip.zoo import data_config, load, transform
 
 NAME = "timm:test_resnet"
@@ -161,7 +162,10 @@ def test_eval_counts_what_the_network_gets_right(place: Path, tmp_path: Path) ->
 
 
 def test_eval_of_an_archive_without_a_recipe(place: Path, tmp_path: Path) -> None:
-    fxzip.load(place / "merged").save(tmp_path / "bare")
+    bare = fxzip.load(place / "merged")
+    bare.save(tmp_path / "told")
+    bare.information = fxzip.Information()
+    bare.save(tmp_path / "bare")
     x = np.zeros((5, 3, 32, 32), dtype=np.float32)
     np.savez(tmp_path / "d.npz", **{"dogs.images": x, "dogs.labels": np.zeros(5, dtype=int)})
     done = run("eval", tmp_path / "bare", "--data", tmp_path / "d.npz", "--task", "dogs", "--quiet")
@@ -171,6 +175,7 @@ def test_eval_of_an_archive_without_a_recipe(place: Path, tmp_path: Path) -> Non
     )
     done = run("eval", tmp_path / "bare", "--data", place / "IMAGES", "--quiet")
     assert "give --input-size, --mean, --std" in one_line(done)
+    assert run("eval", tmp_path / "told", "--data", place / "IMAGES", "--quiet").exit_code == 0
     done = run("eval", tmp_path / "bare", "--data", place / "IMAGES", "--recipe", place / "merged" / "recipe.yaml")
     assert done.exit_code == 0, done.output
 
@@ -272,7 +277,7 @@ def test_interrupt_leaves_nothing_half_written(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     owner, name = (prepared.Prepared, "observe") if stage == "observe" else (io, "model_card")
     monkeypatch.setattr(owner, name, stop)
-    done = run(*zip_arguments(place, tmp_path / "out"))
+    done = run(*zip_arguments(place, tmp_path / "out", "--overwrite"))
     assert done.exit_code == 130
     assert done.stderr.splitlines()[-1] == "fxzip: stopped; nothing was written"
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -318,6 +323,10 @@ def test_a_real_ctrl_c(place: Path, tmp_path: Path) -> None:
         (["--device", "toaster"], "--device toaster"),
         (["--model-arg", "bogus=1"], "cannot be built with bogus=1"),
         (["--model", "timm:resnet51"], "did you mean timm:resnet"),
+        (["--model", "resnet50"], "give timm:NAME"),
+        (["--labels", "dogs"], "write TASK=FILE"),
+        (["--labels", "dogs=/nowhere"], "/nowhere cannot be read"),
+        (["--report", "r.pdf"], "a report ends in .html"),
         (["--mean", "0.5"], "images of 3 channels need 3 values"),
         (["--ridge", "-1"], "ridge=-1.0: it must be a number, 0 or more"),
         (["--rounds", "-1"], "a whole number, 0 or more"),
@@ -414,3 +423,122 @@ def test_warnings_in_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(fxzip, "load", load_with_warnings)
     done = run("export", place / "merged", "m.onnx")
     assert done.stderr == "fxzip: warning: channels are kept in place\nfxzip: error: enough\n"
+
+
+# ---- before PyTorch is imported
+
+
+EARLY = """
+import sys
+from typer.testing import CliRunner
+from fxzip import cli
+done = CliRunner().invoke(cli.app, sys.argv[1:])
+print(done.exit_code, "torch" in sys.modules, done.stderr, end="")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["zip", "--model", NAME, "no.pth", "none.pth", "--data", ".", "--out", "out"], "no.pth does not exist"),
+        (["zip", "--model", NAME, "a.pth", "--data", ".", "--out", "out"], "two or more"),
+        (["zip", "--model", NAME, "a.pth", "b.pth", "--data", "none", "--out", "out"], "there is no none"),
+        (["zip", "a.pth", "b.pth", "--data", ".", "--out", "out"], "no model name for a.pth"),
+        (["zip", "--model", NAME, "a.pth", "b.pth", "--data", ".", "--out", "out", "--method", "zipp"], "'zip'"),
+        (["zip", "--model", NAME, "a.pth", "b.pth", "--data", ".", "--out", "out", "--alpha", "2"], "from 0 to 1"),
+        (["zip", "--model", NAME, "a.pth", "b.pth", "--data", ".", "--out", "old"], "old holds a merged network"),
+        (["export", "none", "m.onnx"], "there is no none/fxzip.json"),
+        (["export", "old", "m.tflite"], "an export ends in .onnx, .pt2"),
+        (["draw", "old", "m.gif"], "a drawing ends in .svg"),
+        (["eval", "old", "--data", "none"], "there is no none"),
+        (["predict", "old", "none.png"], "there is no image none.png"),
+    ],
+)
+def test_mistakes_that_need_no_torch(tmp_path: Path, arguments: list[str], says: str) -> None:
+    for name in ("a.pth", "b.pth"):
+        (tmp_path / name).touch()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "fxzip.json").write_text("{}")
+    more = ["--method", "zip"] if "--alpha" in arguments else []
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", EARLY, *arguments, *more]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=tmp_path)
+    assert done.stdout.startswith("1 False fxzip: error: "), done.stdout + done.stderr
+    assert says in done.stdout
+
+
+# ---- an earlier merge, drawings, reports, predictions
+
+
+def test_an_earlier_merge_is_replaced_on_demand_only(place: Path, tmp_path: Path) -> None:
+    fxzip.load(place / "merged").save(tmp_path / "out")
+    arguments = zip_arguments(place, tmp_path / "out", "--no-refit")
+    assert "holds a merged network: choose another folder, or give --overwrite" in one_line(run(*arguments))
+    done = run(*arguments, "--overwrite", "--report", tmp_path / "r.html")
+    assert done.exit_code == 0, done.output
+    assert fxzip.load(tmp_path / "out").report.refitted == 0
+    assert "<html" in (tmp_path / "r.html").read_text()
+
+
+def test_a_picture_that_cannot_be_drawn_is_an_error(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawable.shutil, "which", lambda _: None)
+    text = one_line(run("draw", place / "merged", tmp_path / "m.svg"))
+    assert "m.svg cannot be drawn" in text
+    assert "m.mmd is Mermaid text" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predict_names_what_the_folders_are_called(place: Path, tmp_path: Path) -> None:
+    zipped = fxzip.load(place / "merged")
+    assert zipped.labels == {task: tuple(f"class{i}" for i in range(count)) for task, count in CLASSES.items()}
+    picture = place / "IMAGES" / "dogs" / "class1" / "0.png"
+    done = run("predict", place / "merged", picture, picture, "--top", "2", "--json", tmp_path / "p.json")
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "p.json").read_text())["rows"]
+    assert [row["task"] for row in rows] == ["dogs", "birds"] * 2
+    x = transform(data_config(load(NAME), input_size=(3, 32, 32)))(Image.open(picture).convert("RGB"))[None]
+    with torch.no_grad():
+        scores = zipped(x, task="dogs").softmax(1)[0]
+    assert rows[0]["classes"][0]["label"] == f"class{int(scores.argmax())}"
+    assert rows[0]["classes"][0]["score"] == pytest.approx(float(scores.max()), abs=1e-5)
+    assert f"dogs: class{int(scores.argmax())} {float(scores.max()):.1%}" in done.stdout
+
+
+def test_labels_from_a_file(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("beagle\npug\n\ncollie\n")
+    more = ["--no-refit", "--labels", f"dogs={tmp_path / 'names.txt'}"]
+    done = run(*zip_arguments(place, tmp_path / "out", *more))
+    assert done.exit_code == 0, done.output
+    labels = fxzip.load(tmp_path / "out").labels
+    assert labels["dogs"] == ("beagle", "pug", "collie")
+    assert labels["birds"][0] == "class0"
+
+
+def test_images_that_were_prepared_otherwise(place: Path, tmp_path: Path) -> None:
+    """Two folders of timm, as save_for_hf makes them, with different means and class names."""
+    for task, (classes, mean) in {"dogs": (3, 0.5), "birds": (4, 0.25)}.items():
+        model = load(NAME, place / f"{task}.safetensors")
+        model.pretrained_cfg = {**model.pretrained_cfg, "mean": (mean,) * 3, "input_size": (3, 32, 32)}
+        names = [f"{task}{i}" for i in range(classes)]
+        timm.models.save_for_hf(model, tmp_path / task, model_config={"label_names": names})
+    folders = [f"local-dir:{tmp_path / task}" for task in CLASSES]
+    arguments = ["zip", *folders, "--data", place / "IMAGES", "--out", tmp_path / "out", "--quiet", "--no-refit"]
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    assert "images for birds had another mean and std, which are folded into its first layer" in done.stderr
+    zipped = fxzip.load(tmp_path / "out")
+    assert zipped.information.folded == ("birds",)
+    assert zipped.information.preparation.mean == (0.5, 0.5, 0.5)
+    assert zipped.labels["birds"] == ("birds0", "birds1", "birds2", "birds3")
+    done = run("eval", tmp_path / "out", "--data", place / "IMAGES", "--originals", "--quiet")
+    assert done.exit_code == 0, done.output
+    done = run(*arguments[:-1], "--mean", "0.1,0.1,0.1", "--overwrite", "--no-refit")
+    assert done.exit_code == 0, done.output
+    assert fxzip.load(tmp_path / "out").information.folded == ()
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "fxzip", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("fxzip ")

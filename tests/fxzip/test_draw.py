@@ -15,7 +15,7 @@ from torch import nn
 import fxzip
 from fxzip.errors import OptionError, SaveError
 from fxzip.report import LayerRow, Report
-from fxzip.views import draw as drawing
+from fxzip.views import drawable
 from fxzip.views.draw import draw, mermaid
 from fxzip.views.style import INK, PALETTE, PLAIN, flops_text, quantity
 from tests.fxzip.served import NETWORKS, hand_made
@@ -103,7 +103,7 @@ def test_a_failing_graphviz_leaves_no_file(
 
 
 def test_dot_needs_no_graphviz(zipped: fxzip.ZippedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawing.shutil, "which", lambda _: None)
+    monkeypatch.setattr(drawable.shutil, "which", lambda _: None)
     text = zipped.draw(tmp_path / "m.dot").read_text()
     assert text.startswith("digraph")
     assert text.count("->") >= 12
@@ -115,7 +115,7 @@ def test_dot_needs_no_graphviz(zipped: fxzip.ZippedModel, tmp_path: Path, monkey
 def test_without_graphviz_a_picture_becomes_mermaid_text(
     zipped: fxzip.ZippedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing.shutil, "which", lambda _: None)
+    monkeypatch.setattr(drawable.shutil, "which", lambda _: None)
     with pytest.warns(UserWarning, match="Graphviz") as caught:
         path = zipped.draw(tmp_path / "m.svg")
     assert path == tmp_path / "m.mmd"
@@ -125,7 +125,7 @@ def test_without_graphviz_a_picture_becomes_mermaid_text(
 
 
 def test_without_pydot(zipped: fxzip.ZippedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawing.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(drawable.importlib.util, "find_spec", lambda _: None)
     with pytest.warns(UserWarning, match=r"fxzip\[report\]"):
         assert zipped.draw(tmp_path / "m.png").suffix == ".mmd"
     with pytest.raises(OptionError, match=r"fxzip\[report\].*\.mmd"):

@@ -20,7 +20,19 @@ WRITES = [
     *(Tensor.mul_, torch.relu_, F.relu_, operator.setitem, operator.iadd, operator.ior),
     *(aten.relu_.default, aten.add_.Tensor, aten.copy_.default),
 ]
-PURE = ["relu", "__add__", "__len__", Tensor.mul, torch.relu, F.relu, operator.add, aten.relu.default, aten.add.Tensor]
+PURE = [
+    operator.and_,
+    operator.or_,
+    "relu",
+    "__add__",
+    "__len__",
+    Tensor.mul,
+    torch.relu,
+    F.relu,
+    operator.add,
+    aten.relu.default,
+    aten.add.Tensor,
+]
 
 
 def test_what_writes_in_place() -> None:
