@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from fxzip.passes.verify import Verifier, fixed_sizes
 from fxzip.testing.outputs import call, difference, in_type
 
 
-def padding_error(model: nn.Module, inputs: Any, *, most: float = 1.5, seed: int = 0) -> float:
+def padding_error(
+    model: nn.Module, inputs: Any, *, most: float = 1.5, seed: int = 0, fixed: Collection[str] | None = None
+) -> float:
     """How far a copy is off in which every space that can change has more channels, all of which are dead.
 
     (`fxzip.passes.verify.fixed_sizes` says which cannot.)
@@ -31,6 +34,7 @@ def padding_error(model: nn.Module, inputs: Any, *, most: float = 1.5, seed: int
         inputs: As of `permutation_error`.
         most: By how much spaces grow at the most; each grows by a random number of channels, one at the least.
         seed: Of the numbers, and of where the dead channels lie.
+        fixed: The spaces that cannot change; default: they are found.
 
     Returns:
         The largest difference of all outputs, as a share of the output's standard deviation.
@@ -39,12 +43,14 @@ def padding_error(model: nn.Module, inputs: Any, *, most: float = 1.5, seed: int
         TraceError: The model cannot be traced.
     """
     module, spec, inputs = _analysed(model, inputs)
-    wider = _wider(module, spec, inputs, most, Generator().manual_seed(seed))
+    wider = _wider(module, spec, inputs, most, seed, fixed)
     parts = _merged(module, spec, wider, lambda name: _placed(spec, name, wider, seed))
     return difference(call(model, inputs), _run(parts, inputs))
 
 
-def dropping_error(model: nn.Module, inputs: Any, *, most: float = 1.5, seed: int = 0) -> float:
+def dropping_error(
+    model: nn.Module, inputs: Any, *, most: float = 1.5, seed: int = 0, fixed: Collection[str] | None = None
+) -> float:
     """How far a copy is off that was made wider by copies of its channels, and then as small again as it was.
 
     Blocks (groups of a convolution, attention heads) that are added do nothing; they are left out again as wholes.
@@ -54,6 +60,7 @@ def dropping_error(model: nn.Module, inputs: Any, *, most: float = 1.5, seed: in
         inputs: As of `padding_error`.
         most: As of `padding_error`.
         seed: Of the numbers.
+        fixed: As of `padding_error`.
 
     Returns:
         The largest difference of all outputs, as a share of the output's standard deviation.
@@ -62,7 +69,7 @@ def dropping_error(model: nn.Module, inputs: Any, *, most: float = 1.5, seed: in
         TraceError: The model cannot be traced.
     """
     module, spec, inputs = _analysed(model, inputs)
-    wider = _wider(module, spec, inputs, most, Generator().manual_seed(seed))
+    wider = _wider(module, spec, inputs, most, seed, fixed)
     parts = _merged(module, spec, wider, lambda name: _copied(spec, name, wider))
     large, own, _ = _analysed(parts.trunk, inputs)
     before = {name: spec[name].size for name in wider}
@@ -87,11 +94,13 @@ def _analysed(model: nn.Module, inputs: Any) -> tuple[fx.GraphModule, ChannelSpe
     return module, analyse_graph(module, args, kwargs), inputs
 
 
-def _wider(module: fx.GraphModule, spec: ChannelSpec, inputs: Any, most: float, generator: Generator) -> dict[str, int]:
+def _wider(
+    module: fx.GraphModule, spec: ChannelSpec, inputs: Any, most: float, seed: int, fixed: Collection[str] | None
+) -> dict[str, int]:
     """More blocks for each family that can have them."""
-    fixed = fixed_sizes(Verifier(module, given_inputs(inputs)), spec)
-    free = [space for space in spec.spaces if space.parent is None and space.name not in fixed]
-    more = (torch.rand(len(free), generator=generator) * (most - 1)).tolist()
+    kept = fixed_sizes(Verifier(module, given_inputs(inputs)), spec) if fixed is None else fixed
+    free = [space for space in spec.spaces if space.parent is None and space.name not in kept]
+    more = (torch.rand(len(free), generator=Generator().manual_seed(seed)) * (most - 1)).tolist()
     return {s.name: min(2 * s.size, s.size + 1 + int(share * s.size)) for s, share in zip(free, more, strict=True)}
 
 
