@@ -25,13 +25,15 @@ from fxzip.passes.verify import Verifier
 from fxzip.prepared import Prepared
 from fxzip.report import Verified
 from fxzip.surroundings import undisturbed
+from fxzip.widths import Width
 
 Loader = Iterable[Any]
 
 
 @undisturbed
 def zip(
-    *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, method: str = "auto",
+    *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, width: Width = None,
+    budget: str | None = None, method: str = "auto",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
     hold_back: bool = True, verify: bool = True, progress: bool = True, **options: Any,
 ) -> ZippedModel:  # fmt: skip
@@ -51,6 +53,11 @@ def zip(
             the models diverge or their classifiers begin.
         start: The module or node that merging starts at, or a share (0 to 1) of the layers: what comes before is run
             as each network has it, side by side. None: at the input.
+        width: How many channels the trunk has, as a share of one network's: a number for all spaces that can change, or
+            a dict by the names of modules or channel spaces (``{"layer1": 1.3}``). None: as many as one network.
+        budget: What the merged network may cost, in multiples of one network (``"flops<=1.2x"``, ``"params<=1.5x"``),
+            or is to keep (``"fidelity>=0.98"``, as cheaply as can be): the widths are found by what each space leaves
+            unexplained for what it costs (`fxzip.passes.allocate`).
         method: ``auto`` tries some and takes the best by fidelity (`fxzip.passes.choose`); or ``select``, ``zip``,
             ``permute``, ``average``, ``optimal``, ``weights``, ``dual`` or ``cca`` (see `fxzip.matching`).
         names: Names of the tasks; default: ``task0``, ``task1`` ...
@@ -73,7 +80,7 @@ def zip(
     check_order(given)
     check_models(given)
     wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
-    wanted["verify"] = verify
+    wanted |= {"verify": verify, "width": width, "budget": budget}
     check_merge(zip, len(given), points=points, hold_back=hold_back, **wanted, **options)
     tasks = task_names(names, len(given))
     ready = ready_loader(loader, tasks, given)

@@ -85,4 +85,5 @@ def _params(module: nn.Module) -> int:
 def _row(prepared: Prepared, name: str, merge_map: MergeMap) -> SpaceRow:
     space, seen = prepared.spec[name], prepared.moments.get(name)
     correlation = None if seen is None else merge_map.mean_correlation(seen.correlation)
-    return SpaceRow(name, space.size, len(space.sites), correlation, merge_map.within_share)
+    merged = None if merge_map.size == space.size else merge_map.size
+    return SpaceRow(name, space.size, len(space.sites), correlation, merge_map.within_share, merged)

@@ -1,6 +1,6 @@
 """Cut: where the trunk may end and the heads begin, what each place costs, and the plan of a merge."""
 
-from fxzip.passes.cut.budget import parse_fidelity
+from fxzip.passes.cut.budget import parse_budget, parse_fidelity
 from fxzip.passes.cut.cut import Cut, Cuts, classifiers, crossing, find_cuts, is_layer
 from fxzip.passes.cut.places import Places, Span, check_span
 from fxzip.passes.cut.plan import MergePlan
@@ -16,5 +16,6 @@ __all__ = [
     "crossing",
     "find_cuts",
     "is_layer",
+    "parse_budget",
     "parse_fidelity",
 ]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzip.channels import ChannelSpace, ChannelSpec, Site
-from fxzip.errors import FrozenSpaceWarning
+from fxzip.errors import FrozenSpaceWarning, OptionError
 from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.resize.layout import Sizes
 from fxzip.passes.resize.shapes import Call, check_shapes, old_shapes
@@ -31,7 +31,7 @@ from fxzip.rules import target_of
 from fxzip.rules.sizing import SizeError, find_size_rule
 
 
-class ResizeError(Exception):
+class ResizeError(OptionError):
     """A network cannot have these sizes; it says where and why."""
 
 
