@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fxzip.report import Report
     from fxzip.rules import register_rule
     from fxzip.settings import RefitOptions
+    from fxzip.shrinking import shrink
     from fxzip.sweep import Sweep
 
 # Where the public names live: they are imported when they are first used, so that `import fxzip` costs next to nothing.
@@ -67,6 +68,7 @@ _HOMES = {
     "Report": "fxzip.report",
     "register_rule": "fxzip.rules",
     "RefitOptions": "fxzip.settings",
+    "shrink": "fxzip.shrinking",
     "Sweep": "fxzip.sweep",
 }
 _MODULES = ("channels", "errors", "matching", "rules", "testing", "zoo")
@@ -100,6 +102,7 @@ __all__ = [
     "load",
     "prepare",
     "register_rule",
+    "shrink",
     "zip",
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -85,7 +85,7 @@ def zip(
     tasks = task_names(names, len(given))
     ready = ready_loader(loader, tasks, given)
     prepared = prepare(*given, example_inputs=first_batch(ready), names=tasks, verify=verify)
-    prepared.place(cut, start)
+    prepared.place(cut, start, width, budget)
     prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=progress)
     return prepared.convert(**wanted, **options)
 
@@ -114,7 +114,11 @@ def prepare(
     """
     check_order(models, "fxzip.prepare(model_a, model_b, example_inputs=images)")
     check_models(models)
-    tasks = task_names(names, len(models))
+    return prepared_of(models, example_inputs, task_names(names, len(models)), verify)
+
+
+def prepared_of(models: Sequence[nn.Module], example_inputs: Any, tasks: tuple[str, ...], verify: bool) -> Prepared:
+    """As `prepare`, of one network or more that were checked."""
     args, kwargs = ready_example(example_inputs, models)
     alignment = align([canonicalise(trace(model, args, kwargs)) for model in models])
     if not alignment.shared_parameters():

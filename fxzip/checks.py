@@ -138,12 +138,12 @@ def check_flag(name: str, value: object) -> None:
         raise OptionError(f"{name}={value!r}: give True or False")
 
 
-def check_models(models: Sequence[Any]) -> None:
-    """Raise unless the models are two or more modules, each of them on one device and all on the same."""
+def check_models(models: Sequence[Any], least: int = 2) -> None:
+    """Raise unless the models are so many modules or more, each of them on one device and all on the same."""
     for number, model in enumerate(models):
         if not isinstance(model, nn.Module):
             raise OptionError(f"model {number} is a {type(model).__name__}, not a torch.nn.Module")
-    if len(models) < 2:
+    if len(models) < least:
         raise OptionError(f"{len(models)} model given: merging takes two models or more")
     devices = [{p.device for p in (*model.parameters(), *model.buffers())} for model in models]
     for number, found in enumerate(devices):

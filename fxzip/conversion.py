@@ -19,7 +19,7 @@ from fxzip.errors import CutError, FewImagesWarning, LowFidelityWarning
 from fxzip.fidelity import Fidelity
 from fxzip.matching import is_sized
 from fxzip.merged import ZippedModel
-from fxzip.passes.choose import Tried, candidates, choose, latest, short, tried_images
+from fxzip.passes.choose import CANDIDATES, Tried, candidates, choose, latest, short, tried_images
 from fxzip.passes.compare import compare
 from fxzip.passes.cut import Cut, MergePlan, Span, parse_fidelity
 from fxzip.passes.maps import find_maps
@@ -103,7 +103,7 @@ class Conversion:
         choice, tried = self._chosen()
         self._keep_fidelity(choice)
         if self.widths is not None and self.sizing is not None and self.widths.bound == "fidelity":
-            self.sizing.keep_fidelity(partial(self._tried, choice), partial(self.plan, choice))
+            self.sizing.keep_fidelity(partial(self._tried, choice))
         return choice, tried
 
     @cached_property
@@ -120,7 +120,7 @@ class Conversion:
         """The choice with a method in the place of ``auto``, and what was tried to find it."""
         if self.choice.method != AUTO:
             return self.choice, ()
-        methods = candidates(self.prepared.alignment)
+        methods = candidates(self.prepared.alignment) if len(self.prepared.names) > 1 else CANDIDATES
         if self.sizing is not None:
             methods = tuple(filter(is_sized, methods))
         span = self.prepared.places.span(self.cut, self.start)

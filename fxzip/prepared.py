@@ -23,6 +23,7 @@ from fxzip.passes.refit import RefitOptions
 from fxzip.passes.resize import Resized, resize
 from fxzip.passes.verify import Verifier, ensemble_error, fixed_sizes
 from fxzip.report import Verified
+from fxzip.sizing import Sizing
 from fxzip.surroundings import undisturbed
 from fxzip.sweep import Sweep, faithfulness, run_sweep
 from fxzip.widths import Width, parse_widths
@@ -69,14 +70,18 @@ class Prepared:
         """What the merged network costs at each of the valid cuts, in multiples of the mean network's FLOPs."""
         return {name: self.places.costs[self.places.cuts.named[name]] for name in self.cuts}
 
-    def place(self, cut: Cut, start: Cut = None) -> int:
+    def place(self, cut: Cut, start: Cut = None, width: Width = None, budget: str | None = None) -> int:
         """The number of shared nodes in the trunk of a cut, its stems among them.
 
         Raises:
             CutError: The cut or the start is unknown or invalid, no cut meets the budget, or the layers between share
                 no channel space.
+            OptionError: The width names nothing that can change, or the budget is less than the least possible.
         """
-        return self.places.span(cut, start).end
+        span, widths = self.places.span(cut, start), parse_widths(width, budget)
+        if widths is not None:
+            Sizing(self, widths, span).check()
+        return span.end
 
     @undisturbed
     def observe(

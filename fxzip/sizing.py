@@ -61,11 +61,8 @@ class Sizing:
         """How many networks are merged."""
         return len(self.prepared.names)
 
-    def find(self, make: Callable[[Mapping[str, int]], MergePlan]) -> None:
-        """Find the numbers of channels, but for a bound on fidelity.
-
-        Args:
-            make: Makes a plan with such numbers.
+    def check(self) -> None:
+        """Raise what can be known before anything is observed.
 
         Raises:
             OptionError: The width or the budget is not possible.
@@ -75,21 +72,33 @@ class Sizing:
             there = [root.name for root in self.roots]
             self.blocks = chosen_blocks(spec, width, self.prepared.fixed, there, self.n_models)
         elif self.widths.bound != "fidelity":
+            least = self.costs(same_width(self.free, 0.0, self.n_models))
+            if least > self.widths.limit:
+                raise OptionError(f"budget={str(self.widths)!r}: the least that the merge can cost is {least:.3f}x")
+
+    def find(self, make: Callable[[Mapping[str, int]], MergePlan]) -> None:
+        """Find the numbers of channels, but for a bound on fidelity.
+
+        Args:
+            make: Makes a plan with such numbers.
+
+        Raises:
+            OptionError: The width or the budget is not possible.
+        """
+        self.check()
+        if self.widths.bound in ("flops", "params"):
             self.blocks = self._within(self.widths.limit, make)
 
     def _within(self, limit: float, make: Callable[[Mapping[str, int]], MergePlan]) -> dict[str, int]:
         """As many channels as a budget allows, the cost of which is then counted."""
-        least = self._counted(make(same_width(self.free, 0.0, self.n_models)))
-        if least > limit:
-            raise OptionError(f"budget={str(self.widths)!r}: the least that the merge can cost is {least:.3f}x")
-        aim = limit
+        aim, cost = limit, 0.0
         for _ in range(TRIALS):
             blocks = allocate(self.free, self._curves, self.costs, aim, self.n_models)
             cost = self._counted(make(blocks))
             if cost <= limit:
                 return blocks
             aim -= 1.2 * (cost - limit)
-        raise OptionError(f"budget={str(self.widths)!r}: no widths were found that meet it; give a little more")
+        raise OptionError(f"budget={str(self.widths)!r}: the least that was found costs {cost:.3f}x")
 
     @cached_property
     def _curves(self) -> dict[str, Floats]:
@@ -126,22 +135,18 @@ class Sizing:
             sum(cost.flops for cost in found) * len(modules) / max(sum(c.total for c in self.prepared.places.counts), 1)
         )
 
-    def keep_fidelity(
-        self, measure: Callable[[], Fidelity | None], make: Callable[[Mapping[str, int]], MergePlan]
-    ) -> None:
+    def keep_fidelity(self, measure: Callable[[], Fidelity | None]) -> None:
         """The narrowest trunk whose merge is as faithful as is wanted, by short fits.
 
         Args:
             measure: Merges with the present numbers, fits shortly, and measures.
-            make: As of `find`.
 
         Raises:
             OptionError: None is, or nothing was held back.
         """
         if not self.prepared.held:
             raise OptionError(f"budget={str(self.widths)!r}: no image was held back, so fidelity cannot be measured")
-        least = self._counted(make(same_width(self.free, 0.0, self.n_models)))
-        low, high, best = least, float(self.n_models), 0.0
+        low, high, best = self.costs(same_width(self.free, 0.0, self.n_models)), float(self.n_models), 0.0
         good: dict[str, int] | None = None
         for trial in range(TRIALS + 1):
             aim = high if trial == 0 else (low + high) / 2

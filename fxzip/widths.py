@@ -124,7 +124,7 @@ def chosen_blocks(
 
 def _count(root: ChannelSpace, factor: float, n_models: int) -> int:
     if factor > n_models:
-        raise OptionError(f"width={factor:g}: {n_models} networks have no more than {n_models} times one's channels")
+        raise OptionError(f"width={factor:g}: it is {n_models:g} at the most, the channels of all the networks")
     if round(factor * root.size) < 1:
         raise OptionError(
             f"width={factor:g}: less than one of the {root.size} channels or blocks of {root.name} is left"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -28,6 +28,8 @@ def zip_models(
     device: p.Device = "cpu",
     cut: p.Cut = None,
     start: p.Start = None,
+    width: p.Width = None,
+    budget: p.Budget = None,
     method: p.Method = AUTO,
     alpha: p.Alpha = None,
     beta: p.Beta = None,
@@ -50,9 +52,7 @@ def zip_models(
     interpolation: p.Interpolation = None,
     crop_pct: p.CropPct = None,
     crop_mode: p.CropMode = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write into a folder even if it holds other files.")
-    ] = False,
+    overwrite: p.Overwrite = False,
     recipe: p.Recipe = None,
     quiet: p.Quiet = False,
     debug: p.Debug = False,
@@ -61,11 +61,13 @@ def zip_models(
 
     Also writes recipe.yaml, with every option that was used, beside the network.
     """
-    _Merge({param.name: ctx.params[param.name] for param in ctx.command.params if param.name in ctx.params}).run()
+    Merge({param.name: ctx.params[param.name] for param in ctx.command.params if param.name in ctx.params}).run()
 
 
-class _Merge:
+class Merge:
     """One run of the command, from its options."""
+
+    command, least = "zip", 2
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.given = given
@@ -76,11 +78,11 @@ class _Merge:
         self.options = {key: value for key, value in named.items() if value is not None}
         self.model_args = shared.pairs(given["model_args"], "--model-arg")
         self.cut, self.start = (shared.share_or_name(given[key]) for key in ("cut", "start"))
+        self.width = shared.width(given["width"])
         self.refit = RefitOptions(**{key: given[key] for key in shared.OF_REFIT if given[key] is not None})
 
     def run(self) -> None:
         """Check, load, merge, save."""
-        import fxzip
         from fxzip.data.groups import find_images
         from fxzip.data.images import ImageLoader
         from fxzip.zoo import data_config, transform
@@ -98,13 +100,15 @@ class _Merge:
         )
         with shared.spinner("tracing and analysing", self.quiet):
             first = next(iter(loader))[0]
-            prepared = fxzip.prepare(*models, example_inputs=first, names=names, verify=given["verify"])
-            prepared.place(self.cut, self.start)
+            prepared = self._prepared(models, first, names)
+            prepared.place(self.cut, self.start, self.width, given["budget"])
         hold_back = given["hold_back"] and given["refit"]
         prepared.observe(loader, points=given["points"], hold_back=hold_back, progress=not self.quiet)
         zipped = prepared.convert(
             cut=self.cut,
             start=self.start,
+            width=self.width,
+            budget=given["budget"],
             method=self.method,
             refit=self.refit if given["refit"] else False,
             verify=given["verify"],
@@ -117,17 +121,23 @@ class _Merge:
         if not self.quiet:
             typer.echo(f"{zipped.report}\nsaved to {given['out']}")
 
+    def _prepared(self, models: list[Any], first: Any, names: tuple[str, ...] | None) -> Any:
+        import fxzip
+
+        return fxzip.prepare(*models, example_inputs=first, names=names, verify=self.given["verify"])
+
     def _check(self) -> tuple[str, ...] | None:
         """Raise what can be known before the work; returns the tasks' names."""
-        from fxzip.checks import check_method, task_names
+        from fxzip.checks import check_method, check_widths, task_names
         from fxzip.passes.cut import check_span
 
         given, count = self.given, len(self.checkpoints)
         shared.check_output(given["out"], overwrite=given["overwrite"])
-        if count < 2:
+        if count < self.least:
             raise OptionError(f"{count} checkpoint given: merging takes two or more")
         self.options = check_method(self.method, self.options, count)
         check_span(self.cut, self.start)
+        check_widths({"width": self.width, "budget": given["budget"], "cut": self.cut, "method": self.method})
         self.device = shared.device_named(given["device"])
         if given["names"]:
             return task_names(given["names"], count)
@@ -158,13 +168,13 @@ class _Merge:
         own = MATCHING["zip"]
         kept = {key: value for key, value in self.given.items() if key not in _NOT_KEPT}
         kept |= {key: config[key] for key in shared.PREPARATION}
-        kept |= {"names": list(zipped.names), "model_args": self.model_args or None}
+        kept |= {"names": list(zipped.names), "model_args": self.model_args or None, "width": self.width}
         kept |= {key: getattr(self.refit, key) for key in shared.OF_REFIT}
         kept |= {"method": self.method, **{key: self.options.get(key) for key in own}}
         kept |= {"options": {key: value for key, value in self.options.items() if key not in own} or None}
         with new_folder(self.given["out"]) as fresh:
             zipped.save(fresh)
-            write_recipe(fresh / NAME, kept, beside=self.given["out"])
+            write_recipe(fresh / NAME, kept, beside=self.given["out"], command=self.command)
 
 
 _NOT_KEPT = frozenset({"recipe", "debug", "quiet", "out", "overwrite"})

@@ -18,7 +18,11 @@ from fxzip.rules.keys import key_of
 
 
 class SizeError(Exception):
-    """Raised where a number cannot follow: it says why."""
+    """Raised where a number cannot follow: it says why, and at which node of the graph where that is known."""
+
+    def __init__(self, message: str, node: str = "") -> None:
+        super().__init__(f"{node}: {message}" if node else message)
+        self.node = node
 
 
 class SizedCall(ABC):

@@ -34,6 +34,9 @@ from fxzip.rules.sizing import SizeError, find_size_rule
 class ResizeError(OptionError):
     """A network cannot have these sizes; it says where and why."""
 
+    node: str = ""
+    """The node, where that is known."""
+
 
 @dataclass(frozen=True, eq=False)
 class Resized:
@@ -77,7 +80,9 @@ def resize(module: fx.GraphModule, spec: ChannelSpec, blocks: Mapping[str, int])
         check_shapes(resized, sizes, shapes)
         return Resized(resized, _analysed(resized, sizes), changed)
     except SizeError as error:
-        raise ResizeError(str(error)) from error
+        failed = ResizeError(str(error))
+        failed.node = error.node
+        raise failed from error
 
 
 def _resize_parameters(module: fx.GraphModule, sizes: Sizes) -> None:
@@ -114,7 +119,7 @@ def _rewrite(module: fx.GraphModule, sizes: Sizes, shapes: Mapping[str, Any]) ->
         try:
             rule(call)
         except SizeError as error:
-            raise SizeError(f"{node.name}: {error}") from error
+            raise SizeError(str(error), node.name) from error
         node.args, node.kwargs = tuple(call.args), call.kwargs
     module.graph.lint()
     module.recompile()

@@ -77,10 +77,12 @@ def check_shapes(module: fx.GraphModule, sizes: Sizes, before: Mapping[str, Any]
     recorded = module.meta.pop("traced_by", None)
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs what is caught here
     quiet, log.disabled = log.disabled, True
+    args, kwargs = with_batch_size(*sizes.spec.example, 1)
     try:
-        after = old_shapes(module, sizes.spec)
+        after = propagate_shapes(module, args, kwargs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise SizeError(f"it does not run: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        said = str(error).splitlines()[0] if str(error) else repr(error)
+        raise SizeError(f"it does not run: {said}", getattr(error, "fxzip_node", "")) from error
     finally:
         log.disabled = quiet
         if recorded is not None:
@@ -91,11 +93,18 @@ def check_shapes(module: fx.GraphModule, sizes: Sizes, before: Mapping[str, Any]
             continue
         if isinstance(old, Tensor) and node.op != "get_attr":
             size = tuple(old.shape)
-            wanted = tuple(sizes.of_part(node.name, axis, n, 0, n) for axis, n in enumerate(size))
+            wanted = _wanted(sizes, node, size)
             if tuple(new.shape) != wanted:
-                raise SizeError(f"{node.name} would have the shape {tuple(new.shape)} in the place of {wanted}")
+                raise SizeError(f"it would have the shape {tuple(new.shape)} in the place of {wanted}", node.name)
         if "val" in node.meta:
             node.meta["val"] = _recorded(node.meta["val"], old, new)
+
+
+def _wanted(sizes: Sizes, node: fx.Node, size: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        return tuple(sizes.of_part(node.name, axis, n, 0, n) for axis, n in enumerate(size))
+    except SizeError as error:
+        raise SizeError(str(error), node.name) from error
 
 
 def _recorded(seen: Any, old: Any, new: Any) -> Any:

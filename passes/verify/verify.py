@@ -94,8 +94,16 @@ class Verifier:
         alignment = Alignment((known.module, other), shared, plan.alignment.parting)
         own = replace(plan, alignment=alignment, maps=true_maps(plan, orders, self._generator()))
         if plan.resized is not None:
-            own = replace(own, resized=replace(plan.resized, module=self.precision.copied(plan.resized.module)))
+            own = replace(own, resized=replace(plan.resized, module=self._like(known, plan.resized.module)))
         return self._error_of_heads(own, known)
+
+    def _like(self, known: Reference, module: fx.GraphModule) -> fx.GraphModule:
+        """A resized network in the reference's dtype, with its constants: they are in no state dict or merge."""
+        copied, constants = self.precision.copied(module), dict(known.module.named_buffers())
+        for name, buffer in copied.named_buffers():
+            if buffer.shape == constants[name].shape:
+                buffer.copy_(constants[name])
+        return copied
 
     def _without_left_out(self, plan: MergePlan, orders: Mapping[str, Tensor]) -> Reference:
         """A reference that makes nothing of the channels that a plan leaves out."""

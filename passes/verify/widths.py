@@ -2,7 +2,8 @@
 
 Rules say of most operations what becomes of the numbers in a graph (`fxzip.rules.sizes`), and which of them depend on
 how many channels there are (`fxzip.labelling.counting`). What neither knows is found here: the network is made wider in
-all spaces at once and merged with itself. Where that fails, the spaces that are to blame are found by halving.
+all spaces at once and merged with itself. Where that fails at a node, the spaces that lie there are to blame; where
+only the outputs are others, the one that is to blame is found by halving.
 """
 
 from __future__ import annotations
@@ -31,24 +32,45 @@ def fixed_sizes(verifier: Verifier, spec: ChannelSpec) -> dict[str, str]:
     free = [s for s in spec.spaces if s.parent is None and s.name not in found]
     wider = {space.name: space.size + 1 + number % 3 for number, space in enumerate(free)}
     wider = {name: min(size, 2 * spec[name].size) for name, size in wider.items()}
-    while wider and (reason := _fault(verifier, spec, wider)) is not None:
-        names, low, high = list(wider), 0, len(wider)
-        while high - low > 1:
-            middle = (low + high) // 2
-            why = _fault(verifier, spec, {name: wider[name] for name in names[:middle]})
-            low, high, reason = (low, middle, why) if why is not None else (middle, high, reason)
-        found[names[high - 1]] = reason
-        wider.pop(names[high - 1])
+    while wider and (fault := _fault(verifier, spec, wider)) is not None:
+        reason, node = fault
+        blamed = _at(verifier, spec, node) & wider.keys() or {_to_blame(verifier, spec, wider)}
+        found |= dict.fromkeys(sorted(blamed), reason)
+        wider = {name: size for name, size in wider.items() if name not in blamed}
     return found
 
 
-def _fault(verifier: Verifier, spec: ChannelSpec, blocks: Mapping[str, int]) -> str | None:
-    """Why a network cannot have these numbers of channels; None if it can."""
+def _at(verifier: Verifier, spec: ChannelSpec, node: str) -> set[str]:
+    """The families whose channels lie in what a node takes and gives; none where there is no such node."""
+    here = next((n for n in verifier.module.graph.nodes if n.name == node), None)
+    names = [] if here is None else [node, *(source.name for source in here.all_input_nodes)]
+    labels = [factor.reshape(-1) for name in names for factor in spec.layout.factors.get(name, ())]
+    numbers = torch.cat([spec.layout.space[each] for each in labels]).unique().tolist() if labels else []
+    own = {spec.spaces[number].name for number in numbers if number >= 0}
+    called = f"{here.target}." if here is not None and here.op == "call_module" else " "
+    own |= {space.name for space in spec.spaces if any(site.parameter.startswith(called) for site in space.sites)}
+    return {spec.root(name).name for name in own}
+
+
+def _to_blame(verifier: Verifier, spec: ChannelSpec, wider: Mapping[str, int]) -> str:
+    """The last of the first families that fail together, found by halving."""
+    names, low, high = list(wider), 0, len(wider)
+    while high - low > 1:
+        middle = (low + high) // 2
+        fails = _fault(verifier, spec, {name: wider[name] for name in names[:middle]}) is not None
+        low, high = (low, middle) if fails else (middle, high)
+    return names[high - 1]
+
+
+def _fault(verifier: Verifier, spec: ChannelSpec, blocks: Mapping[str, int]) -> tuple[str, str] | None:
+    """Why a network cannot have these numbers of channels, and at which node; None if it can."""
     try:
         error = width_error(verifier, spec, blocks)
     except ResizeError as problem:
-        return str(problem)
-    return None if verifier.allows(error) else f"with another number of channels its outputs are off by {error:.1e}"
+        return str(problem), problem.node
+    if verifier.allows(error):
+        return None
+    return f"with another number of channels its outputs are off by {error:.1e}", ""
 
 
 def width_error(
