@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fxzip.report import Report
     from fxzip.rules import register_rule
     from fxzip.settings import RefitOptions
+    from fxzip.shrinking import shrink
     from fxzip.sweep import Sweep
 
 # Where the public names live: they are imported when they are first used, so that `import fxzip` costs next to nothing.
@@ -79,6 +80,7 @@ _HOMES = {
     "Report": "fxzip.report",
     "register_rule": "fxzip.rules",
     "RefitOptions": "fxzip.settings",
+    "shrink": "fxzip.shrinking",
     "Sweep": "fxzip.sweep",
 }
 _MODULES = ("channels", "errors", "matching", "rules", "testing", "zoo")
@@ -118,6 +120,7 @@ __all__ = [
     "put_part",
     "register_rule",
     "renormalise",
+    "shrink",
     "zip",
     "zip_part",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -29,13 +29,15 @@ from fxzip.passes.verify import Verifier
 from fxzip.prepared import Prepared
 from fxzip.report import Verified
 from fxzip.surroundings import undisturbed
+from fxzip.widths import Width
 
 Loader = Iterable[Any]
 
 
 @undisturbed
 def zip(
-    *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, method: str = "auto",
+    *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, width: Width = None,
+    budget: str | None = None, method: str = "auto",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
     hold_back: bool = True, verify: bool = True, progress: bool = True,
     labels: Mapping[str, Iterable[str]] | None = None, **options: Any,
@@ -56,6 +58,11 @@ def zip(
             the models diverge or their classifiers begin.
         start: The module or node that merging starts at, or a share (0 to 1) of the layers: what comes before is run
             as each network has it, side by side. None: at the input.
+        width: How many channels the trunk has, as a share of one network's: a number for all spaces that can change, or
+            a dict by the names of modules or channel spaces (``{"layer1": 1.3}``). None: as many as one network.
+        budget: What the merged network may cost, in multiples of one network (``"flops<=1.2x"``, ``"params<=1.5x"``),
+            or is to keep (``"fidelity>=0.98"``, as cheaply as can be): the widths are found by what each space leaves
+            unexplained for what it costs (`fxzip.passes.allocate`).
         method: ``auto`` tries some and takes the best by fidelity (`fxzip.passes.choose`); or ``select``, ``zip``,
             ``permute``, ``average``, ``optimal``, ``weights``, ``dual`` or ``cca`` (see `fxzip.matching`).
         names: Names of the tasks; default: ``task0``, ``task1`` ...
@@ -81,12 +88,12 @@ def zip(
     check_models(given)
     each, names = separated(given, names)
     wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
-    wanted["verify"] = verify
+    wanted |= {"verify": verify, "width": width, "budget": budget}
     check_merge(zip, len(each), points=points, hold_back=hold_back, **wanted, **options)
     tasks = task_names(names, len(each))
     ready = ready_loader(loader, tasks, each)
     prepared = prepare(*each, example_inputs=first_batch(ready), names=tasks, verify=verify, labels=labels)
-    prepared.place(cut, start)
+    prepared.place(cut, start, width, budget)
     prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=progress)
     return prepared.convert(**wanted, **options)
 
@@ -118,7 +125,14 @@ def prepare(
     check_order(models, "fxzip.prepare(model_a, model_b, example_inputs=images)")
     check_models(models)
     each, names = separated(models, names)
-    tasks = task_names(names, len(each))
+    return prepared_of(each, example_inputs, task_names(names, len(each)), verify, labels)
+
+
+def prepared_of(
+    each: Sequence[Any], example_inputs: Any, tasks: tuple[str, ...], verify: bool,
+    labels: Mapping[str, Iterable[str]] | None = None,
+) -> Prepared:  # fmt: skip
+    """As `prepare`, of one network or more that were checked."""
     args, kwargs = ready_example(example_inputs, each)
     graphs = [canonicalise(_traced(model, args, kwargs)) for model in each]
     folded = any(map(is_task, each))

@@ -81,6 +81,7 @@ class ChannelSpace:
         sites: Where they touch parameters.
         parent: Name of the space of blocks that these channels lie in, if they do.
         block: For each channel the channel of ``parent`` that it moves with, int64 (size,); ascending.
+        fixed: Why there must be as many channels as there are; None where there may be more or fewer.
     """
 
     name: str
@@ -88,6 +89,12 @@ class ChannelSpace:
     sites: tuple[Site, ...]
     parent: str | None = None
     block: Tensor | None = None
+    fixed: str | None = None
+
+    @property
+    def resizable(self) -> bool:
+        """Whether there may be more channels or fewer; ``fixed`` says why not."""
+        return self.fixed is None
 
     def __repr__(self) -> str:
         inside = f", in {self.parent}" if self.parent else ""
@@ -183,6 +190,22 @@ class ChannelSpec:
         for child in self.children(name):
             yield child
             yield from self.inside(child.name)
+
+    def root(self, name: str) -> ChannelSpace:
+        """The outermost space of blocks around a space's channels; itself where they lie in none."""
+        space = self[name]
+        while space.parent is not None:
+            space = self[space.parent]
+        return space
+
+    @cached_property
+    def units(self) -> dict[str, Tensor]:
+        """For each space the channel of its root that each of its channels lies in, int64 (size,)."""
+        found: dict[str, Tensor] = {}
+        for space in self.by_depth:
+            inside = space.parent is not None and space.block is not None
+            found[space.name] = found[str(space.parent)][space.block] if inside else torch.arange(space.size)
+        return found
 
     def with_parents(self, names: Collection[str]) -> set[str]:
         """The named spaces and those of the blocks that they lie in."""

@@ -13,11 +13,12 @@ from torch import nn
 
 from fxzip.data.checks import check_order
 from fxzip.errors import AlignmentError, OptionError
-from fxzip.matching import chosen_options, match, settings_of
+from fxzip.matching import chosen_options, is_sized, match, settings_of
 from fxzip.names import bad_name
-from fxzip.passes.cut import check_span
+from fxzip.passes.cut import check_span, parse_budget, parse_fidelity
 from fxzip.passes.points import check_points
 from fxzip.settings import AUTO, MATCHING, RefitOptions, refit_settings
+from fxzip.widths import parse_widths
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,25 @@ def check_merge(call: Callable[..., Any], n_models: int, /, **given: Any) -> Cho
     values = {**own, **given}
     check_span(values["cut"], values["start"])
     check_points(values.get("points", "last"))
+    check_widths(values)
     for flag in {"hold_back", "progress", "reset_batch_norm", "verify"} & values.keys():
         check_flag(flag, values[flag])
     for name, value in options.items():
         _check_known(name, value, call.__name__, list(own), values["method"])
     method = values["method"]
     return Choice(method, check_method(method, options, n_models), refit_options(values["refit"]))
+
+
+def check_widths(values: Mapping[str, Any]) -> None:
+    """Raise what is wrong with the width or the budget of a merge in any network."""
+    widths = parse_widths(values.get("width"), values.get("budget"))
+    if widths is None:
+        return
+    if parse_budget(values["cut"]) is not None or parse_fidelity(values["cut"]) is not None:
+        raise OptionError(f"cut={values['cut']!r} and a width or a budget: a cut by its cost takes one network's width")
+    method = values["method"]
+    if method != AUTO and not is_sized(method):
+        raise OptionError(f"method={method!r} leaves one network's width; other widths take 'select', 'zip' or 'auto'")
 
 
 def _check_known(name: str, value: object, call: str, arguments: Sequence[str], method: str) -> None:
@@ -124,12 +138,12 @@ def check_flag(name: str, value: object) -> None:
         raise OptionError(f"{name}={value!r}: give True or False")
 
 
-def check_models(models: Sequence[Any]) -> None:
-    """Raise unless the models are two or more modules, each of them on one device and all on the same."""
+def check_models(models: Sequence[Any], least: int = 2) -> None:
+    """Raise unless the models are so many modules or more, each of them on one device and all on the same."""
     for number, model in enumerate(models):
         if not isinstance(model, nn.Module):
             raise OptionError(f"model {number} is a {type(model).__name__}, not a torch.nn.Module")
-    if len(models) < 2:
+    if len(models) < least:
         raise OptionError(f"{len(models)} model given: merging takes two models or more")
     devices = [{p.device for p in (*model.parameters(), *model.buffers())} for model in models]
     for number, found in enumerate(devices):

@@ -183,8 +183,8 @@ class Contraction:
         return {-1 - len(self.window.kernel): self.inputs[0] - 1} if self.count == 1 else {}
 
     def samples(self, output: Tensor) -> int:
-        """How many samples there are in a value of the output."""
-        return output.numel() // math.prod(self.sizes)
+        """How many samples there are in a value of the output, of whatever number of channels."""
+        return output.numel() // math.prod(output.shape[axis] for axis in self.channels)
 
     def columns(self, x: Tensor, here: Tensor | None = None) -> Tensor:
         """The inputs (groups, d, samples) in a value of the input, or those samples that are in ``here``."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,8 +18,9 @@ from fxzip.data.loops import counted, device_of
 from fxzip.errors import CutError, FewImagesWarning, LowFidelityWarning
 from fxzip.fidelity import Fidelity
 from fxzip.learning import learn_as, learns
+from fxzip.matching import is_sized
 from fxzip.merged import ZippedModel
-from fxzip.passes.choose import Tried, candidates, choose, latest, short, tried_images
+from fxzip.passes.choose import CANDIDATES, Tried, candidates, choose, latest, short, tried_images
 from fxzip.passes.compare import compare
 from fxzip.passes.cut import Cut, MergePlan, Span, parse_fidelity
 from fxzip.passes.maps import find_maps
@@ -31,6 +32,8 @@ from fxzip.passes.split import Split, split
 from fxzip.report import Verified
 from fxzip.report_builder import build_report
 from fxzip.settings import AUTO
+from fxzip.sizing import SIZED, Sizing
+from fxzip.widths import Widths
 
 if TYPE_CHECKING:
     from fxzip.prepared import Prepared
@@ -65,6 +68,7 @@ class Conversion:
         loader: What was observed.
         reset_batch_norm: Whether the paper's rule ends with a reset of BatchNorm statistics.
         progress: Show bars.
+        widths: How wide the trunk is to be; None: as wide as a model.
     """
 
     prepared: Prepared
@@ -74,6 +78,7 @@ class Conversion:
     loader: Iterable[Any]
     reset_batch_norm: bool
     progress: bool
+    widths: Widths | None = None
 
     def run(self, verify: bool) -> ZippedModel:
         """Merge, fit, and measure.
@@ -94,15 +99,31 @@ class Conversion:
 
     def settled(self) -> tuple[Choice, tuple[Tried, ...]]:
         """The choice with a method in the place of ``auto`` and what was tried to find it; the cut is found, too."""
+        if self.sizing is not None:
+            self.sizing.find(lambda blocks: self.plan(self._by(SIZED), blocks))
         choice, tried = self._chosen()
         self._keep_fidelity(choice)
+        if self.widths is not None and self.sizing is not None and self.widths.bound == "fidelity":
+            self.sizing.keep_fidelity(partial(self._tried, choice))
         return choice, tried
+
+    @cached_property
+    def sizing(self) -> Sizing | None:
+        """The numbers of channels of the trunk; None where they are a model's."""
+        span = self.prepared.places.span(self.cut, self.start)
+        return None if self.widths is None else Sizing(self.prepared, self.widths, span)
+
+    def _tried(self, choice: Choice) -> Fidelity | None:
+        """What a merge of the present plan keeps, by a short fit."""
+        return self._fitted(self.plan(choice), short(choice.refit), trial=True).fidelity
 
     def _chosen(self) -> tuple[Choice, tuple[Tried, ...]]:
         """The choice with a method in the place of ``auto``, and what was tried to find it."""
         if self.choice.method != AUTO:
             return self.choice, ()
-        methods = candidates(self.prepared.alignment)
+        methods = candidates(self.prepared.alignment) if len(self.prepared.names) > 1 else CANDIDATES
+        if self.sizing is not None:
+            methods = tuple(filter(is_sized, methods))
         span = self.prepared.places.span(self.cut, self.start)
         if not self.prepared.places.has_layers(span):
             return self._by(methods[0]), ()
@@ -134,13 +155,16 @@ class Conversion:
         merging = [cut for cut in cuts if self.prepared.places.has_layers(self.prepared.places.span(cut, self.start))]
         self.cut = latest(merging, score, least)
 
-    def plan(self, choice: Choice) -> MergePlan:
-        """The plan of a choice whose method is known."""
+    def plan(self, choice: Choice, blocks: Mapping[str, int] | None = None) -> MergePlan:
+        """The plan of a choice whose method is known; ``blocks``: with these numbers of channels."""
         span = self.prepared.places.span(self.cut, self.start)
+        if blocks is None and self.sizing is not None:
+            blocks = {root.name: self.sizing.blocks.get(root.name, root.size) for root in self.prepared.spec.spaces}
         maps = find_maps(self.prepared.spec, self.prepared.alignment, self.prepared.moments,
                          self.prepared.places.spaces(span), choice.method, choice.options,
-                         self.prepared.observed)  # fmt: skip
-        return MergePlan(self.prepared.alignment, self.prepared.spec, maps, span.begin, span.end)
+                         self.prepared.observed, blocks)  # fmt: skip
+        resized = self.prepared.resized(blocks) if blocks else None
+        return MergePlan(self.prepared.alignment, self.prepared.spec, maps, span.begin, span.end, resized)
 
     def _by(self, method: str) -> Choice:
         return replace(self.choice, method=method, options=check_method(method, {}, len(self.prepared.names)))
@@ -201,6 +225,8 @@ class Conversion:
         cut = places.shown(self.cut, plan.end)
         start = places.shown(self.start, plan.begin) if plan.begin else None
         report = build_report(prepared, plan.maps, choice, cut, start, fitted, verified, tried)
+        if self.widths is not None:
+            report = replace(report, width=str(self.widths))
         example = with_batch_size(*to_device(*prepared.spec.example, "cpu"), 2)
         zipped = ZippedModel(parts.trunk, dict(zip(prepared.names, parts.heads, strict=True)), report, example).eval()
         zipped.originals, zipped.information = prepared.originals, prepared.information

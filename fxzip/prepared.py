@@ -22,10 +22,13 @@ from fxzip.passes.cut import Cut, MergePlan, Places, find_cuts
 from fxzip.passes.observe import observe
 from fxzip.passes.points import Points, merge_points
 from fxzip.passes.refit import RefitOptions
-from fxzip.passes.verify import Verifier, ensemble_error
+from fxzip.passes.resize import Resized, resize
+from fxzip.passes.verify import Verifier, ensemble_error, fixed_sizes
 from fxzip.report import Verified
+from fxzip.sizing import Sizing
 from fxzip.surroundings import undisturbed
 from fxzip.sweep import Sweep, faithfulness, run_sweep
+from fxzip.widths import Width, parse_widths
 
 
 class Prepared:
@@ -61,6 +64,8 @@ class Prepared:
         self.held: list[Given] = []
         self.observed = 0
         self._loader: Iterable[Any] | None = None
+        self._fixed: tuple[ChannelSpec, dict[str, str]] | None = None
+        self._resized: tuple[ChannelSpec, dict[str, int], Resized | None] | None = None
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -72,14 +77,18 @@ class Prepared:
         """What the merged network costs at each of the valid cuts, in multiples of the mean network's FLOPs."""
         return {name: self.places.costs[self.places.cuts.named[name]] for name in self.cuts}
 
-    def place(self, cut: Cut, start: Cut = None) -> int:
+    def place(self, cut: Cut, start: Cut = None, width: Width = None, budget: str | None = None) -> int:
         """The number of shared nodes in the trunk of a cut, its stems among them.
 
         Raises:
             CutError: The cut or the start is unknown or invalid, no cut meets the budget, or the layers between share
                 no channel space.
+            OptionError: The width names nothing that can change, or the budget is less than the least possible.
         """
-        return self.places.span(cut, start).end
+        span, widths = self.places.span(cut, start), parse_widths(width, budget)
+        if widths is not None:
+            Sizing(self, widths, span).check()
+        return span.end
 
     @undisturbed
     def observe(
@@ -115,14 +124,17 @@ class Prepared:
 
     @undisturbed
     def convert(
-        self, *, cut: Cut = None, start: Cut = None, method: str = "auto", refit: bool | RefitOptions = True,
-        reset_batch_norm: bool = True, verify: bool = True, progress: bool = True, **options: Any,
+        self, *, cut: Cut = None, start: Cut = None, width: Width = None, budget: str | None = None,
+        method: str = "auto", refit: bool | RefitOptions = True, reset_batch_norm: bool = True, verify: bool = True,
+        progress: bool = True, **options: Any,
     ) -> ZippedModel:  # fmt: skip
         """Merge the networks, from what was observed.
 
         Args:
             cut: As for `fxzip.zip`.
             start: As for `fxzip.zip`.
+            width: As for `fxzip.zip`.
+            budget: As for `fxzip.zip`.
             method: As for `fxzip.zip`.
             refit: As for `fxzip.zip`.
             reset_batch_norm: Without refit: reset the merged network's BatchNorm statistics on the loader.
@@ -136,31 +148,54 @@ class Prepared:
             VerificationError: The merge would be wrong.
         """
         choice = check_merge(
-            Prepared.convert, len(self.names), cut=cut, start=start, method=method, refit=refit,
-            reset_batch_norm=reset_batch_norm, verify=verify, progress=progress, **options,
+            Prepared.convert, len(self.names), cut=cut, start=start, width=width, budget=budget, method=method,
+            refit=refit, reset_batch_norm=reset_batch_norm, verify=verify, progress=progress, **options,
         )  # fmt: skip
         self.places.span(cut, start)  # raises what is wrong with them
-        return Conversion(self, choice, cut, start, self._observed(), reset_batch_norm, progress).run(verify)
+        widths = parse_widths(width, budget)
+        return Conversion(self, choice, cut, start, self._observed(), reset_batch_norm, progress, widths).run(verify)
 
-    def plan(self, *, cut: Cut = None, start: Cut = None, method: str = "auto", **options: Any) -> MergePlan:
+    def plan(
+        self, *, cut: Cut = None, start: Cut = None, width: Width = None, budget: str | None = None,
+        method: str = "auto", **options: Any,
+    ) -> MergePlan:  # fmt: skip
         """The plan that `convert` follows: where to merge, and a map for each channel space in between.
 
         Args:
             cut: As for `fxzip.zip`.
             start: As for `fxzip.zip`.
+            width: As for `fxzip.zip`.
+            budget: As for `fxzip.zip`.
             method: As for `fxzip.zip`.
             **options: Options of the method, as for `fxzip.zip`.
 
         Raises:
             CalibrationError, CutError, OptionError: As for `convert`.
         """
-        choice = check_merge(Prepared.convert, len(self.names), cut=cut, start=start, method=method, **options)
-        conversion = Conversion(self, choice, cut, start, self._observed(), reset_batch_norm=True, progress=False)
+        given = {"cut": cut, "start": start, "width": width, "budget": budget, "method": method, **options}
+        choice = check_merge(Prepared.convert, len(self.names), **given)
+        widths, loader = parse_widths(width, budget), self._observed()
+        conversion = Conversion(self, choice, cut, start, loader, True, progress=False, widths=widths)
         return conversion.plan(conversion.settled()[0])
 
     def keep_to(self, spec: ChannelSpec) -> None:
         """From now on merge by these channel spaces, of which verification has frozen some."""
         self.spec, self.places = spec, Places(self.alignment, spec, find_cuts(self.alignment, spec))
+
+    @property
+    def fixed(self) -> dict[str, str]:
+        """The spaces that lie in no other's blocks and must keep their number of channels, each with the reason."""
+        if self._fixed is None or self._fixed[0] is not self.spec:
+            self._fixed = self.spec, fixed_sizes(self.verifier, self.spec)
+        return self._fixed[1]
+
+    def resized(self, blocks: Mapping[str, int]) -> Resized | None:
+        """The first network with other numbers of channels; None where there are none."""
+        changed = {name: count for name, count in blocks.items() if count != self.spec[name].size}
+        if self._resized is None or self._resized[:2] != (self.spec, changed):
+            made = resize(self.alignment.modules[0], self.spec, changed) if changed else None
+            self._resized = self.spec, changed, made
+        return self._resized[2]
 
     @cached_property
     def verifier(self) -> Verifier:

@@ -125,13 +125,14 @@ def as_number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
-def write_recipe(path: Path, options: Mapping[str, Any], *, beside: Path | None = None) -> None:
+def write_recipe(path: Path, options: Mapping[str, Any], *, beside: Path | None = None, command: str = "zip") -> None:
     """Write a recipe.
 
     Args:
         path: The file.
         options: The options; None for what was not given.
         beside: The folder that paths are written relative to, where the file will lie later; default: its own.
+        command: The command that they are of.
     """
     folder = (path.parent if beside is None else beside).resolve()
     values = {
@@ -140,7 +141,7 @@ def write_recipe(path: Path, options: Mapping[str, Any], *, beside: Path | None 
         if value is not None
     }
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
-    path.write_text(f"# Again: fxzip zip --recipe {NAME} --out FOLDER\n{text}", encoding="utf-8")
+    path.write_text(f"# Again: fxzip {command} --recipe {NAME} --out FOLDER\n{text}", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

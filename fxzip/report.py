@@ -26,8 +26,9 @@ class SpaceRow:
         name: The space.
         size: Channels of each model in it.
         sites: How many parameters' axes it lies on.
-        correlation: Mean correlation of the matched pairs of channels; None if it was not observed.
+        correlation: Mean correlation of the matched pairs of channels; None without any.
         within: Share of the matched pairs that lie within one model.
+        merged: Channels of the trunk in it; None where there are as many.
     """
 
     name: str
@@ -35,6 +36,7 @@ class SpaceRow:
     sites: int
     correlation: float | None
     within: float
+    merged: int | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Report:
         verified: What was checked before the fit, and how far it was off; None where it was not.
         fidelity: How well it answers as its parents do; None where no image was held back to measure it.
         tried: What method ``auto`` tried, and what each gave.
+        width: How wide the trunk is, as the user wanted it; None where it is as wide as a model.
     """
 
     names: tuple[str, ...]
@@ -140,11 +143,13 @@ class Report:
     verified: Verified | None = None
     fidelity: Fidelity | None = None
     tried: tuple[str, ...] = ()
+    width: str | None = None
 
     @property
     def where(self) -> str:
         """What is merged, in words."""
-        return f"cut at {self.cut}" if self.start is None else f"merged from {self.start} to {self.cut}"
+        where = f"cut at {self.cut}" if self.start is None else f"merged from {self.start} to {self.cut}"
+        return where if self.width is None else f"{where}, width {self.width}"
 
     @property
     def params_before(self) -> int:
@@ -183,7 +188,8 @@ class Report:
         spaces = new_table(title, "space", "channels", "sites", "correlation", "within models")
         for row in self.spaces:
             shown = "-" if row.correlation is None else f"{row.correlation:.3f}"
-            spaces.add_row(row.name, str(row.size), str(row.sites), shown, f"{row.within:.1%}")
+            size = str(row.size) if row.merged is None else f"{row.size} -> {row.merged}"
+            spaces.add_row(row.name, size, str(row.sites), shown, f"{row.within:.1%}")
         costs = new_table("", "", "before", "after", "ratio")
         for label, before, after, unit, scale in (
             ("parameters", self.params_before, self.params_after, "M", 1e6),

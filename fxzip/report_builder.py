@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -84,4 +85,7 @@ def _params(module: nn.Module) -> int:
 def _row(prepared: Prepared, name: str, merge_map: MergeMap) -> SpaceRow:
     space, seen = prepared.spec[name], prepared.moments.get(name)
     correlation = None if seen is None else merge_map.mean_correlation(seen.correlation)
-    return SpaceRow(name, space.size, len(space.sites), correlation, merge_map.within_share)
+    if correlation is not None and math.isnan(correlation):  # no channel was matched with another
+        correlation = None
+    merged = None if merge_map.size == space.size else merge_map.size
+    return SpaceRow(name, space.size, len(space.sites), correlation, merge_map.within_share, merged)

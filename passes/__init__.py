@@ -13,7 +13,9 @@
 | `choose`            | candidates, how good each is   | the method, or the cut, to merge by  | nothing         |
 | `maps`              | spec, moments, weights, method | a `MergeMap` for each space          | nothing         |
 | `match`             | spec, moments                  | a `MergeMap` for each space          | nothing         |
+| `blocks`            | spec, moments                  | the maps of blocks of channels       | nothing         |
 | `match_weights`     | spec, weights                  | a `MergeMap` for each space          | nothing         |
+| `resize`            | a GraphModule, spec, sizes     | `Resized`: it in other sizes         | nothing         |
 | `split`             | a `MergePlan`                  | `Split`: trunk and heads             | nothing         |
 | `verify`            | a `MergePlan`                  | how far a self-merge by it is off    | nothing         |
 | `refit`             | trunk, heads, plan, loader     | how many layers were solved          | trunk and heads |

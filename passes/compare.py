@@ -20,6 +20,7 @@ from fxzip.fidelity import Answer, Depth, Fidelity
 from fxzip.graphs import bind_inputs, nodes_by_name
 from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.split import Split
+from fxzip.passes.split.along import unmerged
 from fxzip.passes.split.fuse import Mixing, mixed_along
 
 _CLASS_OUTPUTS = frozenset({"['logits']", "['out']", "['aux']"})
@@ -145,6 +146,8 @@ class _Comparison:
 
     def _unmerged(self, node: str, value: Tensor, model: int) -> Tensor:
         """What U finds again of a model's channels in a merged value."""
+        if self.plan.resized is not None:
+            return unmerged(self.plan, node, value, model)
         for space, axes, index in self.plan.spec.locate(node):
             found = self.plan.maps.get(space.name)
             if found is not None and axes:

@@ -21,6 +21,7 @@ def find_maps(
     method: str,
     options: Mapping[str, Any],
     images: int,
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, MergeMap]:
     """The merge map of each of the named spaces, from whatever the method judges by.
 
@@ -32,11 +33,12 @@ def find_maps(
         method: As for `fxzip.matching.match`.
         options: Of the method.
         images: How many images were observed: that is how many samples are independent.
+        sizes: As of `fxzip.passes.match.match_spaces`.
     """  # fmt: skip
     if options.get("samples", images) is None:
         options = {**options, "samples": images}
     if evidence(method) != "weights":
-        return match_spaces(spec, moments, method, len(alignment.modules), names, **options)
+        return match_spaces(spec, moments, method, len(alignment.modules), names, sizes, **options)
     peers = alignment.peers(len(alignment.shared))
     whole = [module.state_dict() for module in alignment.modules]
     states = [{name: state[own[k]] for name, own in peers.items()} for k, state in enumerate(whole)]

@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fxzip.channels import ChannelSpace, ChannelSpec
 from fxzip.matching import MergeMap, evidence, match
 from fxzip.moments import Moments
+from fxzip.passes.blocks import block_scores, match_blocks
 
 
 def match_spaces(
@@ -20,13 +20,15 @@ def match_spaces(
     method: str,
     n_models: int,
     names: Collection[str],
+    sizes: Mapping[str, int] | None = None,
     **options: Any,
 ) -> dict[str, MergeMap]:
     """The merge map of each of the named spaces.
 
     Spaces that are split into blocks (groups of a convolution, attention heads) are matched block by block
     first: the blocks of different models are assigned one to one by the best assignment of the channels in
-    them, then ``method`` matches channels inside each set of assigned blocks.
+    them, then ``method`` matches channels inside each set of assigned blocks. Where there are to be more or fewer
+    blocks, they stay apart or are left out as wholes (`fxzip.passes.blocks`).
 
     Args:
         spec: The channel spaces.
@@ -34,6 +36,8 @@ def match_spaces(
         method: As for `fxzip.matching.match`.
         n_models: Number of models N.
         names: The spaces to match; their parents are matched too.
+        sizes: How many merged channels each space is to have that lies in no other's blocks; as many as a model where
+            it is left out.
         options: Of the method.
     """
     wanted = spec.with_parents(names)
@@ -41,8 +45,11 @@ def match_spaces(
     own = similar if evidence(method) == "correlation" else _Computed(moments, lambda seen: seen.covariance.cpu())
     maps: dict[str, MergeMap] = {}
     for space in spec.by_depth:
-        if space.name in wanted:
-            maps[space.name] = match_space(spec, space, own, similar, maps, method, n_models, options)
+        size = (sizes or {}).get(space.name, space.size)
+        if space.name in wanted and size != space.size and (spec.children(space.name) or space.name not in moments):
+            maps[space.name] = match_blocks(spec, space, moments, n_models, size, method)
+        elif space.name in wanted:
+            maps[space.name] = match_space(spec, space, own, similar, maps, method, n_models, options, size)
     return maps
 
 
@@ -64,7 +71,7 @@ class _Computed(Mapping[str, Tensor]):
 
 def match_space(
     spec: ChannelSpec, space: ChannelSpace, own: Mapping[str, Tensor], similar: Mapping[str, Tensor],
-    maps: Mapping[str, MergeMap], method: str, n_models: int, options: Mapping[str, Any],
+    maps: Mapping[str, MergeMap], method: str, n_models: int, options: Mapping[str, Any], size: int | None = None,
 ) -> MergeMap:  # fmt: skip
     """The map of one space, those of its blocks being in ``maps``.
 
@@ -78,6 +85,7 @@ def match_space(
         method: As for `fxzip.matching.match`.
         n_models: Number of models N.
         options: Of the method.
+        size: How many merged channels there are to be, in a space that lies in no blocks and has none; None: n.
     """
     within = list(spec.inside(space.name))
     similarity = (similar if within else own).get(space.name)
@@ -90,36 +98,8 @@ def match_space(
     if similarity is None:
         similarity, method, options = torch.eye(n_models * space.size), "average", {}
     if space.parent is None:
-        return match(method, similarity, n_models=n_models, **options)
+        return match(method, similarity, n_models=n_models, size=size, **options)
     return _match_in_blocks(similarity, maps[space.parent], method, n_models, options)
-
-
-def block_scores(correlation: Tensor, n_models: int, blocks: int) -> Tensor:
-    """How alike blocks of channels are: the mean correlation of the best assignment of their channels.
-
-    Args:
-        correlation: (Σn × Σn), channels of each model ordered by block.
-        n_models: Number of models N.
-        blocks: Blocks in each model.
-
-    Returns:
-        (N·blocks × N·blocks); within a model 0, since blocks of one model are not merged.
-    """
-    total = n_models * blocks
-    width = len(correlation) // total
-    tiles = correlation.reshape(total, width, total, width).permute(0, 2, 1, 3)
-    if width == 1:
-        scores = tiles[:, :, 0, 0].clone()
-    else:
-        scores = torch.zeros(total, total, dtype=correlation.dtype)
-        for i in range(total):
-            for j in range((i // blocks + 1) * blocks, total):
-                rows, columns = linear_sum_assignment(tiles[i, j].numpy(), maximize=True)
-                scores[i, j] = scores[j, i] = tiles[i, j][rows, columns].mean()
-    for model in range(n_models):
-        own = slice(model * blocks, (model + 1) * blocks)
-        scores[own, own] = 0
-    return scores
 
 
 def _match_in_blocks(
@@ -127,19 +107,20 @@ def _match_in_blocks(
 ) -> MergeMap:
     """Match channels inside each set of blocks that the parent's map puts together."""
     blocks = parent.size
-    width = len(similarity) // (n_models * blocks)
+    width = len(similarity) // (n_models * parent.width)
     found: list[tuple[Tensor, MergeMap]] = []
     for block in range(blocks):
-        members = (parent.assignment == block).nonzero().flatten()
+        members = parent.members(block)
         here = (members[:, None] * width + torch.arange(width)).reshape(-1)
-        found.append((here, match(method, similarity[here][:, here], n_models=n_models, **options)))
-    if all(inner.sparse is not None for _, inner in found):
+        found.append((here, match(method, similarity[here][:, here], n_models=len(members), **options)))
+    whole = sum(len(here) for here, _ in found) == len(similarity)  # no block is left out
+    if whole and all(inner.sparse is not None for _, inner in found):
         target = torch.empty(len(similarity), dtype=torch.int64)
         weight = torch.empty(len(similarity), dtype=torch.float64)
         for block, (here, inner) in enumerate(found):
             assert inner.sparse is not None
             target[here], weight[here] = block * width + inner.sparse[0], inner.sparse[1]
-        return MergeMap(n_models, (target, weight))
+        return MergeMap(n_models, (target, weight), n_out=blocks * width)
     merge = torch.zeros(blocks * width, len(similarity), dtype=torch.float64)
     unmerge = torch.zeros(len(similarity), blocks * width, dtype=torch.float64)
     for block, (here, inner) in enumerate(found):

@@ -1,4 +1,4 @@
-"""The command line: ``fxzip zip``, ``inspect``, ``eval``, ``predict``, ``export``, ``draw`` and ``demo``."""
+"""The command line: ``zip``, ``shrink``, ``inspect``, ``eval``, ``predict``, ``export``, ``draw``, ``demo``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxzip.cli import demo, evaluate, inspection, merge, predict, serve
+from fxzip.cli import demo, evaluate, inspection, merge, predict, serve, shrink
 from fxzip.cli.errors import Group
 
 app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -30,6 +30,7 @@ def _options(
 
 
 app.command("zip")(merge.zip_models)
+app.command("shrink")(shrink.shrink_model)
 app.command("inspect")(inspection.inspect_model)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)

@@ -37,14 +37,14 @@ def check_data(path: Path) -> None:
         raise CalibrationError(f"{path} is neither a folder of images nor an .npz archive")
 
 
-def check_checkpoints(paths: Sequence[str], model: str | None) -> None:
-    """Raise unless checkpoints may be there, and it is known of which model they are.
+def check_checkpoints(paths: Sequence[str], model: str | None, least: int = 2) -> None:
+    """Raise unless checkpoints may be there, at least so many, and it is known of which model they are.
 
     Raises:
-        OptionError: There are fewer than two, or no model is named.
+        OptionError: There are fewer, or no model is named.
         CheckpointError: One is missing.
     """
-    if len(paths) < 2:
+    if len(paths) < least:
         raise OptionError(f"{len(paths)} checkpoint given: merging takes two or more")
     for text in paths:
         path = Path(text.removeprefix(LOCAL))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -30,6 +30,8 @@ def zip_models(
     device: p.Device = "cpu",
     cut: p.Cut = None,
     start: p.Start = None,
+    width: p.Width = None,
+    budget: p.Budget = None,
     method: p.Method = AUTO,
     alpha: p.Alpha = None,
     beta: p.Beta = None,
@@ -54,9 +56,7 @@ def zip_models(
     crop_mode: p.CropMode = None,
     labels: p.Labels = None,
     report: p.ReportPath = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write into a folder even if it holds a merged network or other files.")
-    ] = False,
+    overwrite: p.Overwrite = False,
     recipe: p.Recipe = None,
     quiet: p.Quiet = False,
     debug: p.Debug = False,
@@ -65,11 +65,13 @@ def zip_models(
 
     Also writes recipe.yaml, with every option that was used, beside the network.
     """
-    _Merge({param.name: ctx.params[param.name] for param in ctx.command.params if param.name in ctx.params}).run()
+    Merge({param.name: ctx.params[param.name] for param in ctx.command.params if param.name in ctx.params}).run()
 
 
-class _Merge:
+class Merge:
     """One run of the command, from its options."""
+
+    command, least = "zip", 2
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.given = given
@@ -80,12 +82,12 @@ class _Merge:
         self.options = {key: value for key, value in named.items() if value is not None}
         self.model_args = shared.pairs(given["model_args"], "--model-arg")
         self.cut, self.start = (shared.share_or_name(given[key]) for key in ("cut", "start"))
+        self.width = shared.width(given["width"])
         self.refit = RefitOptions(**{key: given[key] for key in shared.OF_REFIT if given[key] is not None})
 
     def run(self) -> None:
         """Check, load, merge, save."""
         self._check_first()
-        import fxzip
         from fxzip.checks import task_names
         from fxzip.data.groups import find_images
         from fxzip.data.images import ImageLoader
@@ -103,15 +105,15 @@ class _Merge:
         )
         with shared.spinner("tracing and analysing", self.quiet):
             batch = next(iter(loader))[0]
-            prepared = fxzip.prepare(
-                *models, example_inputs=batch, names=names, verify=given["verify"], labels=self.labels
-            )
-            prepared.place(self.cut, self.start)
+            prepared = self._prepared(models, batch, names)
+            prepared.place(self.cut, self.start, self.width, given["budget"])
         hold_back = given["hold_back"] and given["refit"]
         prepared.observe(loader, points=given["points"], hold_back=hold_back, progress=not self.quiet)
         zipped = prepared.convert(
             cut=self.cut,
             start=self.start,
+            width=self.width,
+            budget=given["budget"],
             method=self.method,
             refit=self.refit if given["refit"] else False,
             verify=given["verify"],
@@ -125,6 +127,12 @@ class _Merge:
         if not self.quiet:
             typer.echo(f"{zipped.report}\nsaved to {given['out']}")
 
+    def _prepared(self, models: list[Any], batch: Any, names: tuple[str, ...]) -> Any:
+        import fxzip
+
+        given = self.given
+        return fxzip.prepare(*models, example_inputs=batch, names=names, verify=given["verify"], labels=self.labels)
+
     def _inform(self, zipped: Any, config: dict[str, Any]) -> None:
         """Let what is known of images and classes travel with the network."""
         from fxzip.information import Information, Preparation
@@ -136,7 +144,7 @@ class _Merge:
         """Raise what can be known without PyTorch."""
         given = self.given
         first.check_output(given["out"], overwrite=given["overwrite"])
-        first.check_checkpoints(self.checkpoints, given["model"])
+        first.check_checkpoints(self.checkpoints, given["model"], self.least)
         first.check_data(given["data"])
         first.check_matching(self.method, self.options)
         if given["names"] and len(given["names"]) != len(self.checkpoints):
@@ -148,12 +156,13 @@ class _Merge:
 
     def _check(self) -> tuple[str, ...] | None:
         """Raise what can be known before the work; returns the tasks' names."""
-        from fxzip.checks import check_method, task_names
+        from fxzip.checks import check_method, check_widths, task_names
         from fxzip.passes.cut import check_span
 
         given, count = self.given, len(self.checkpoints)
         self.options = check_method(self.method, self.options, count)
         check_span(self.cut, self.start)
+        check_widths({"width": self.width, "budget": given["budget"], "cut": self.cut, "method": self.method})
         self.device = shared.device_named(given["device"])
         if given["names"]:
             return task_names(given["names"], count)
@@ -184,13 +193,13 @@ class _Merge:
         own = MATCHING["zip"]
         kept = {key: value for key, value in self.given.items() if key not in _NOT_KEPT}
         kept |= {key: config[key] for key in shared.PREPARATION}
-        kept |= {"names": list(zipped.names), "model_args": self.model_args or None}
+        kept |= {"names": list(zipped.names), "model_args": self.model_args or None, "width": self.width}
         kept |= {key: getattr(self.refit, key) for key in shared.OF_REFIT}
         kept |= {"method": self.method, **{key: self.options.get(key) for key in own}}
         kept |= {"options": {key: value for key, value in self.options.items() if key not in own} or None}
         with new_folder(self.given["out"]) as fresh:
             zipped.save(fresh)
-            write_recipe(fresh / NAME, kept, beside=self.given["out"])
+            write_recipe(fresh / NAME, kept, beside=self.given["out"], command=self.command)
         if self.given["report"] is not None:
             zipped.report.to_html(self.given["report"])
 

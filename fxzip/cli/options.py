@@ -59,6 +59,20 @@ def pairs(given: list[str] | None, option: str) -> dict[str, Any]:
     return found
 
 
+def width(given: list[str] | None) -> float | dict[str, float] | None:
+    """A width: one factor, or one for each of some modules, as ``NAME=FACTOR``."""
+    found: dict[str, float] = {}
+    for text in given or ():
+        name, equals, factor = text.rpartition("=")
+        try:
+            found[name if equals else ""] = float(factor)
+        except ValueError:
+            raise OptionError(f"--width {text}: write a factor like 1.15, or NAME=FACTOR") from None
+    if "" in found and len(found) > 1:
+        raise OptionError("--width: give one factor, or NAME=FACTOR for each of some modules")
+    return found.get("", found or None)
+
+
 def share_or_name(cut: str | None) -> str | float | None:
     """A cut: a number with a point is a share of the layers, all else a name."""
     return float(cut) if cut is not None and re.fullmatch(r"\d*\.\d*", cut) and cut != "." else cut
@@ -92,6 +106,8 @@ def _as_given(name: str, wanted: Any, value: Any) -> Any:
         fits = isinstance(value, kind) and (option is bool or not isinstance(value, bool))
         if wanted in (option, option | None) and not fits:
             raise OptionError(f"{name}={value!r}: it must be {words}")
+    if wanted == list[str] | None and isinstance(value, Real) and not isinstance(value, bool):
+        return [str(value)]
     if isinstance(value, dict):
         return [f"{name}={yaml.safe_dump(part, default_flow_style=True).strip()}" for name, part in value.items()]
     return value

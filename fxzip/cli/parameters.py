@@ -32,6 +32,12 @@ Checkpoints = Annotated[
         help="Two or more checkpoints: .safetensors or .pth files, local-dir:FOLDER or hf-hub:REPO.",
     ),
 ]
+Checkpoint = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CHECKPOINT", help="One checkpoint: a .safetensors or .pth file, local-dir:FOLDER or hf-hub:REPO."
+    ),
+]
 Network = Annotated[Path, typer.Argument(metavar="FOLDER", help="A merged network that fxzip saved.")]
 Data = Annotated[
     Path,
@@ -49,6 +55,7 @@ LabelledData = Annotated[
         "with arrays called TASK.images and TASK.labels.",
     ),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder even if it holds other files.")]
 Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write the merged network to.")]
 
 # ---- models
@@ -92,6 +99,22 @@ Start = Annotated[
         metavar="NAME",
         help="Where merging starts: a module, or a share of the layers; before it each "
         "network keeps its own layers; default: at the input.",
+    ),
+]
+Width = Annotated[
+    list[str] | None,
+    _merging(
+        metavar="FACTOR",
+        help="How many channels the trunk has, as a share of one network's: 1.15, or for a module or channel space "
+        "layer1=1.3 (once for each); default: as many.",
+    ),
+]
+Budget = Annotated[
+    str | None,
+    _merging(
+        metavar="BOUND",
+        help="What the merged network may cost, 'flops<=1.2x' or 'params<=1.5x' of one network, or is to keep, "
+        "'fidelity>=0.98': the widths are found.",
     ),
 ]
 Method = Annotated[

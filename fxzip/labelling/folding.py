@@ -85,11 +85,21 @@ def mixed(graph: LabelGraph, factor: Tensor, axes: Sequence[int], reason: str) -
     return known
 
 
-def reduce(graph: LabelGraph, node: str, value: Labelled, axes: Sequence[int], keepdim: bool = False) -> Labelled:
+def reduce(
+    graph: LabelGraph, node: str, value: Labelled, axes: Sequence[int], keepdim: bool = False, weighted: bool = False
+) -> Labelled:
     """Take a symmetric function (sum, mean, maximum, norm) over axes.
 
     Where labels vary along other axes too, what is left is labelled by block: the channels that were reduced
     together move together.
+
+    Args:
+        graph: The labels.
+        node: What takes it.
+        value: Its input.
+        axes: What it is taken over.
+        keepdim: Whether they stay, with size 1.
+        weighted: Whether it is a sum with a parameter's weights, which does not depend on how many channels there are.
     """
     value = graph.opened(value)
     rank = len(value.shape)
@@ -98,6 +108,8 @@ def reduce(graph: LabelGraph, node: str, value: Labelled, axes: Sequence[int], k
     for f in value.factors:
         if varying(f) & gone:
             graph.use(node, f)
+            if not weighted:
+                graph.summed.append((node, f, tuple(sorted(varying(f) & gone))))
             if varying(f) <= gone:
                 continue
             blocks = _blocks(graph, f, sorted(varying(f) - gone))

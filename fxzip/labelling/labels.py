@@ -91,12 +91,8 @@ def aligned(value: Labelled, rank: int) -> Labelled:
     if len(value.shape) == rank:
         return value
     lead = (1,) * (rank - len(value.shape))
-    return Labelled(
-        lead + tuple(value.shape),
-        tuple(f.reshape(lead + tuple(f.shape)) for f in value.factors),
-        value.parameter,
-        value.uniform,
-    )
+    factors = tuple(f.reshape(lead + tuple(f.shape)) for f in value.factors)
+    return Labelled(lead + tuple(value.shape), factors, value.parameter, value.uniform)
 
 
 @dataclass(eq=False)
@@ -125,6 +121,7 @@ class LabelGraph:
         parents: (relation, child labels, block labels): children move with their block.
         frozen: (labels, reason): labels that may not be permuted.
         uses: (node, labels): labels that a node treats as one set (a norm, an activation, a mean).
+        summed: (node, labels, axes): labels that a node sums over along these axes, without weights that tell how much.
         places: (node, labels, places): at a node these labels stand at fixed places, inside blocks that may move:
             only labels of one place can be permuted among themselves.
         aliases: The one name to use for a parameter that has several.
@@ -140,6 +137,7 @@ class LabelGraph:
     parents: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     uses: list[tuple[str, Tensor]] = field(default_factory=list)
+    summed: list[tuple[str, Tensor, tuple[int, ...]]] = field(default_factory=list)
     places: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     opposed: dict[str, list[tuple[str, int, Role]]] = field(default_factory=dict)

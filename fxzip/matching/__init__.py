@@ -14,6 +14,8 @@ covariances. The options that it takes are declared there, too, and checked befo
     @matcher("mine", options={"strength": Setting(0.5, "how far channels may move", low=0, high=1)})
     def mine(similarity, n_models, strength): ...
 
+One that can leave any number of merged channels, not only n, says ``sized=True`` and takes that number as ``size``.
+
 Dead channels (similarity 0 to every other channel, as zero variance gives) match last in every matcher.
 """
 
@@ -23,7 +25,7 @@ from fxzip.matching import greedy as _greedy
 from fxzip.matching import selection as _selection
 from fxzip.matching.greedy import zip_merges
 from fxzip.matching.merge_map import MergeMap
-from fxzip.matching.registry import chosen_options, evidence, match, matcher, methods, settings_of
+from fxzip.matching.registry import chosen_options, evidence, is_sized, match, matcher, methods, settings_of
 from fxzip.settings import Setting
 
 del _assign, _cca, _greedy, _selection  # imported to register their matchers
@@ -33,6 +35,7 @@ __all__ = [
     "Setting",
     "chosen_options",
     "evidence",
+    "is_sized",
     "match",
     "matcher",
     "methods",

@@ -19,13 +19,13 @@ from fxzip.matching.similarity import Floats, Ints, dead_channels
 from fxzip.settings import MATCHING
 
 
-@matcher("zip", options=MATCHING["zip"])
-def _zip(similarity: Floats, n_models: int, alpha: float, beta: float) -> Ints:
+@matcher("zip", options=MATCHING["zip"], sized=True)
+def _zip(similarity: Floats, n_models: int, alpha: float, beta: float, size: int) -> Ints:
     """ZipIt!'s greedy matching; by default merged channels merge again freely, within models too.
 
     Merged channels are ordered by their lowest member.
     """
-    return grouped(zip_merges(similarity, n_models, alpha, beta), similarity.shape[0])
+    return grouped(zip_merges(similarity, n_models, alpha, beta, size), similarity.shape[0])
 
 
 def grouped(merges: Iterable[tuple[int, int]], size: int) -> Ints:
@@ -43,7 +43,9 @@ def grouped(merges: Iterable[tuple[int, int]], size: int) -> Ints:
     return np.unique(lowest, return_inverse=True)[1].astype(np.int64)
 
 
-def zip_merges(similarity: Floats, n_models: int, alpha: float, beta: float) -> list[tuple[int, int]]:
+def zip_merges(
+    similarity: Floats, n_models: int, alpha: float, beta: float, size: int | None = None
+) -> list[tuple[int, int]]:
     """The merges of ZipIt!'s greedy matching, in their order.
 
     All Σn channels start as features of their own. The pair i < j of the highest similarity (ties: lowest i,
@@ -61,6 +63,8 @@ def zip_merges(similarity: Floats, n_models: int, alpha: float, beta: float) -> 
       three models on these could come to overlap (ab, ac, bc) and never be completed.
     * Dead channels (similarity 0 to every other) are kept out until no other pair may be merged.
     * alpha = 0 gives merged features the similarity 0, and forbids nothing.
+    * Any number of features may be left. Where every pair left is forbidden before they are so few (a small beta,
+      fewer than n), all pairs are allowed.
     * From three models on, where every pair left is forbidden, merged features count as the lower-numbered
       model's only again. (The released code drops a channel there.)
 
@@ -69,14 +73,16 @@ def zip_merges(similarity: Floats, n_models: int, alpha: float, beta: float) -> 
         n_models: N.
         alpha: What a merged feature's similarities are multiplied by, in [0, 1].
         beta: The budget of within-model merges, in [0, 1].
+        size: How many features are to be left; None: n.
 
     Returns:
-        The Σn - n merges as pairs (i, j), i < j: feature j goes into feature i, each named by its lowest
+        The Σn - size merges as pairs (i, j), i < j: feature j goes into feature i, each named by its lowest
         channel.
     """
-    state = _Greedy(similarity, n_models, alpha, beta)
+    size = similarity.shape[0] // n_models if size is None else size
+    state = _Greedy(similarity, n_models, alpha, beta, size)
     merges = []
-    for _ in range(similarity.shape[0] - similarity.shape[0] // n_models):
+    for _ in range(similarity.shape[0] - size):
         i, j = state.best_pair()
         state.merge(i, j)
         merges.append((i, j))
@@ -100,7 +106,7 @@ class _Greedy:
         stale: Rows of which only the bound is known, bool (Σn,).
     """
 
-    def __init__(self, similarity: Floats, n_models: int, alpha: float, beta: float) -> None:
+    def __init__(self, similarity: Floats, n_models: int, alpha: float, beta: float, wanted: int) -> None:
         size = similarity.shape[0]
         n = size // n_models
         # Rows are eight longer in memory: at a stride of a power of two a column shares one cache set.
@@ -108,7 +114,7 @@ class _Greedy:
         self.values[:] = similarity
         self.alpha = alpha
         self.permutation = beta == 0
-        self.budget = np.full(n_models, int((size - n) // n_models * beta + 1e-4))
+        self.budget = np.full(n_models, int((size - wanted) // n_models * beta + 1e-4))
         self.counts = np.repeat(np.eye(n_models, dtype=bool), n, axis=1)
         self.origin = self.counts.copy()
         if self.permutation:
@@ -147,10 +153,12 @@ class _Greedy:
         # at beta = 0 there is a single channel for each gap in the at most n started groups.
         if self.waiting.any():
             self.waiting[:] = False
-        else:
-            assert not self.permutation, "no pair is left to merge"
-            assert (self.counts != self.origin).any(), "no pair is left to merge"
+        elif not self.permutation and (self.counts != self.origin).any():
             self.counts = self.origin.copy()
+        else:  # fewer than n are to be left
+            assert self.closed.any(), "no pair is left to merge"
+            self.closed[:] = False
+            self.budget[:] = len(self.gone)
         self._restart()
 
     def _bar_of(self, i: int) -> Floats:

@@ -21,6 +21,8 @@ from fxzip.matching.similarity import Ints, as_similarity, check_n_models
 class MergeMap:
     """The map of one channel space between N models' channels and the merged ones: f* = M [f_1; ...; f_N].
 
+    There may be as many merged channels as one model has, n, more or fewer: n_out, at most Σn.
+
     Where each channel goes to one merged channel only, as it mostly does, that and its weight is all that is kept:
     M and U are made when they are asked for, since a space of 3,072 channels would take 300 MB for both.
 
@@ -29,18 +31,22 @@ class MergeMap:
         sparse: The merged channel of each channel, int64, and its weight in M, float64, both (Σn,); None where a
             channel goes to several or is found from several.
         dense: M and U where ``sparse`` is None.
+        n_out: The number of merged channels, where ``sparse`` does not tell: some are made of none.
     """
 
     n_models: int
     sparse: tuple[Tensor, Tensor] | None
     dense: tuple[Tensor, Tensor] | None = None
+    n_out: int | None = None
 
     @classmethod
     def from_matrices(cls, merge: Tensor, unmerge: Tensor, n_models: int) -> MergeMap:
-        """The map of M (n, Σn) and U (Σn, n)."""
+        """The map of M (n_out, Σn) and U (Σn, n_out)."""
         if bool(((unmerge != 0).sum(1) != 1).any()) or bool(((merge != 0).sum(0) > 1).any()):
             return cls(n_models, None, (merge.double(), unmerge.double()))
         target = unmerge.argmax(1)
+        if len(target.unique()) < len(merge):  # some are found from by none
+            return cls(n_models, None, (merge.double(), unmerge.double()))
         if bool((unmerge[torch.arange(len(target)), target] != 1).any()):
             return cls(n_models, None, (merge.double(), unmerge.double()))
         return cls(n_models, (target, merge[target, torch.arange(len(target))].double()))
@@ -50,7 +56,7 @@ class MergeMap:
         """The map that sends channel c to merged channel ``assignment[c]``.
 
         Args:
-            assignment: Integers of shape (Σn,), each of 0 ... n - 1 at least once.
+            assignment: Integers of shape (Σn,), each of 0 ... n_out - 1 at least once.
             n_models: N.
 
         Raises:
@@ -65,9 +71,12 @@ class MergeMap:
                 f"an assignment of {n_models} models is a vector of integers whose length divides by "
                 f"{n_models}; got shape {tuple(channels.shape)}, {channels.dtype}"
             )
-        channels, n = channels.long(), size // n_models
-        if not torch.equal(torch.unique(channels), torch.arange(n)):
-            raise OptionError(f"an assignment of {size} channels to {n} merged ones must use each of 0 ... {n - 1}")
+        channels = channels.long()
+        n_out = int(channels.max()) + 1
+        if not torch.equal(torch.unique(channels), torch.arange(n_out)):
+            raise OptionError(
+                f"an assignment of {size} channels to {n_out} merged ones must use each of 0 ... {n_out - 1}"
+            )
         return cls(n_models, (channels, 1.0 / channels.bincount()[channels].double()))
 
     @classmethod
@@ -75,24 +84,34 @@ class MergeMap:
         """The map that keeps some channels and finds all others from them.
 
         Args:
-            kept: The channels that are kept, int64 of shape (n,), all different.
-            unmerge: U, (Σn, n), with the rows of the kept ones those of the identity.
+            kept: The channels that are kept, int64 of shape (n_out,), all different.
+            unmerge: U, (Σn, n_out), with the rows of the kept ones those of the identity.
             n_models: N.
         """
         merge = torch.zeros(len(kept), len(unmerge), dtype=torch.float64)
         merge[torch.arange(len(kept)), kept] = 1.0
         return cls.from_matrices(merge, unmerge, n_models)
 
-    @property
+    @cached_property
     def size(self) -> int:
-        """The number n of merged channels, which is also that of each model's."""
+        """The number n_out of merged channels."""
+        if self.n_out is not None:
+            return self.n_out
+        if self.sparse is not None:
+            return int(self.sparse[0].max()) + 1
+        assert self.dense is not None
+        return self.dense[0].shape[0]
+
+    @property
+    def width(self) -> int:
+        """The number n of each model's channels."""
         parts = self.sparse or self.dense
         assert parts is not None
         return (parts[0].shape[0] if self.sparse else parts[0].shape[1]) // self.n_models
 
     @property
     def merge(self) -> Tensor:
-        """M, float64 of shape (n, Σn); rows sum to one.
+        """M, float64 of shape (n_out, Σn); rows sum to one.
 
         By the paper Uᵀ with each row divided by its group's size; one 1 in each row where channels are kept, not
         averaged.
@@ -103,7 +122,7 @@ class MergeMap:
 
     @property
     def unmerge(self) -> Tensor:
-        """U, float64 of shape (Σn, n).
+        """U, float64 of shape (Σn, n_out).
 
         By the paper 0/1 membership, one 1 in each row; any weights where channels are found again by regression.
         """
@@ -112,14 +131,14 @@ class MergeMap:
         return torch.cat([self.part(model, "contract").T for model in range(self.n_models)])
 
     def part(self, model: int, role: Role) -> Tensor:
-        """M_p of one model for a producing site, U_pᵀ for a contracting one; both (n merged × n channels)."""
-        here = slice(model * self.size, (model + 1) * self.size)
+        """M_p of one model for a producing site, U_pᵀ for a contracting one; both (n_out × n)."""
+        here = slice(model * self.width, (model + 1) * self.width)
         if self.dense is not None:
             return self.dense[0][:, here] if role == "produce" else self.dense[1][here].T
         assert self.sparse is not None
         target, weight = (value[here] for value in self.sparse)
-        found = torch.zeros(self.size, self.size, dtype=torch.float64)
-        found[target, torch.arange(self.size)] = weight if role == "produce" else 1.0
+        found = torch.zeros(self.size, self.width, dtype=torch.float64)
+        found[target, torch.arange(self.width)] = weight if role == "produce" else 1.0
         return found
 
     @cached_property
@@ -128,7 +147,8 @@ class MergeMap:
         if self.dense is None or bool((self.dense[0] >= 0).all()):
             return self
         shares = self.dense[0].abs()
-        return MergeMap(self.n_models, None, (shares / shares.sum(1, keepdim=True), self.dense[1]))
+        total = shares.sum(1, keepdim=True)
+        return MergeMap(self.n_models, None, (shares / torch.where(total > 0, total, 1.0), self.dense[1]))
 
     @property
     def assignment(self) -> Tensor:
@@ -137,6 +157,13 @@ class MergeMap:
             return self.sparse[0]
         assert self.dense is not None
         return self.dense[1].abs().argmax(1)
+
+    def members(self, merged: int) -> Tensor:
+        """The channels that a merged channel is made of, ascending."""
+        if self.dense is not None:
+            return self.dense[0][merged].nonzero().flatten()
+        assert self.sparse is not None
+        return ((self.sparse[0] == merged) & (self.sparse[1] > 0)).nonzero().flatten()
 
     @property
     def within_share(self) -> float:

@@ -20,10 +20,11 @@ Evidence = Literal["correlation", "covariance", "weights"]
 _MATCHERS: dict[str, Matcher] = {}
 _EVIDENCE: dict[str, Evidence] = {}
 _SETTINGS: dict[str, dict[str, Setting]] = {}
+_SIZED: set[str] = set()
 
 
 def matcher(
-    name: str, of: Evidence = "correlation", options: Mapping[str, Setting] | None = None
+    name: str, of: Evidence = "correlation", options: Mapping[str, Setting] | None = None, sized: bool = False
 ) -> Callable[[Registered], Registered]:
     """Registers a matcher under a name.
 
@@ -31,6 +32,8 @@ def matcher(
         name: What users call it by.
         of: The kind of matrix that it takes: correlations, covariances, or similarities of weights.
         options: The options that it takes, by name: it is called with all of them.
+        sized: Whether it gives as many merged channels as it is asked for, by a keyword ``size``; else it is one
+            model's number.
 
     Raises:
         ValueError: The name is taken.
@@ -40,6 +43,8 @@ def matcher(
         if name in _MATCHERS:
             raise ValueError(f"matcher {name!r} is registered already: {_MATCHERS[name].__qualname__}")
         _MATCHERS[name], _EVIDENCE[name], _SETTINGS[name] = function, of, dict(options or {})
+        if sized:
+            _SIZED.add(name)
         return function
 
     return register
@@ -48,6 +53,7 @@ def matcher(
 def unregister(name: str) -> None:
     """Forget a matcher; KeyError where there is none of that name."""
     del _MATCHERS[name], _EVIDENCE[name], _SETTINGS[name]
+    _SIZED.discard(name)
 
 
 def evidence(method: str) -> Evidence:
@@ -63,6 +69,16 @@ def evidence(method: str) -> Evidence:
 def methods() -> tuple[str, ...]:
     """The names of all matchers."""
     return tuple(_MATCHERS)
+
+
+def is_sized(method: str) -> bool:
+    """Whether a matcher gives as many merged channels as it is asked for.
+
+    Raises:
+        OptionError: No matcher has that name.
+    """
+    _find(method)
+    return method in _SIZED
 
 
 def settings_of(method: str) -> dict[str, Setting]:
@@ -91,7 +107,9 @@ def chosen_options(method: str, given: Mapping[str, object]) -> dict[str, Any]:
     }
 
 
-def match(method: str, similarity: Tensor | npt.ArrayLike, n_models: int = 2, **chosen: Any) -> MergeMap:
+def match(
+    method: str, similarity: Tensor | npt.ArrayLike, n_models: int = 2, size: int | None = None, **chosen: Any
+) -> MergeMap:
     """Matches the channels of N models by their similarity.
 
     Args:
@@ -99,15 +117,31 @@ def match(method: str, similarity: Tensor | npt.ArrayLike, n_models: int = 2, **
         similarity: Correlations, or the kind of matrix that `evidence` names, of shape (Σn, Σn) with Σn = N · n; rows
             ``[k * n : (k + 1) * n]`` are model k.
         n_models: N.
+        size: The number of merged channels, 1 to Σn; None: n.
         **chosen: The method's options; `settings_of` lists them.
 
     Raises:
-        OptionError: The method is unknown or does not take an option, an option is out of range, the
+        OptionError: The method is unknown, does not take an option or not this size, an option is out of range, the
             similarity is not square, does not divide by N or is not finite, or N is less than one.
     """
     function, options = _find(method), chosen_options(method, chosen)
-    found = function(as_similarity(similarity, n_models), n_models, **options)
-    return found if isinstance(found, MergeMap) else MergeMap.from_assignment(found, n_models)
+    values = as_similarity(similarity, n_models)
+    total, n = len(values), len(values) // n_models
+    wanted = n if size is None else size
+    if not 1 <= wanted <= total:
+        raise OptionError(f"{total} channels cannot be merged into {wanted}: give a size of 1 to {total}")
+    if method in _SIZED:
+        options["size"] = wanted
+    elif wanted != n:
+        raise OptionError(
+            f"method {method!r} merges {n_models} times {n} channels into {n}, not into {wanted}; other widths take "
+            f"{' or '.join(repr(name) for name in sorted(_SIZED))}"
+        )
+    found = function(values, n_models, **options)
+    merged = found if isinstance(found, MergeMap) else MergeMap.from_assignment(found, n_models)
+    if merged.size != wanted:
+        raise OptionError(f"method {method!r} merged {total} channels into {merged.size}, not into {wanted}")
+    return merged
 
 
 def _find(method: str) -> Matcher:

@@ -22,9 +22,9 @@ _COPY = 1e-6
 """What a channel may differ from a kept one and still be its copy, as a share of its variance."""
 
 
-@matcher("select", of="covariance", options=MATCHING["select"])
-def _select(covariance: Floats, n_models: int, samples: float | None) -> MergeMap:
-    """Keep the n channels that leave the least variance unexplained, each next one given those before.
+@matcher("select", of="covariance", options=MATCHING["select"], sized=True)
+def _select(covariance: Floats, n_models: int, samples: float | None, size: int) -> MergeMap:
+    """Keep the ``size`` channels that leave the least variance unexplained, each next one given those before.
 
     Cholesky decomposition with pivoting on the covariance (Higham, "Analysis of the Cholesky decomposition of
     a semi-definite matrix", 1990): the next channel is the one of the greatest variance that the kept ones do
@@ -35,39 +35,57 @@ def _select(covariance: Floats, n_models: int, samples: float | None) -> MergeMa
     Of few samples a regression on many channels tells more of their noise than of anything else. So covariances are
     shrunk for it (`shrinkage`), but for copies of a kept channel, which need no regression.
     """
-    n = len(covariance) // n_models
-    power = covariance.diagonal().reshape(n_models, n).mean(1)
-    scale = np.repeat(1 / np.sqrt(np.where(power > 0, power, 1.0)), n)
-    found = pivots(covariance * scale[:, None] * scale[None, :], n)
-    left = np.setdiff1d(np.arange(len(covariance)), found)[: n - len(found)]
+    alike = equalised(covariance, n_models)
+    found = pivots(alike, size)
+    left = np.setdiff1d(np.arange(len(covariance)), found)[: size - len(found)]
     kept = np.sort(np.concatenate([found, left]))
-    unmerge = np.zeros((len(covariance), n))
-    damping = shrinkage(covariance * scale[:, None] * scale[None, :], samples) if samples else 0.0
+    unmerge = np.zeros((len(covariance), size))
+    damping = shrinkage(alike, samples) if samples else 0.0
     unmerge[:, np.searchsorted(kept, found)] = regression(covariance, found, damping)
-    unmerge[kept] = np.eye(n)
+    unmerge[kept] = np.eye(size)
     return MergeMap.from_selection(torch.from_numpy(kept), torch.from_numpy(unmerge), n_models)
 
 
+def equalised(covariance: Floats, n_models: int) -> Floats:
+    """The covariance with each model's variances scaled to a mean of one."""
+    n = len(covariance) // n_models
+    power = covariance.diagonal().reshape(n_models, n).mean(1)
+    scale = np.repeat(1 / np.sqrt(np.where(power > 0, power, 1.0)), n)
+    found: Floats = covariance * scale[:, None] * scale[None, :]
+    return found
+
+
 def pivots(covariance: Floats, count: int) -> Ints:
+    """The first ``count`` pivots, as of `pivoted`."""
+    return pivoted(covariance, count)[0]
+
+
+def pivoted(covariance: Floats, count: int) -> tuple[Ints, Floats]:
     """The first ``count`` pivots of a Cholesky decomposition, in their order; of equals the lowest first.
 
     They are fewer where fewer explain everything (dead channels, fewer samples than channels).
+
+    Returns:
+        The pivots, and what each of them leaves unexplained of all channels' variance, both (pivots,).
     """
     left = covariance.diagonal().copy()
+    unexplained = np.empty(count)
     noise = _EXPLAINED * float(left.max(initial=0.0))
     factor = np.zeros((count, len(covariance)))
     found = np.empty(count, dtype=np.int64)
     for step in range(count):
         pivot = int(np.argmax(left))
         if left[pivot] <= noise:
-            return found[:step]
+            return found[:step], unexplained[:step]
         found[step] = pivot
         row = (covariance[pivot] - factor[:step, pivot] @ factor[:step]) / np.sqrt(left[pivot])
         row[found[:step]] = 0.0
         factor[step] = row
         left = np.maximum(left - row * row, 0.0)
+        left[found[: step + 1]] = 0.0
+        unexplained[step] = left.sum()
         left[found[: step + 1]] = -1.0
-    return found
+    return found, unexplained
 
 
 def shrinkage(covariance: Floats, samples: float) -> float:

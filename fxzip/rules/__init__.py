@@ -1,6 +1,6 @@
 """Rules of operations, by kind; importing this package registers them all."""
 
-from fxzip.rules import contractions, elementwise, movement, norms, patches, products, reductions
+from fxzip.rules import contractions, elementwise, movement, norms, patches, products, reductions, sizes
 from fxzip.rules.calls import Call, Linear, Norm, product
 from fxzip.rules.registry import (
     RuleContext,
@@ -29,6 +29,7 @@ __all__ = [
     "products",
     "reductions",
     "register_rule",
+    "sizes",
     "target_of",
     "unregister_rule",
 ]

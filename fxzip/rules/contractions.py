@@ -225,7 +225,7 @@ def matmul(ctx: RuleContext, input: Any, other: Any) -> Labelled:
     _contracted_by(ctx, x, -1)
     _contracted_by(ctx, y, -2)
     product = meet(ctx.graph, ctx.name, _inserted(x, -1), _inserted(y, -3))
-    return reduce(ctx.graph, ctx.name, product, [-2])
+    return reduce(ctx.graph, ctx.name, product, [-2], weighted=x.parameter is not None or y.parameter is not None)
 
 
 @register_rule("einsum", kind="layer", linear=weights.einsum_product)
@@ -238,8 +238,10 @@ def einsum(ctx: RuleContext, equation: str, *operands: Any) -> Labelled:
         raise Unsupported("an einsum with an ellipsis, a diagonal or an implicit result")
     order = right + "".join(dict.fromkeys(s for t in terms for s in t if s not in right))
     product: Labelled | None = None
+    weighted = False
     for term, raw in zip(terms, values, strict=True):
         value = ctx.graph.opened(as_labelled(raw))
+        weighted |= value.parameter is not None and set(order[len(right) :]) <= set(term)
         for axis, letter in enumerate(term):
             if letter not in right:
                 _contracted_by(ctx, value, axis)
@@ -247,7 +249,7 @@ def einsum(ctx: RuleContext, equation: str, *operands: Any) -> Labelled:
         product = spread if product is None else meet(ctx.graph, ctx.name, product, spread)
     assert product is not None
     gone = list(range(len(right), len(order)))
-    return reduce(ctx.graph, ctx.name, product, gone) if gone else product
+    return reduce(ctx.graph, ctx.name, product, gone, weighted=weighted) if gone else product
 
 
 def _arranged(value: Labelled, term: str, order: str) -> Labelled:

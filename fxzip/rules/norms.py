@@ -180,6 +180,8 @@ def group_norm(
     channels = along(ctx.graph, result if filled else input, 1)
     if channels is not None:
         ctx.graph.use(ctx.name, channels)
+        if num_groups == 1:
+            ctx.graph.summed.append((ctx.name, channels, (0,)))
         if 1 < num_groups < len(channels):
             blocks = ctx.graph.fresh(num_groups, 1)
             ctx.graph.nest(f"{ctx.name}:groups", channels.reshape(num_groups, -1), blocks)

@@ -114,6 +114,7 @@ def _labelled(ctx: RuleContext, operation: Operation, findings: Sequence[_Findin
         for other in known[1:]:
             ctx.graph.unite(known[0], other)
         ctx.graph.use(ctx.name, known[0])
+        ctx.graph.summed.append((ctx.name, known[0], (0,)))  # for all that is known
         for number, axis in enumerate(finding.moves):
             if axis is not None:
                 spread = [-1 if a == axis else 1 for a in range(len(shapes[number]))]

@@ -25,6 +25,7 @@ from fxzip.channels import ChannelSpec, Layout
 from fxzip.data.batches import with_batch_size
 from fxzip.errors import FrozenSpaceWarning, RuleError
 from fxzip.graphs import attribute, run_call
+from fxzip.labelling.counting import with_reasons
 from fxzip.labelling.folding import simplified
 from fxzip.labelling.labels import LabelGraph, Labelled
 from fxzip.labelling.partition import partition
@@ -57,6 +58,7 @@ def analyse_graph(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping
     flow = Flow(module, shapes)
     flow.run()
     spaces, frozen, layout = partition(flow.graph)
+    spaces = with_reasons(flow.graph, spaces, layout)
     layout = replace(layout, factors=flow.factors(), bundles=flow.bundles())
     opposed = {node: tuple(axes) for node, axes in flow.graph.opposed.items() if axes}
     share = _coverage(module, flow.graph, layout)

@@ -100,11 +100,19 @@ class _Shapes(fx.Interpreter):
         for source in node.all_input_nodes:
             self._fake(source)
         with self._mode, torch.no_grad():
-            value = self.run_node(node)
+            value = self._run(node)
             if node.op == "placeholder":
                 value = pytree.tree_map_only(Tensor, self._mode.from_tensor, value)
         self.env[node] = value
         return value
+
+    def _run(self, node: fx.Node) -> Any:
+        """The node's value; an error says at which node it was (``fxzip_node``)."""
+        try:
+            return self.run_node(node)
+        except Exception as error:
+            error.fxzip_node = node.name  # type: ignore[attr-defined]
+            raise
 
     def _fake(self, node: fx.Node) -> None:
         """Give a node that was read the value that others can be run on."""

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from torch import fx
 
 from fxzip.channels import ChannelSpec
+from fxzip.graphs import nodes_by_name
 from fxzip.matching import MergeMap
 from fxzip.passes.align import Alignment
 from fxzip.passes.cut.cut import crossing
+
+if TYPE_CHECKING:
+    from fxzip.passes.resize import Resized
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +31,8 @@ class MergePlan:
         maps: The maps of the spaces that are merged.
         begin: The place where merging begins; what comes before it each model keeps as its stem.
         end: The place of the cut, where the trunk ends and the heads begin.
+        resized: The first model's graph with the numbers of channels that the trunk is to have; None where they are
+            the models' own.
     """
 
     alignment: Alignment
@@ -33,6 +40,25 @@ class MergePlan:
     maps: Mapping[str, MergeMap]
     begin: int
     end: int
+    resized: Resized | None = None
+
+    @property
+    def trunk(self) -> fx.GraphModule:
+        """The network whose nodes and sizes the trunk has."""
+        return self.alignment.modules[0] if self.resized is None else self.resized.module
+
+    @property
+    def trunk_spec(self) -> ChannelSpec:
+        """Where the merged channels lie in it."""
+        return self.spec if self.resized is None else self.resized.spec
+
+    @cached_property
+    def _trunk_nodes(self) -> dict[str, fx.Node]:
+        return nodes_by_name(self.trunk)
+
+    def trunk_node(self, i: int) -> fx.Node:
+        """The i-th shared node in the network that the trunk is made of."""
+        return self._trunk_nodes[self.name(i)]
 
     @property
     def models(self) -> range:

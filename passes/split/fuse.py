@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from fxzip.channels import ChannelSpec, Role, Site
+from fxzip.channels import ChannelSpace, ChannelSpec, Role, Site
 from fxzip.matching import MergeMap
+from fxzip.passes.split.laid import Laid, Move, by_axes, moved_along, moved_in_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class Place:
         index: Their positions in the row-major product of these axes, int64 (channels, copies).
         role: ``produce`` (M goes there) or ``contract`` (U).
         rows: As of a `Site`: the rows of axis 0 of each block, int64 (blocks, rows); None for all.
+        into: Where the merged channels come to lie; None where there are as many and they lie at the same places.
     """
 
     map: MergeMap
@@ -37,12 +39,13 @@ class Place:
     index: Tensor
     role: Role = "produce"
     rows: Tensor | None = None
+    into: Laid | None = None
 
     @classmethod
-    def of_site(cls, site: Site, merge_map: MergeMap) -> Place:
+    def of_site(cls, site: Site, merge_map: MergeMap, into: Laid | None = None) -> Place:
         """The place of a space's channels in a parameter."""
         own = merge_map.positive if site.statistic == "variance" else merge_map
-        return cls(own, (site.axis,), site.index, site.role, site.rows)
+        return cls(own, (site.axis,), site.index, site.role, site.rows, into)
 
     def mix(self, tensor: Tensor, model: int) -> Tensor:
         """One model's tensor with M_p or U_p applied here."""
@@ -50,13 +53,15 @@ class Place:
         if self.rows is None:
             return mixed_along(tensor, self.axes, index, Mixing.of(self.map, model, self.role))
         matrix = self.map.part(model, self.role)
+        if self.into is not None:
+            return moved_in_rows(tensor, self.axes[0], self.index, self.into, matrix)
         return _mixed_in_rows(tensor, self.axes[0], index, self.rows.to(tensor.device), matrix)
 
     @property
     def finding(self) -> Place:
         """In the place of M the sum of each model's channels that are found again from the merged one."""
         found = self.map.assignment
-        return replace(self, map=MergeMap(self.map.n_models, (found, torch.ones(len(found)))))
+        return replace(self, map=MergeMap(self.map.n_models, (found, torch.ones(len(found))), n_out=self.map.size))
 
     @property
     def touched(self) -> tuple[int, ...]:
@@ -68,22 +73,32 @@ class Place:
         axes = self.touched
         sizes = [like.shape[axis] for axis in axes]
         here = torch.zeros(math.prod(sizes), dtype=torch.bool)
-        if self.rows is None:
-            here[self.index.cpu().reshape(-1)] = True
+        index, rows = (self.index, self.rows) if self.into is None else (self.into.index, self.into.rows)
+        if rows is None:
+            here[index.cpu().reshape(-1)] = True
         else:
-            inside = self.index.cpu().reshape(len(self.rows), 1, -1)  # those of each block, in each of its rows
-            here[(self.rows.cpu()[:, :, None] * sizes[1] + inside).reshape(-1)] = True
+            inside = index.cpu().reshape(len(rows), 1, -1)  # those of each block, in each of its rows
+            here[(rows.cpu()[:, :, None] * sizes[1] + inside).reshape(-1)] = True
         laid = here.reshape(sizes + [1] * (like.dim() - len(axes)))
         return laid.movedim(tuple(range(len(axes))), axes).to(like.device)
 
 
-def places_by_parameter(spec: ChannelSpec, maps: Mapping[str, MergeMap]) -> dict[str, list[Place]]:
-    """For each parameter the places of the spaces that have a map."""
+def places_by_parameter(
+    spec: ChannelSpec, maps: Mapping[str, MergeMap], into: Callable[[ChannelSpace, Site], Laid] | None = None
+) -> dict[str, list[Place]]:
+    """For each parameter the places of the spaces that have a map.
+
+    Args:
+        spec: The channel spaces.
+        maps: The maps.
+        into: Where the merged channels of a space come to lie; None: where the models' do.
+    """
     found: dict[str, list[Place]] = defaultdict(list)
     for space in spec.spaces:
         if space.name in maps:
             for site in space.sites:
-                found[site.parameter].append(Place.of_site(site, maps[space.name]))
+                laid = None if into is None else into(space, site)
+                found[site.parameter].append(Place.of_site(site, maps[space.name], laid))
     return found
 
 
@@ -95,7 +110,7 @@ def fuse_parameter(tensors: Sequence[Tensor], places: Sequence[Place]) -> Tensor
         places: Where spaces touch it.
 
     Returns:
-        A tensor of the first one's shape, dtype and device, computed in float32 or better.
+        A tensor of the merged shape, and the first one's dtype and device, computed in float32 or better.
     """
     first = tensors[0]
     if not first.is_floating_point():
@@ -126,6 +141,11 @@ def _summed(values: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
 
 def transformed(tensor: Tensor, places: Sequence[Place], model: int) -> Tensor:
     """One model's tensor with M_p and U_p applied at all places, those inside groups last."""
+    laid = [place for place in places if place.into is not None and place.rows is None]
+    moves = ((p.axes, Move(p.index, Mixing.of(p.map, model, p.role), p.into)) for p in laid if p.into is not None)
+    for axes, together in by_axes(moves).items():
+        tensor = moved_along(tensor, axes, together)
+    places = [place for place in places if place.into is None or place.rows is not None]
     for place in sorted(places, key=lambda place: place.rows is not None):
         tensor = place.mix(tensor, model)
     return tensor
@@ -195,35 +215,6 @@ def _mixed_in_rows(tensor: Tensor, axis: int, index: Tensor, rows: Tensor, matri
     return result
 
 
-def along_axes(
-    spec: ChannelSpec, maps: Mapping[str, MergeMap], node: str, model: int, role: Role, others: float = 1.0
-) -> dict[int, Tensor]:
-    """How one model's channels in a node's output are mixed: a matrix for each axis where there are some, float64.
-
-    Args:
-        spec: The channel spaces.
-        maps: The maps of those that are merged.
-        node: The node, by the first model's name; no space of it lies along several axes at once.
-        model: The model.
-        role: ``produce`` for M_p, (merged positions, the model's); ``contract`` for U_p, (the model's, merged ones).
-        others: The factor for positions that are in no merged space.
-    """
-    found: dict[int, Tensor] = {}
-    rest: dict[int, Tensor] = {}
-    for space, axes, index in spec.locate(node):
-        if space.name not in maps or space.size == 1:
-            continue
-        (axis,) = axes
-        size = max(factor.shape[axis] for factor in spec.layout.factors[node])
-        matrix = torch.eye(size, dtype=torch.float64)
-        part = maps[space.name].part(model, role)
-        for copy in index.T:
-            matrix[copy[:, None], copy] = part if role == "produce" else part.T
-        found[axis] = matrix @ found[axis] if axis in found else matrix  # tokens by channels, on one axis
-        rest.setdefault(axis, torch.full((size, 1), others, dtype=torch.float64))[index.reshape(-1)] = 1.0
-    return {axis: rest[axis] * matrix for axis, matrix in found.items()}
-
-
 @dataclass(frozen=True, eq=False)
 class Mixing:
     """A matrix (size × channels) applied to the rows of a tensor: M_p or U_pᵀ of one model.
@@ -241,7 +232,7 @@ class Mixing:
         """M_p for a producing site, U_pᵀ for a contracting one."""
         if merge_map.sparse is None:
             return cls(merge_map.size, merge_map.part(model, role))
-        here = slice(model * merge_map.size, (model + 1) * merge_map.size)
+        here = slice(model * merge_map.width, (model + 1) * merge_map.width)
         target, weight = merge_map.sparse
         return cls(merge_map.size, None, target[here], weight[here] if role == "produce" else None)
 

@@ -17,11 +17,13 @@ from torch import Tensor, fx, nn
 from fxzip.channels import ChannelSpec
 from fxzip.data.loops import device_of
 from fxzip.graphs import attribute, linear_of, parameter_uses
-from fxzip.matching import MergeMap
 from fxzip.passes.cut.plan import MergePlan
-from fxzip.passes.split.fuse import Mixing, along_axes, mixed_along
+from fxzip.passes.split.along import along_axes
+from fxzip.passes.split.fuse import Mixing, mixed_along
+from fxzip.passes.split.laid import Laid, Move, moved_along
 from fxzip.passes.split.parts import part
 from fxzip.rules import Linear, kind_of, target_of
+from fxzip.rules.sizing import find_size_rule
 
 
 def head(plan: MergePlan, model: int) -> fx.GraphModule:
@@ -36,7 +38,7 @@ def head(plan: MergePlan, model: int) -> fx.GraphModule:
     for _, source, _ in sources:
         copies[source] = graph.placeholder(source.name)
     for name, source, i in sources:
-        unmerge = Unmerge.of(plan.spec, plan.maps, name, model)
+        unmerge = Unmerge.of(plan, name, model)
         found = foldable(plan, i, model) if unmerge.moves else []
         if found is None:
             copies[source] = unmerge.insert(graph, copies[source], gathers)
@@ -65,22 +67,26 @@ class Unmerge:
     Attributes:
         node: The tensor's node in the first model.
         steps: (axis, how) pairs; ``how`` is the merged position of each of the model's positions, int64 of shape
-            (positions,), or where one position is found from several, U itself, (positions, positions).
+            (positions,), or where one position is found from several, U itself, (positions, merged positions).
+        resized: Whether there are other numbers of merged channels than the model's.
     """
 
     node: str
     steps: tuple[tuple[int, Tensor], ...]
+    resized: bool = False
 
     @classmethod
-    def of(cls, spec: ChannelSpec, maps: Mapping[str, MergeMap], node: str, model: int) -> Unmerge:
+    def of(cls, plan: MergePlan, node: str, model: int) -> Unmerge:
         """From the maps of the spaces that the tensor holds."""
-        steps = along_axes(spec, maps, node, model, "contract").items()
-        return cls(node, tuple((axis, _as_gather(matrix)) for axis, matrix in steps))
+        steps = along_axes(plan.spec, plan.maps, node, model, "contract", trunk=plan.trunk_spec).items()
+        resized = any(len(matrix) != matrix.shape[1] for _, matrix in steps)
+        return cls(node, tuple((axis, _as_gather(matrix)) for axis, matrix in steps), resized)
 
     @property
     def moves(self) -> bool:
         """Whether any channel is elsewhere than it was."""
-        return any(how.dim() == 2 or not torch.equal(how, torch.arange(len(how))) for _, how in self.steps)
+        moved = (how.dim() == 2 or not torch.equal(how, torch.arange(len(how))) for _, how in self.steps)
+        return self.resized or any(moved)
 
     def insert(self, graph: fx.Graph, node: fx.Node, buffers: dict[str, Tensor]) -> fx.Node:
         """Append the steps to a graph; indices and matrices are added to ``buffers`` under new names."""
@@ -110,19 +116,29 @@ def _as_gather(matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """U folded into the columns of a linear layer or convolution: W U."""
+    """U folded into the columns of a linear layer or convolution: W U; ``into``: where there is another number then."""
 
     parameter: str
     axis: int
     index: Tensor
     mixing: Mixing
+    into: Laid | None = None
 
     def apply(self, head: fx.GraphModule) -> None:
         """Change the head's weight."""
         weight = head.get_parameter(self.parameter)
         with torch.no_grad():
             work = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            weight.copy_(mixed_along(work, (self.axis,), self.index.to(weight.device), self.mixing))
+            if self.into is None:
+                weight.copy_(mixed_along(work, (self.axis,), self.index.to(weight.device), self.mixing))
+                return
+            found = moved_along(work, (self.axis,), [Move(self.index, self.mixing, self.into)]).to(weight)
+        owner, _, leaf = self.parameter.rpartition(".")
+        module = head.get_submodule(owner)
+        setattr(module, leaf, nn.Parameter(found.contiguous(), requires_grad=weight.requires_grad))
+        for name in ("in_channels", "in_features"):  # of a layer without groups
+            if hasattr(module, name):
+                setattr(module, name, found.shape[self.axis])
 
 
 def foldable(plan: MergePlan, i: int, model: int) -> list[Fold] | None:
@@ -152,6 +168,7 @@ def foldable(plan: MergePlan, i: int, model: int) -> list[Fold] | None:
                 and not _mixes(plan, first[node.name])
                 and user.op != "output"
                 and kind_of(target_of(module, user)) in ("passive", "pointwise")
+                and (plan.resized is None or find_size_rule(target_of(module, user)) is None)
                 and (len(user.all_input_nodes) == 1 and _same_spaces(spec, first[node.name], first[user.name]))
             ):
                 pending.append(user)
@@ -172,11 +189,19 @@ def _same_spaces(spec: ChannelSpec, left: str, right: str) -> bool:
 def _folds(plan: MergePlan, node: str, linear: Linear, model: int) -> list[Fold] | None:
     found = []
     rank = plan.spec.layout.factors[node][0].dim()
+    whole = along_axes(plan.spec, plan.maps, node, model, "contract", trunk=plan.trunk_spec) if plan.resized else {}
     for space, axes, index in plan.spec.locate(node):
         axis = linear.contraction.mixed.get(axes[0] - rank) if len(axes) == 1 else None
         if space.size > 1 and axis is None:
             return None
-        if space.name in plan.maps and space.size > 1 and axis is not None:
+        if axes[0] in whole and axis is not None:
+            matrix = whole.pop(axes[0])
+            every = torch.arange(matrix.shape[1])[:, None]
+            laid = Laid(every, (len(every),))
+            found.append(
+                Fold(linear.weight, axis, torch.arange(len(matrix))[:, None], Mixing(len(every), matrix.T), laid)
+            )
+        elif space.name in plan.maps and space.size > 1 and axis is not None and plan.resized is None:
             mixing = Mixing.of(plan.maps[space.name], model, "contract")
             found.append(Fold(linear.weight, axis, index, mixing))
     return found

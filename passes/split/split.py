@@ -7,16 +7,19 @@ What crosses the cut is passed from the trunk to the heads, where each model's c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
+from fxzip.channels import ChannelSpace, Site
 from fxzip.graphs import is_within
 from fxzip.passes.cut.plan import MergePlan
+from fxzip.passes.resize.shapes import SCALED
 from fxzip.passes.split.fuse import fuse_parameter, places_by_parameter
 from fxzip.passes.split.heads import head
+from fxzip.passes.split.laid import Laid
 from fxzip.passes.split.parts import part
 from fxzip.passes.split.stems import Stems
 from fxzip.passes.split.untie import untie
@@ -46,7 +49,7 @@ def split(plan: MergePlan) -> Split:
 
 
 def _trunk(plan: MergePlan, stems: Stems) -> fx.GraphModule:
-    module = plan.alignment.modules[0]
+    module = plan.trunk
     early = {plan.name(i) for i in range(plan.begin)} - plan.learned(0)
     keep = plan.places(0).keys() - early
     graph = fx.Graph()
@@ -55,16 +58,17 @@ def _trunk(plan: MergePlan, stems: Stems) -> fx.GraphModule:
         copies[node] = graph.node_copy(node)
     stems.insert(graph, copies)
     for node in module.graph.nodes:
-        if node.name in keep and node not in copies:
+        scaled = SCALED in node.meta and all(source in copies for source in node.all_input_nodes)
+        if (node.name in keep or scaled) and node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[plan.node(i)] for i in plan.crossing))
+    graph.output(tuple(copies[plan.trunk_node(i)] for i in plan.crossing))
     return part(stems.root(), graph, "Trunk")
 
 
 def _write_fused(trunk: fx.GraphModule, plan: MergePlan, unmerged: Sequence[str]) -> None:
     """Replace the trunk's parameters and buffers by the merged ones, but for those of ``unmerged`` modules."""
     states = [module.state_dict(keep_vars=True) for module in plan.alignment.modules]
-    found = places_by_parameter(plan.spec, plan.maps)
+    found = places_by_parameter(plan.spec, plan.maps, _laid(plan))
     by_tensor = {id(states[0][name]): places for name, places in found.items()}
     untied = untie(trunk, plan.spec)
     done: set[int] = set()
@@ -80,3 +84,17 @@ def _write_fused(trunk: fx.GraphModule, plan: MergePlan, unmerged: Sequence[str]
             if own is not None:
                 places = [replace(p, role=own.roles.get(p.axes[0], p.role)) for p in places]
             tensor.copy_(fuse_parameter(tensors, places))
+
+
+def _laid(plan: MergePlan) -> Callable[[ChannelSpace, Site], Laid] | None:
+    """Where merged channels come to lie in the trunk's parameters; None where the models' do."""
+    resized = plan.resized
+    if resized is None:
+        return None
+    state = resized.module.state_dict(keep_vars=True)
+
+    def laid(space: ChannelSpace, site: Site) -> Laid:
+        new = resized.site(space, site)
+        return Laid(new.index, (state[new.parameter].shape[new.axis],), new.rows)
+
+    return laid

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from fxzip.data.loops import device_of
 from fxzip.graphs import free_name
 from fxzip.passes.cut.plan import MergePlan
-from fxzip.passes.split.fuse import along_axes
+from fxzip.passes.split.along import along_axes
 
 STEM = "stem"
 """Key in the meta of unmerged nodes: the number of their stem's model, or `JOINED`. Their names start with it."""
@@ -58,18 +58,18 @@ class Stems:
             graph: The trunk's.
             copies: The trunk's nodes by the first model's; the placeholders are there, what crosses is added.
         """
-        inputs = [copies.get(self.plan.node(i)) for i in range(self.plan.begin)]
+        inputs = [copies.get(self.plan.trunk_node(i)) for i in range(self.plan.begin)]
         stems = [self._stem(graph, model, inputs) for model in self.plan.models]
         for i in self.plan.entering:
-            node = self.plan.node(i)
+            node = self.plan.trunk_node(i)
             if node not in copies:
                 copies[node] = self._join(graph, node, [stem[i] for stem in stems])
 
     def root(self) -> fx.GraphModule:
         """A module where the nodes that were inserted, and those of the first model, find what they name."""
         if not self.plan.begin:
-            return self._modules[0]
-        root = copy.copy(self._modules[0])
+            return self.plan.trunk
+        root = copy.copy(self.plan.trunk)
         for prefix, module in zip(self.prefixes, self._modules, strict=True):
             root.add_module(prefix, module)
         for name, matrix in self.joins.items():
@@ -105,7 +105,8 @@ class Stems:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return values[0]  # a size, or what is computed from sizes
         count = len(values)
-        parts = [along_axes(self.plan.spec, self.plan.maps, node.name, k, "produce", 1 / count) for k in range(count)]
+        spec, maps, trunk = self.plan.spec, self.plan.maps, self.plan.trunk_spec
+        parts = [along_axes(spec, maps, node.name, k, "produce", 1 / count, trunk) for k in range(count)]
         if not parts[0]:
             total = values[0]
             for other in values[1:]:

@@ -15,8 +15,9 @@ narrowed down to the spaces that are to blame by bisection.
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -32,7 +33,7 @@ from fxzip.passes.cut import MergePlan, on_one_sample
 from fxzip.passes.permute import permute, random_permutations
 from fxzip.passes.split import split
 from fxzip.passes.verify.freeze import without_spaces
-from fxzip.passes.verify.maps import true_maps
+from fxzip.passes.verify.maps import true_maps, without_left_out
 from fxzip.passes.verify.precision import Precision, own_precision
 from fxzip.passes.verify.reference import Reference, error_of, reference, run
 from fxzip.report import Verified
@@ -84,20 +85,38 @@ class Verifier:
 
     def merge_error(self, plan: MergePlan, moved: Collection[str] | None = None) -> float:
         """How far the network merged with its permuted copy is off, as ``plan`` merges, by the true maps."""
-        orders = self._orders(plan.spec, moved)
-        other = permute(plan.spec, self._reference.module, orders)
+        orders, known = self._orders(plan.spec, moved), self._reference
+        if plan.resized is not None:
+            known = self._without_left_out(plan, orders)
+        other = permute(plan.spec, known.module, orders)
         assert isinstance(other, fx.GraphModule)
         shared = tuple((names[0], names[0]) for names in plan.alignment.shared)
-        alignment = Alignment((self._reference.module, other), shared, plan.alignment.parting)
+        alignment = Alignment((known.module, other), shared, plan.alignment.parting)
         own = replace(plan, alignment=alignment, maps=true_maps(plan, orders, self._generator()))
-        return self._error_of_heads(own)
+        if plan.resized is not None:
+            own = replace(own, resized=replace(plan.resized, module=self._like(known, plan.resized.module)))
+        return self._error_of_heads(own, known)
 
-    def _error_of_heads(self, plan: MergePlan) -> float:
+    def _like(self, known: Reference, module: fx.GraphModule) -> fx.GraphModule:
+        """A resized network in the reference's dtype, with its constants: they are in no state dict or merge."""
+        copied, constants = self.precision.copied(module), dict(known.module.named_buffers())
+        for name, buffer in copied.named_buffers():
+            if buffer.shape == constants[name].shape:
+                buffer.copy_(constants[name])
+        return copied
+
+    def _without_left_out(self, plan: MergePlan, orders: Mapping[str, Tensor]) -> Reference:
+        """A reference that makes nothing of the channels that a plan leaves out."""
+        module = copy.deepcopy(self._reference.module)
+        without_left_out(plan, module, orders, self._generator())
+        return replace(self._reference, module=module, outputs=run(module, self._reference.inputs))
+
+    def _error_of_heads(self, plan: MergePlan, known: Reference) -> float:
         """How far the heads are off; infinite where trunk or heads do not run, as if they gave another shape."""
         parts = split(plan)
         try:
-            crossing = run(parts.trunk, self._reference.inputs)
-            return max(error_of(self._reference.outputs, run(head, crossing)) for head in parts.heads)
+            crossing = run(parts.trunk, known.inputs)
+            return max(error_of(known.outputs, run(head, crossing)) for head in parts.heads)
         except (RuntimeError, IndexError):
             return float("inf")
 
@@ -160,7 +179,7 @@ class Verifier:
         """
         plan = make(spec)
         error = self.merge_error(plan) if plan.maps else 0.0
-        if not self.allows(error):
+        if not self.allows(error) and plan.resized is None:
             plan = make(self.without_faults(plan, error))
             error = self.merge_error(plan) if plan.maps else 0.0
         if not self.allows(error):

@@ -288,7 +288,7 @@ def test_merge_map_of_an_assignment() -> None:
     assert merge_map.mean_correlation(torch.from_numpy(similarity + similarity.T)) == pytest.approx(0.35)
 
 
-@pytest.mark.parametrize("assignment", [[], [0, 1, 2], [0, 0, 0, 0], [0, 2, 0, 2], [0, -1, 0, 1], [0.0, 1.0]])
+@pytest.mark.parametrize("assignment", [[], [0, 1, 2], [0, 2, 0, 2], [0, -1, 0, 1], [0.0, 1.0]])
 def test_merge_map_refuses_what_is_no_assignment(assignment: list[float]) -> None:
     with pytest.raises(OptionError, match="assignment"):
         MergeMap.from_assignment(assignment, n_models=2)
@@ -390,3 +390,44 @@ def test_only_what_lies_above_the_diagonal_is_read(size: int) -> None:
 def test_optimal_takes_two_models_only() -> None:
     with pytest.raises(OptionError, match="two models, got 3"):
         match("optimal", np.eye(6), 3)
+
+
+# --- any number of merged channels ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_models", [1, 2, 3])
+@pytest.mark.parametrize("method", ["zip", "select"])
+def test_any_number_of_channels_is_left(method: str, n_models: int) -> None:
+    rng = np.random.default_rng(3)
+    samples = rng.normal(size=(200, 5 * n_models)) @ rng.normal(size=(5 * n_models, 5 * n_models))
+    similarity = np.corrcoef(samples.T) if method == "zip" else np.cov(samples.T)
+    for size in range(1, 5 * n_models + 1):
+        found = match(method, similarity, n_models, size)
+        assert found.size == size
+        assert found.width == 5
+        assert found.merge.shape == (size, 5 * n_models)
+        assert found.unmerge.shape == (5 * n_models, size)
+        assert torch.allclose(found.merge.sum(1), torch.ones(size, dtype=torch.float64))
+        parts = [found.part(model, "produce") for model in range(n_models)]
+        assert torch.equal(torch.cat(parts, 1), found.merge)
+    all_kept = match(method, similarity, n_models, 5 * n_models)
+    assert torch.equal(all_kept.merge @ all_kept.unmerge, torch.eye(5 * n_models, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_zip_goes_on_below_one_model(beta: float) -> None:
+    rng = np.random.default_rng(0)
+    similarity = np.corrcoef(rng.normal(size=(12, 30)))
+    whole = zip_merges(similarity, 2, 1.0, beta)
+    assert zip_merges(similarity, 2, 1.0, beta, 6) == whole
+    if beta == 1:
+        assert zip_merges(similarity, 2, 1.0, 1.0, 9)[:2] == whole[:2]
+    for size in (1, 3, 9, 12):
+        assert len(zip_merges(similarity, 2, 1.0, beta, size)) == 12 - size
+
+
+def test_other_numbers_of_channels_take_a_method_that_has_them() -> None:
+    with pytest.raises(OptionError, match=r"'permute' merges 2 times 3 channels into 3, not into 4.*'select' or 'zip'"):
+        match("permute", np.eye(6), 2, 4)
+    with pytest.raises(OptionError, match="6 channels cannot be merged into 7"):
+        match("select", np.eye(6), 2, 7)
