@@ -11,6 +11,7 @@
 | `points`            | a GraphModule, spec            | the merge points of each space       | nothing         |
 | `observe`           | alignment, points, loader      | `Moments` of each space              | nothing         |
 | `choose`            | candidates, how good each is   | the method, or the cut, to merge by  | nothing         |
+| `allocate`          | spec, moments, a budget        | how many channels each space gets    | nothing         |
 | `maps`              | spec, moments, weights, method | a `MergeMap` for each space          | nothing         |
 | `match`             | spec, moments                  | a `MergeMap` for each space          | nothing         |
 | `blocks`            | spec, moments                  | the maps of blocks of channels       | nothing         |
