@@ -26,7 +26,7 @@ import fxzip
 from benchmarks.lib.command import CommandLine
 from benchmarks.lib.data import load_cifar10
 from benchmarks.lib.machine import facts, timed
-from benchmarks.lib.merges import METHODS, in_order, timed_merge
+from benchmarks.lib.merges import METHODS, in_order, measured, timed_merge
 from benchmarks.lib.pairs import Setting, accuracies, calibration, halves, models
 from benchmarks.lib.runs import RESULTS, Kept, Row, side_by_side, write
 from benchmarks.lib.tables import shown
@@ -57,7 +57,8 @@ def measure_pair(setting: Setting, pair: int, options: Namespace, wanted: list[t
     for cut, name in (which for which in wanted if which != ENSEMBLE):
         zipped, flops, seconds = timed_merge(prepared, **CUTS[cut], **METHODS[name])
         scores = accuracies(zipped, test, classes)
-        yield {"pair": pair, "cut": cut, "method": name, "flops": flops, "seconds": seconds + observing, **scores}
+        yield {"pair": pair, "cut": cut, "method": name, "flops": flops, "seconds": seconds + observing,
+               **scores, **measured(zipped)}  # fmt: skip
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

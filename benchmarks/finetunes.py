@@ -23,7 +23,7 @@ from benchmarks.lib import baselines
 from benchmarks.lib.command import CommandLine
 from benchmarks.lib.finetunes import BASES, fine_tuned, tasks
 from benchmarks.lib.machine import facts, timed
-from benchmarks.lib.merges import METHODS, percent, timed_merge
+from benchmarks.lib.merges import METHODS, measured, percent, timed_merge
 from benchmarks.lib.mixed import Answer, answers_of, outputs
 from benchmarks.lib.runs import Kept, Row
 from benchmarks.lib.tables import shown
@@ -74,9 +74,7 @@ def measure(base: str, pair: str, images: int, data: Any, done: Kept) -> Iterato
     prepared = fxzip.prepare(*models, example_inputs=mixed[0][:2]).observe(mixed, progress=False)
     for name in todo:
         zipped, _, seconds = timed_merge(prepared, **METHODS[name])
-        found = zipped.report.fidelity
-        measured = {} if found is None else {"agreement": found.agreement, "by": zipped.report.method}
-        yield row(name, answers_of(zipped), seconds) | measured
+        yield row(name, answers_of(zipped), seconds) | measured(zipped)
 
 
 def main() -> None:

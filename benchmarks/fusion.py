@@ -23,7 +23,7 @@ import fxzip
 from benchmarks.lib.command import CommandLine
 from benchmarks.lib.data import read_mnist
 from benchmarks.lib.machine import facts, timed
-from benchmarks.lib.merges import METHODS, percent
+from benchmarks.lib.merges import METHODS, measured, percent
 from benchmarks.lib.runs import Kept, Row
 from benchmarks.lib.tables import shown
 
@@ -76,10 +76,7 @@ def measure(models: list[nn.Module], images: int, data: list[tuple[Tensor, Tenso
             if (len(models), images, method) in done:
                 continue
             seconds, _, zipped = timed(partial(fxzip.zip, *models, loader, progress=False, **METHODS[method]))
-            found = row(method, zipped(test), seconds)
-            fidelity = zipped.report.fidelity
-            measured = {} if fidelity is None else {"agreement": fidelity.agreement, "by": zipped.report.method}
-            yield {**found, **measured}
+            yield {**row(method, zipped(test), seconds), **measured(zipped)}
 
 
 def main() -> None:

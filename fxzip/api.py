@@ -15,6 +15,7 @@ from fxzip.data.loops import device_of
 from fxzip.errors import AlignmentError
 from fxzip.information import gathered
 from fxzip.joining import inner_names, is_task, separated
+from fxzip.joint import Heads
 from fxzip.merged import ZippedModel
 from fxzip.originals import Originals
 from fxzip.passes.align import align
@@ -28,6 +29,7 @@ from fxzip.passes.trace import trace
 from fxzip.passes.verify import Verifier
 from fxzip.prepared import Prepared
 from fxzip.report import Verified
+from fxzip.settings import EACH
 from fxzip.surroundings import undisturbed
 from fxzip.widths import Width
 
@@ -39,7 +41,7 @@ def zip(
     *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, width: Width = None,
     budget: str | None = None, method: str = "auto",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
-    hold_back: bool = True, verify: bool = True, progress: bool = True,
+    heads: Heads = EACH, hold_back: bool = True, verify: bool = True, progress: bool = True,
     labels: Mapping[str, Iterable[str]] | None = None, **options: Any,
 ) -> ZippedModel:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
@@ -70,6 +72,9 @@ def zip(
         refit: Solve each merged layer in closed form, so that it gives what the parents give on the loader's images
             (`fxzip.passes.refit`). True: with default settings; `fxzip.RefitOptions`: with these settings; False: the
             weights are merged by ZipIt!'s rule alone, and BatchNorm statistics are reset.
+        heads: ``each``: a head for each task. For networks of the same classes ``mean``: one head, ``joint``, with
+            the mean of all outputs, as their ensemble gives; or ``product``: the mean of their log-probabilities; or a
+            dict of how much each task weighs in the mean, by name.
         hold_back: Hold back a tenth of the images, on which `Report.fidelity` is measured and methods are compared
             (`fxzip.data.held`). False: all are fitted on. Without refit all are used.
         verify: Check the merge before it is fitted: the first network, merged with a permuted copy of itself, must be
@@ -88,12 +93,13 @@ def zip(
     check_models(given)
     each, names = separated(given, names)
     wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
-    wanted |= {"verify": verify, "width": width, "budget": budget}
+    wanted |= {"verify": verify, "width": width, "budget": budget, "heads": heads}
     check_merge(zip, len(each), points=points, hold_back=hold_back, **wanted, **options)
     tasks = task_names(names, len(each))
     ready = ready_loader(loader, tasks, each)
     prepared = prepare(*each, example_inputs=first_batch(ready), names=tasks, verify=verify, labels=labels)
     prepared.place(cut, start, width, budget)
+    prepared.check_heads(heads)
     prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=progress)
     return prepared.convert(**wanted, **options)
 

@@ -13,11 +13,12 @@ from torch import nn
 
 from fxzip.data.checks import check_order
 from fxzip.errors import AlignmentError, OptionError
+from fxzip.joint import Heads, check_heads
 from fxzip.matching import chosen_options, is_sized, match, settings_of
 from fxzip.names import bad_name
 from fxzip.passes.cut import check_span, parse_budget, parse_fidelity
 from fxzip.passes.points import check_points
-from fxzip.settings import AUTO, MATCHING, RefitOptions, refit_settings
+from fxzip.settings import AUTO, EACH, MATCHING, RefitOptions, refit_settings
 from fxzip.widths import parse_widths
 
 
@@ -29,11 +30,13 @@ class Choice:
         method: The matcher.
         options: All of its options.
         refit: How to refit; None: the paper's rule.
+        heads: A head for each task, or one for all (`fxzip.joint`).
     """
 
     method: str
     options: Mapping[str, float | None]
     refit: RefitOptions | None
+    heads: Heads = EACH
 
     def __str__(self) -> str:
         shown = ", ".join(f"{key}={value:g}" for key, value in self.options.items() if value is not None)
@@ -59,12 +62,14 @@ def check_merge(call: Callable[..., Any], n_models: int, /, **given: Any) -> Cho
     check_span(values["cut"], values["start"])
     check_points(values.get("points", "last"))
     check_widths(values)
+    heads = values.get("heads", EACH)
+    check_heads(heads)
     for flag in {"hold_back", "progress", "reset_batch_norm", "verify"} & values.keys():
         check_flag(flag, values[flag])
     for name, value in options.items():
         _check_known(name, value, call.__name__, list(own), values["method"])
     method = values["method"]
-    return Choice(method, check_method(method, options, n_models), refit_options(values["refit"]))
+    return Choice(method, check_method(method, options, n_models), refit_options(values["refit"]), heads)
 
 
 def check_widths(values: Mapping[str, Any]) -> None:

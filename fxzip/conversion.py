@@ -17,12 +17,14 @@ from fxzip.data.held import count_images, thinned, without
 from fxzip.data.loops import counted, device_of
 from fxzip.errors import CutError, FewImagesWarning, LowFidelityWarning
 from fxzip.fidelity import Fidelity
+from fxzip.joint import NAME, joint_of
 from fxzip.learning import learn_as, learns
 from fxzip.matching import is_sized
 from fxzip.merged import ZippedModel
 from fxzip.passes.choose import CANDIDATES, Tried, candidates, choose, latest, short, tried_images
-from fxzip.passes.compare import compare
+from fxzip.passes.compare import compare, compare_joint
 from fxzip.passes.cut import Cut, MergePlan, Span, parse_fidelity
+from fxzip.passes.join import join
 from fxzip.passes.maps import find_maps
 from fxzip.passes.recalibrate import recalibrate
 from fxzip.passes.refit import RefitOptions, read_images
@@ -224,16 +226,32 @@ class Conversion:
         prepared, places, parts = self.prepared, self.prepared.places, fitted.parts
         cut = places.shown(self.cut, plan.end)
         start = places.shown(self.start, plan.begin) if plan.begin else None
-        report = build_report(prepared, plan.maps, choice, cut, start, fitted, verified, tried)
+        _let_learn(plan, parts)
+        names, fitted = self._joined(fitted)
+        parts = fitted.parts
+        report = build_report(prepared, plan.maps, choice, cut, start, fitted, verified, tried, names)
         if self.widths is not None:
             report = replace(report, width=str(self.widths))
         example = with_batch_size(*to_device(*prepared.spec.example, "cpu"), 2)
-        zipped = ZippedModel(parts.trunk, dict(zip(prepared.names, parts.heads, strict=True)), report, example).eval()
+        zipped = ZippedModel(parts.trunk, dict(zip(names, parts.heads, strict=True)), report, example).eval()
         zipped.originals, zipped.information = prepared.originals, prepared.information
-        _let_learn(plan, parts)
+        if names != prepared.names:
+            zipped.information = prepared.information.joined(NAME)
         for part in (parts.trunk, *parts.heads):
             reuse_memory(part)
         return zipped
+
+    def _joined(self, fitted: Fitted) -> tuple[tuple[str, ...], Fitted]:
+        """The heads' names, and with one answer from all the heads as one."""
+        prepared, parts = self.prepared, fitted.parts
+        joint = joint_of(self.choice.heads, prepared.names)
+        if joint is None:
+            return prepared.names, fitted
+        parts = replace(parts, heads=(join(parts.heads, joint),))
+        fidelity = fitted.fidelity
+        if fidelity is not None:
+            fidelity = compare_joint(parts, prepared.alignment.modules, joint, prepared.held, fidelity)
+        return (NAME,), replace(fitted, parts=parts, fidelity=fidelity)
 
 
 def _let_learn(plan: MergePlan, parts: Split) -> None:

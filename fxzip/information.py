@@ -101,6 +101,11 @@ class Information:
         labels = {name: labels for name, labels in self.labels.items() if name in kept}
         return replace(self, labels=labels, folded=tuple(name for name in self.folded if name in kept))
 
+    def joined(self, name: str) -> Information:
+        """That of one head that answers for all tasks: their classes are the same."""
+        known = list(self.labels.values())[:1]
+        return replace(self, labels=dict.fromkeys([name], *known) if known else {}, folded=())
+
     def checked(self, names: Sequence[str]) -> Information:
         """Itself, if a network with these tasks may have it.
 

@@ -14,17 +14,20 @@ from fxzip.data.checks import ready_loader
 from fxzip.data.held import HeldBack
 from fxzip.errors import CalibrationError, OptionError
 from fxzip.information import Information
+from fxzip.joint import Heads, joint_of
 from fxzip.merged import ZippedModel
 from fxzip.moments import Moments
 from fxzip.originals import Originals
 from fxzip.passes.align import Alignment
 from fxzip.passes.cut import Cut, MergePlan, Places, find_cuts
+from fxzip.passes.join import check_joinable
 from fxzip.passes.observe import observe
 from fxzip.passes.points import Points, merge_points
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.resize import Resized, resize
 from fxzip.passes.verify import Verifier, ensemble_error, fixed_sizes
 from fxzip.report import Verified
+from fxzip.settings import EACH
 from fxzip.sizing import Sizing
 from fxzip.surroundings import undisturbed
 from fxzip.sweep import Sweep, faithfulness, run_sweep
@@ -125,8 +128,8 @@ class Prepared:
     @undisturbed
     def convert(
         self, *, cut: Cut = None, start: Cut = None, width: Width = None, budget: str | None = None,
-        method: str = "auto", refit: bool | RefitOptions = True, reset_batch_norm: bool = True, verify: bool = True,
-        progress: bool = True, **options: Any,
+        method: str = "auto", refit: bool | RefitOptions = True, heads: Heads = EACH, reset_batch_norm: bool = True,
+        verify: bool = True, progress: bool = True, **options: Any,
     ) -> ZippedModel:  # fmt: skip
         """Merge the networks, from what was observed.
 
@@ -137,6 +140,7 @@ class Prepared:
             budget: As for `fxzip.zip`.
             method: As for `fxzip.zip`.
             refit: As for `fxzip.zip`.
+            heads: As for `fxzip.zip`.
             reset_batch_norm: Without refit: reset the merged network's BatchNorm statistics on the loader.
             verify: Check the merge before it is fitted (`fxzip.passes.verify`).
             progress: Show a bar.
@@ -149,8 +153,9 @@ class Prepared:
         """
         choice = check_merge(
             Prepared.convert, len(self.names), cut=cut, start=start, width=width, budget=budget, method=method,
-            refit=refit, reset_batch_norm=reset_batch_norm, verify=verify, progress=progress, **options,
+            refit=refit, heads=heads, reset_batch_norm=reset_batch_norm, verify=verify, progress=progress, **options,
         )  # fmt: skip
+        self.check_heads(heads)
         self.places.span(cut, start)  # raises what is wrong with them
         widths = parse_widths(width, budget)
         return Conversion(self, choice, cut, start, self._observed(), reset_batch_norm, progress, widths).run(verify)
@@ -177,6 +182,15 @@ class Prepared:
         widths, loader = parse_widths(width, budget), self._observed()
         conversion = Conversion(self, choice, cut, start, loader, True, progress=False, widths=widths)
         return conversion.plan(conversion.settled()[0])
+
+    def check_heads(self, heads: Heads) -> None:
+        """Raise unless these networks can have such heads.
+
+        Raises:
+            OptionError: One head is wanted of outputs that differ in shape, or weights are not for these tasks.
+        """
+        if joint_of(heads, self.names) is not None:
+            check_joinable(self.names, self.alignment.modules)
 
     def keep_to(self, spec: ChannelSpec) -> None:
         """From now on merge by these channel spaces, of which verification has frozen some."""

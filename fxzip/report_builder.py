@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def build_report(
     prepared: Prepared, maps: Mapping[str, MergeMap], choice: Choice, cut: str, start: str | None, fitted: Fitted,
-    verified: Verified | None, tried: tuple[Tried, ...],
+    verified: Verified | None, tried: tuple[Tried, ...], names: tuple[str, ...],
 ) -> Report:  # fmt: skip
     """The report of one merge.
 
@@ -37,20 +37,21 @@ def build_report(
         fitted: Trunk and heads, and what was done to them.
         verified: What was checked.
         tried: What was tried to find the method.
+        names: Of the heads.
     """
     parts = fitted.parts
     spec, modules = prepared.spec, prepared.alignment.modules
     args, kwargs = with_batch_size(*spec.example, 1)
     counts = prepared.places.counts  # raises where a model does not run on one
     trunk, crossing = measure_cost(parts.trunk, args, kwargs)
-    heads = dict(zip(prepared.names, parts.heads, strict=True))
+    heads = dict(zip(names, parts.heads, strict=True))
 
     def merged_in(node: str) -> tuple[str, ...]:
         """The merged spaces in a node's output."""
         return tuple(space.name for space, _, _ in spec.locate(node) if space.name in maps)
 
     return Report(
-        names=prepared.names,
+        names=names,
         method=str(choice),
         cut=cut,
         start=start,

@@ -91,8 +91,8 @@ class RefitOptions:
     Attributes:
         ridge: λ as a share of the mean of the inputs' sums of squares; 0 or more. None: found for each layer from
             images that its fit leaves out (`fxzip.passes.refit.ridge`).
-        rounds: How often an inner layer (of a residual branch, of an MLP) and the layer that uses it are solved in
-            turn, in the trunk; in the heads it is once. 0: each layer is solved once.
+        rounds: How often at most an inner layer (of a residual branch, of an MLP) and the layer that uses it are
+            solved in turn, in the trunk; in the heads it is once. 0: each layer is solved once.
         images: Most images to use from the loader; fewer where ``memory`` does not hold them.
         samples: Least number of positions that a layer is fitted on, if there are as many. Layers with large feature
             maps take fewer images, so that memory is bounded by this number.
@@ -132,6 +132,8 @@ def refit_settings() -> dict[str, Setting]:
     return {each.name: each.metadata["setting"] for each in fields(RefitOptions) if "setting" in each.metadata}
 
 
+EACH = "each"
+"""A head for each task (`fxzip.joint`)."""
 AUTO = "auto"
 """The method that tries others and takes the best (`fxzip.passes.choose`)."""
 

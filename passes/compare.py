@@ -7,6 +7,7 @@ each merge point the parents' features are compared with what U finds again of t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fxzip.channels import MergePoint
 from fxzip.data.batches import Inputs, batch_size
 from fxzip.fidelity import Answer, Depth, Fidelity
 from fxzip.graphs import bind_inputs, nodes_by_name
+from fxzip.joint import NAME, Joint, class_axis
 from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.split import Split
 from fxzip.passes.split.along import unmerged
@@ -60,6 +62,29 @@ def compare(
     )
     images = sum(batch_size(*batch) for batch in held)
     return Fidelity(images, fitted, answers, tuple(running.depths()))
+
+
+def compare_joint(
+    parts: Split, models: Sequence[fx.GraphModule], joint: Joint, held: Sequence[Inputs], found: Fidelity
+) -> Fidelity:
+    """Measure the one head of a merge beside all parents together, their outputs joined in the same way.
+
+    Args:
+        parts: The trunk, and the head.
+        models: The parents.
+        joint: How outputs become one.
+        held: Batches of images that the fit did not see.
+        found: What `compare` found of the heads before they became one.
+    """
+    error: _Error | None = None
+    with torch.no_grad():
+        for args, kwargs in held:
+            wanted = joint([model(*bind_inputs(model, args, kwargs).values()) for model in models])
+            has = parts.heads[0](*parts.trunk(*bind_inputs(parts.trunk, args, kwargs).values()))
+            error = error or _Error(_class_axis("", wanted, _of_tokens(args, kwargs)))
+            error.add(wanted, has)
+    answers = (Answer(NAME, "", *error.figures()),) if error is not None and error.varies else ()
+    return replace(found, answers=answers)
 
 
 class _Error:
@@ -128,7 +153,7 @@ class _Comparison:
         """Add a batch."""
         nodes = {node for node, _ in self.points}
         crossing, merged = _run(self.parts.trunk, bind_inputs(self.parts.trunk, args, kwargs).values(), nodes)
-        tokens = not any(x.is_floating_point() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        tokens = _of_tokens(args, kwargs)
         for model, module in enumerate(self.plan.alignment.modules):
             own = {self.plan.name(self.plan.places(0)[node], model): node for node in nodes}
             output, seen = _run(module, bind_inputs(module, args, kwargs).values(), own)
@@ -186,6 +211,11 @@ def _run(module: fx.GraphModule, inputs: Any, names: Collection[str]) -> tuple[A
     return watched.run(*inputs), watched.seen
 
 
+def _of_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether inputs are whole numbers."""
+    return not any(x.is_floating_point() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+
+
 def _leaves(output: Any) -> dict[str, Tensor]:
     """The tensors of floats in an output, by where they are; a single one has no name."""
     found: list[tuple[Any, Any]] = pytree.tree_flatten_with_path(output)[0]
@@ -201,5 +231,5 @@ def _class_axis(name: str, leaf: Tensor, tokens: bool) -> int | None:
     but in front of the axes of a map.
     """
     known = leaf.dim() == 2 or name in _CLASS_OUTPUTS or (tokens and leaf.dim() == 3 and not name)
-    axis = 1 if leaf.dim() > 3 else -1
+    axis = class_axis(leaf.dim())
     return axis if known and leaf.dim() > 1 and leaf.shape[axis] > 1 else None

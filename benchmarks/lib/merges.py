@@ -37,6 +37,14 @@ def timed_merge(prepared: fxzip.Prepared, **options: Any) -> tuple[fxzip.ZippedM
     return zipped, zipped.report.flops_after / zipped.report.before[0].flops, seconds
 
 
+def measured(zipped: fxzip.ZippedModel) -> Row:
+    """The agreement and the unexplained share that the report gives, and the method; nothing without fidelity."""
+    fidelity = zipped.report.fidelity
+    if fidelity is None:
+        return {}
+    return {"agreement": fidelity.agreement, "unexplained": fidelity.unexplained, "by": zipped.report.method}
+
+
 def in_order(rows: Sequence[Row], cuts: Iterable[str], names: Iterable[str]) -> list[Row]:
     """The rows by cut and method in these orders, the ensembles first, in whatever order they were measured."""
     cuts, names = ["none", *cuts], ["ensemble", *names]

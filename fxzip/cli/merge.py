@@ -14,7 +14,7 @@ from fxzip.cli import parameters as p
 from fxzip.cli.alike import labels_of_folders, prepared_alike, read_labels
 from fxzip.cli.errors import warn
 from fxzip.errors import OptionError
-from fxzip.settings import AUTO, MATCHING, RefitOptions
+from fxzip.settings import AUTO, EACH, MATCHING, RefitOptions
 
 
 def zip_models(
@@ -32,6 +32,7 @@ def zip_models(
     start: p.Start = None,
     width: p.Width = None,
     budget: p.Budget = None,
+    heads: p.Heads = EACH,
     method: p.Method = AUTO,
     alpha: p.Alpha = None,
     beta: p.Beta = None,
@@ -107,6 +108,7 @@ class Merge:
             batch = next(iter(loader))[0]
             prepared = self._prepared(models, batch, names)
             prepared.place(self.cut, self.start, self.width, given["budget"])
+            prepared.check_heads(given["heads"])
         hold_back = given["hold_back"] and given["refit"]
         prepared.observe(loader, points=given["points"], hold_back=hold_back, progress=not self.quiet)
         zipped = prepared.convert(
@@ -114,6 +116,7 @@ class Merge:
             start=self.start,
             width=self.width,
             budget=given["budget"],
+            heads=given["heads"],
             method=self.method,
             refit=self.refit if given["refit"] else False,
             verify=given["verify"],
@@ -157,11 +160,13 @@ class Merge:
     def _check(self) -> tuple[str, ...] | None:
         """Raise what can be known before the work; returns the tasks' names."""
         from fxzip.checks import check_method, check_widths, task_names
+        from fxzip.joint import check_heads
         from fxzip.passes.cut import check_span
 
         given, count = self.given, len(self.checkpoints)
         self.options = check_method(self.method, self.options, count)
         check_span(self.cut, self.start)
+        check_heads(given["heads"])
         check_widths({"width": self.width, "budget": given["budget"], "cut": self.cut, "method": self.method})
         self.device = shared.device_named(given["device"])
         if given["names"]:

@@ -117,6 +117,13 @@ Budget = Annotated[
         "'fidelity>=0.98': the widths are found.",
     ),
 ]
+Heads = Annotated[
+    str,
+    _merging(
+        help="A head for 'each' task; or one answer from all, for networks of the same classes: the 'mean' of their "
+        "outputs, or the 'product' of their probabilities.",
+    ),
+]
 Method = Annotated[
     str,
     _merging(metavar="NAME", help=f"How channels are matched: {', '.join((AUTO, *MATCHING))}."),

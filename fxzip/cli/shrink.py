@@ -9,6 +9,7 @@ import typer
 from fxzip.cli import parameters as p
 from fxzip.cli.merge import Merge
 from fxzip.errors import OptionError
+from fxzip.settings import EACH
 
 
 def shrink_model(
@@ -67,7 +68,7 @@ class _Shrink(Merge):
     command, least = "shrink", 1
 
     def __init__(self, given: dict[str, Any]) -> None:
-        super().__init__({**given, "start": None})
+        super().__init__({**given, "start": None, "heads": EACH})
 
     def _check_first(self) -> None:
         if self.width is None and self.given["budget"] is None:
