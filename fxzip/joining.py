@@ -33,7 +33,7 @@ def separated(models: Sequence[Any], names: Iterable[str] | None) -> tuple[list[
     for model in models:
         found += [_of_task(model, task) for task in model.names] if isinstance(model, ZippedModel) else [model]
     if names is not None or not any(map(is_task, found)):
-        return found, None if names is None else list(names)
+        return found, names if names is None else [names] if isinstance(names, str) else list(names)
     known = [task_of(model) for model in found if is_task(model)]
     if len(set(known)) < len(known):
         raise OptionError(f"the merged networks have tasks of the same name ({', '.join(known)}): give names=...")

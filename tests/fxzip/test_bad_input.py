@@ -435,10 +435,19 @@ def test_places_that_no_network_has(nets: list[nn.Module], given: dict[str, Any]
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "3", float("nan"), float("inf"), None, np.float64(0.5)])
-@pytest.mark.parametrize("name", [field.name for field in fields(fxzip.RefitOptions) if field.name != "ridge"])
+@pytest.mark.parametrize(
+    "name",
+    [field.name for field in fields(fxzip.RefitOptions) if "setting" in field.metadata and field.name != "ridge"],
+)
 def test_settings_of_refit_that_cannot_be(name: str, value: Any) -> None:
     with refused(OptionError, f"{name}=.*: it must be a whole number, [01] or more"):
         fxzip.RefitOptions(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, 1, None, "no"])
+def test_whether_to_add_biases_is_a_flag(value: Any) -> None:
+    with refused(OptionError, "biases=.*: it must be True or False"):
+        fxzip.RefitOptions(biases=value)
 
 
 def test_settings_of_refit_are_numbers_of_pythons_own() -> None:
