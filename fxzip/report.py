@@ -26,7 +26,7 @@ class SpaceRow:
         name: The space.
         size: Channels of each model in it.
         sites: How many parameters' axes it lies on.
-        correlation: Mean correlation of the matched pairs of channels; None without any.
+        correlation: Mean correlation of the matched pairs of channels; None if none was observed or matched.
         within: Share of the matched pairs that lie within one model.
         merged: Channels of the trunk in it; None where there are as many.
     """

@@ -16,6 +16,7 @@
 | `match`             | spec, moments                  | a `MergeMap` for each space          | nothing         |
 | `blocks`            | spec, moments                  | the maps of blocks of channels       | nothing         |
 | `match_weights`     | spec, weights                  | a `MergeMap` for each space          | nothing         |
+| `allocate`          | spec, moments, costs, budget   | how many channels each space gets    | nothing         |
 | `resize`            | a GraphModule, spec, sizes     | `Resized`: it in other sizes         | nothing         |
 | `split`             | a `MergePlan`                  | `Split`: trunk and heads             | nothing         |
 | `verify`            | a `MergePlan`                  | how far a self-merge by it is off    | nothing         |

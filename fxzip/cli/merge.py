@@ -201,7 +201,8 @@ class Merge:
         kept |= {"names": list(zipped.names), "model_args": self.model_args or None, "width": self.width}
         kept |= {key: getattr(self.refit, key) for key in shared.OF_REFIT}
         kept |= {"method": self.method, **{key: self.options.get(key) for key in own}}
-        kept |= {"options": {key: value for key, value in self.options.items() if key not in own} or None}
+        others = {key: value for key, value in self.options.items() if key not in own and value is not None}
+        kept |= {"options": others or None}
         with new_folder(self.given["out"]) as fresh:
             zipped.save(fresh)
             write_recipe(fresh / NAME, kept, beside=self.given["out"], command=self.command)

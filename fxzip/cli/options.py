@@ -65,8 +65,8 @@ def width(given: list[str] | None) -> float | dict[str, float] | None:
     for text in given or ():
         name, equals, factor = text.rpartition("=")
         try:
-            found[name if equals else ""] = float(factor)
-        except ValueError:
+            found[name if equals else ""] = float(yaml.safe_load(factor))  # as values of a recipe come
+        except (TypeError, ValueError, yaml.YAMLError):
             raise OptionError(f"--width {text}: write a factor like 1.15, or NAME=FACTOR") from None
     if "" in found and len(found) > 1:
         raise OptionError("--width: give one factor, or NAME=FACTOR for each of some modules")

@@ -146,6 +146,7 @@ class _Refitter:
         unknown: The nodes of which it is not known where their channels lie: ``target`` says nothing of them.
         solved: How many layers were solved for.
         few: The layers with fewer samples than inputs, and how many of both.
+        units: What is solved: all, or with ``whole=False`` only what reads no other's result.
     """
 
     def __init__(

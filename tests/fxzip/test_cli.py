@@ -133,9 +133,43 @@ def test_command_line_comes_before_the_recipe(place: Path, tmp_path: Path) -> No
 
 
 def test_every_option_of_the_function_is_one_of_the_command() -> None:
-    wanted = set(inspect.signature(fxzip.zip).parameters) - {"models", "loader", "progress"}
     command: Any = typer.main.get_command(cli.app)
-    assert wanted <= {param.name for param in command.commands["zip"].params}
+    given = {"models", "model", "loader", "progress", "name"}
+    for function in (fxzip.zip, fxzip.shrink):
+        wanted = set(inspect.signature(function).parameters) - given
+        assert wanted <= {param.name for param in command.commands[function.__name__].params}
+
+
+def test_widths_and_budgets(place: Path, tmp_path: Path) -> None:
+    done = run(*zip_arguments(place, tmp_path / "out", "--width", "layer1=1.5", "--width", "layer2=0.5"))
+    assert done.exit_code == 0, done.output
+    report = fxzip.load(tmp_path / "out").report
+    sizes = {row.name: (row.size, row.merged) for row in report.spaces}
+    assert any(merged == 1.5 * size for size, merged in sizes.values())
+    assert any(merged == 0.5 * size for size, merged in sizes.values())
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["width"] == {"layer1": 1.5, "layer2": 0.5}
+    again = run("zip", "--recipe", tmp_path / "out" / "recipe.yaml", "--quiet", "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert fxzip.load(tmp_path / "again").report.spaces == report.spaces
+
+
+def test_shrink(place: Path, tmp_path: Path) -> None:
+    fixed = ["--model", NAME, place / "dogs.safetensors", "--data", place / "IMAGES", *SIZE, "--quiet"]
+    done = run("shrink", *fixed, "--budget", "flops<=0.6x", "--rounds", 0, "--out", tmp_path / "small")
+    assert done.exit_code == 0, done.output
+    small = fxzip.load(tmp_path / "small")
+    assert small.names == ("dogs",)
+    assert small.report.flops_after <= 0.6 * small.report.flops_before
+    text = (tmp_path / "small" / "recipe.yaml").read_text()
+    assert "fxzip shrink --recipe" in text
+    assert yaml.safe_load(text)["budget"] == "flops<=0.6x"
+    again = run("shrink", "--recipe", tmp_path / "small" / "recipe.yaml", "--quiet", "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert "give --width or --budget" in one_line(run("shrink", *fixed, "--out", tmp_path / "none"))
+    two = ["shrink", place / "birds.safetensors", *fixed, "--width", 0.5, "--out", tmp_path / "none"]
+    assert "2 checkpoints given: shrink takes one" in one_line(run(*two))
+    wrong = ["shrink", *fixed, "--width", "layer1:0.5", "--out", tmp_path / "none"]
+    assert "write a factor like 1.15" in one_line(run(*wrong))
 
 
 def test_eval_counts_what_the_network_gets_right(place: Path, tmp_path: Path) -> None:
