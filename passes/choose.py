@@ -23,10 +23,10 @@ CANDIDATES = ("select", "zip")
 """What is tried for any networks."""
 RELATED = 0.3
 """Mean cosine of the networks' weights from which on they count as fine-tunes of one checkpoint."""
-TRIED_SHARE, TRIED_LEAST, TRIED_MOST = 4, 64, 1_000
+TRIED_SHARE, TRIED_LEAST, TRIED_MOST = 8, 64, 500
 """A trial is fitted on one image of ``TRIED_SHARE``, but on no fewer than ``TRIED_LEAST`` and on no more than
 ``TRIED_MOST``."""
-TRIED_SAMPLES = 2**15
+TRIED_SAMPLES = 2**14
 """How many positions each layer is fitted on in a trial (`RefitOptions.samples`)."""
 TRIED_RIDGE = 0.1
 """The ridge of trials, where the user gives none: finding each layer's own would take most of their time."""
