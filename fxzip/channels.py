@@ -222,7 +222,7 @@ class ChannelSpec:
         return self._located[node]
 
     def is_whole(self, node: str) -> bool:
-        """Whether each space that has channels in a node's output has all of them there, each equally often."""
+        """Whether each space with channels in a node's output has all of them there, by the same of their copies."""
         whole = {space.name for space, _, _ in self.locate(node)}
         for factor in self.layout.factors.get(node, ()):
             owner = self.layout.space[factor.reshape(-1)]
@@ -244,7 +244,10 @@ class ChannelSpec:
                 here = (owner == number).nonzero().flatten()
                 times = channel[here].bincount(minlength=space.size)
                 if bool((times == times[0]).all()) and len(times) == space.size:
-                    yield space, axes, group(channel[here], here, self.layout.order[flat[here]])
+                    index = group(channel[here], here, self.layout.order[flat[here]])
+                    copies = self.layout.order[flat[index]]
+                    if bool((copies == copies[:1]).all()):  # else one copy of some channels, and another of others
+                        yield space, axes, index
 
     def graph(self, points: Mapping[str, Sequence[MergePoint]] | None = None) -> DiGraph:
         """Spaces and layers as a graph of networkx, to be drawn and asked; see `fxzip.spec_graph`.

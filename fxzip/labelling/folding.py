@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fxzip.labelling.labels import FIXED, VOID, LabelGraph, Labelled, occurrences, varying
+from fxzip.labelling.labels import FIXED, VOID, LabelGraph, Labelled, varying
 
 
 def collapse(graph: LabelGraph, factor: Tensor, axis: int) -> Tensor:
@@ -32,8 +32,8 @@ def along(graph: LabelGraph, value: Labelled, axis: int) -> Tensor | None:
     if len(found) < 2:
         return found[0] if found else None
     labels = graph.fresh(value.shape[axis])
-    for side, other in enumerate(found):  # the same labels may be on both: a channel by itself is no pair of two
-        graph.nest(f"product:{int(labels[0])}:{side}", labels, other)
+    for other in found:
+        graph.nest(graph.relation("product"), labels, other)
     _, which = torch.stack(found, 1).unique(dim=0, return_inverse=True)
     graph.place(f"{graph.node}:product", labels, occurrences(which))  # of one product each is a position of its own
     return labels
@@ -113,7 +113,7 @@ def reduce(
             if varying(f) <= gone:
                 continue
             blocks = _blocks(graph, f, sorted(varying(f) - gone))
-            graph.nest(f"{node}:reduce", f, blocks)
+            graph.nest(graph.relation(f"{node}:reduce"), f, blocks)
             f = blocks
         factors.append(f)
     shape = tuple(1 if a in gone else size for a, size in enumerate(value.shape))
@@ -135,3 +135,14 @@ def _blocks(graph: LabelGraph, factor: Tensor, axes: Sequence[int]) -> Tensor:
     labels = torch.where((distinct == FIXED).any(1), FIXED, VOID)
     labels = labels.masked_scatter(free, graph.fresh(int(free.sum())))
     return labels[number].reshape([size if a in axes else 1 for a, size in enumerate(factor.shape)])
+
+
+def occurrences(labels: Tensor) -> Tensor:
+    """For each element how many like it come before it; (n,) of (n,)."""
+    order = labels.argsort(stable=True)
+    ordered = labels[order]
+    start = torch.ones_like(ordered, dtype=torch.bool)
+    start[1:] = ordered[1:] != ordered[:-1]
+    place = torch.arange(len(labels))
+    first = torch.where(start, place, 0).cummax(0).values if len(labels) else place
+    return torch.empty_like(place).index_copy_(0, order, place - first)

@@ -210,6 +210,8 @@ class LabelGraph:
     def nest(self, relation: str, children: Tensor, blocks: Tensor) -> None:
         """Children move with their block (after broadcasting).
 
+        Blocks that a channel lies in on both sides of a product are of two relations: in one they have no order.
+
         Nothing moves between `FIXED` blocks, each of which is one of its own; nor does a block with a `FIXED` child.
         """
         fixed = blocks == FIXED
@@ -223,6 +225,10 @@ class LabelGraph:
         children, blocks = children[keep], blocks[keep]
         if children.numel():
             self.parents.append((relation, children, blocks))
+
+    def relation(self, title: str) -> str:
+        """A name for a relation like no other's."""
+        return f"{title}@{len(self.parents)}"
 
     def axis(self, parameter: str, axis: int, size: int, role: Role) -> Tensor:
         """The labels along an axis of a parameter: the same ones each time that it is used."""
@@ -285,14 +291,3 @@ def _distinct(labels: Tensor) -> Tensor:
     low = labels.amin()
     seen = torch.zeros(int(labels.amax() - low) + 1, dtype=torch.bool)
     return seen.index_fill_(0, labels - low, True).nonzero().flatten() + low
-
-
-def occurrences(labels: Tensor) -> Tensor:
-    """For each element how many like it come before it; (n,) of (n,)."""
-    order = labels.argsort(stable=True)
-    ordered = labels[order]
-    start = torch.ones_like(ordered, dtype=torch.bool)
-    start[1:] = ordered[1:] != ordered[:-1]
-    place = torch.arange(len(labels))
-    first = torch.where(start, place, 0).cummax(0).values if len(labels) else place
-    return torch.empty_like(place).index_copy_(0, order, place - first)

@@ -116,20 +116,20 @@ def _tie(graph: LabelGraph, node: str, left: tuple[Labelled, Tensor], right: tup
             if _repeats_itself(fine, varying(fine) - varying(coarse)):
                 graph.unite(fine, coarse)
                 return fine
-            graph.nest(f"{node}:broadcast", fine, coarse)
+            graph.nest(graph.relation(f"{node}:broadcast"), fine, coarse)
             return coarse
     common = varying(f) & varying(g)
     if on_x - on_y and on_y - on_x:
         blocks = graph.fresh(*(f.shape[a] if a in common else 1 for a in range(f.dim())))
-        graph.nest(f"{node}:outer", f, blocks)
-        graph.nest(f"{node}:outer", g, blocks)
+        graph.nest(graph.relation(f"{node}:outer"), f, blocks)
+        graph.nest(graph.relation(f"{node}:outer"), g, blocks)
         return None
     for fine, coarse, owner in ((f, g, y), (g, f, x)):
         if varying(coarse) < varying(fine):
             rest = varying(fine) - varying(coarse)
             apart = any(varying(other) & rest for other in owner.factors if other is not coarse)
             if apart and not _repeats_itself(fine, rest):
-                graph.nest(f"{node}:product:{min(varying(coarse))}", fine, coarse)
+                graph.nest(graph.relation(f"{node}:product"), fine, coarse)
                 return coarse
             graph.unite(fine, coarse)
             return fine

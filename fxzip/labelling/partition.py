@@ -182,7 +182,7 @@ class _Builder:
     def _maker(self, block: np.int64) -> str:
         """The last relation that has this block."""
         made = (relation for relation, pairs in reversed(self.classes.nests.items()) if block in pairs[:, 1])
-        return next(made, "channels")
+        return next(made, "channels").partition("@")[0]
 
     def _frozen(self) -> tuple[FrozenSpace, ...]:
         """Frozen channels by reason, each group named by the first parameter that it touches."""

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxzip.labelling.labels import FIRST, FIXED, VOID, Labelled, occurrences, varying
+from fxzip.labelling.folding import occurrences
+from fxzip.labelling.labels import FIRST, FIXED, VOID, Labelled, varying
 from fxzip.rules.registry import RuleContext
 
 Run = Callable[[Callable[[Labelled], Any]], Any]

@@ -87,6 +87,16 @@ PERMUTED = {
         v1 = torch.cat([v0[:, :3], v0[:, :3] + v0[:, 3:]], 1)
         return m.b((v1 @ v1.mT).flatten(1))
     """,
+    "a product over tokens of a value with itself, and its transpose": """
+        x: (7,)
+        m.a = nn.Linear(7, 8)
+        m.b = nn.Linear(4, 5)
+        m.c = nn.Linear(5, 3)
+        v0 = m.a(x).unflatten(1, (2, 4))
+        v1 = v0.flip(2).mT @ v0[..., [2, 3, 0, 1]]
+        v2 = v1 + v1.mT.sigmoid()
+        return m.c(m.b(v2).tanh().mean(1))
+    """,
     "groups that read copies of channels in another order": """
         x: (4, 6)
         m.a = nn.Conv1d(4, 5, 1)
@@ -124,6 +134,18 @@ MERGED = {
         m.b = nn.MultiheadAttention(16, 16, batch_first=True)
         v0 = m.a(x).flatten(2)
         return m.b(v0, v0, v0)[0]
+    """,
+    "parts that hold one copy of some channels and another of others": """
+        x: (3, 3, 4)
+        m.a = nn.Conv2d(3, 6, 1)
+        m.b = nn.Conv1d(6, 6, 1)
+        m.c = nn.Linear(6, 3)
+        v0 = m.a(x).flatten(2).mT
+        v1 = torch.cat(v0.chunk(2, 2)[::-1], 2)
+        v2 = torch.stack([v0[..., ::2], v0[..., 1::2]], 3).flatten(2)
+        v3 = v1.sum(1)[:, :, None] * v2.mean(1)[:, None]
+        v4 = v3 + v3.mT.sigmoid()
+        return m.c(m.b(v4).tanh().mean(2))
     """,
 }
 
