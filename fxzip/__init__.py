@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fxzip.moments import Moments
     from fxzip.parts import put_part, zip_part
     from fxzip.prepared import Prepared
-    from fxzip.renormalise import renormalise
+    from fxzip.renormalising import renormalise
     from fxzip.report import Report
     from fxzip.rules import register_rule
     from fxzip.settings import RefitOptions
@@ -75,7 +75,7 @@ _HOMES = {
     "Preparation": "fxzip.information",
     "Prepared": "fxzip.prepared",
     "put_part": "fxzip.parts",
-    "renormalise": "fxzip.renormalise",
+    "renormalise": "fxzip.renormalising",
     "zip_part": "fxzip.parts",
     "Report": "fxzip.report",
     "register_rule": "fxzip.rules",

@@ -21,7 +21,7 @@ from fxzip.joint import NAME, joint_of
 from fxzip.learning import learn_as, learns
 from fxzip.matching import is_sized
 from fxzip.merged import ZippedModel
-from fxzip.passes.choose import CANDIDATES, Tried, candidates, choose, latest, short, tried_images
+from fxzip.passes.choose import CANDIDATES, OF_BOUNDS, OF_METHODS, Short, Tried, candidates, choose, latest
 from fxzip.passes.compare import compare, compare_joint
 from fxzip.passes.cut import Cut, MergePlan, Span, parse_fidelity
 from fxzip.passes.join import join
@@ -92,7 +92,7 @@ class Conversion:
         plan, verified = self._checked_plan(choice) if verify else (self.plan(choice), None)
         fitted = self._fitted(plan, choice.refit)
         if fitted.refitted and fitted.fidelity is not None:
-            paper = self._fitted(plan, None, trial=True)
+            paper = self._fitted(plan, None, OF_BOUNDS)
             if paper.fidelity is not None and paper.fidelity.clearly_better_than(fitted.fidelity):
                 choice, fitted = replace(choice, refit=None), self._fitted(plan, None)
         if fitted.fidelity is not None and fitted.fidelity.advice:
@@ -117,7 +117,7 @@ class Conversion:
 
     def _tried(self, choice: Choice) -> Fidelity | None:
         """What a merge of the present plan keeps, by a short fit."""
-        return self._fitted(self.plan(choice), short(choice.refit), trial=True).fidelity
+        return self._fitted(self.plan(choice), OF_BOUNDS.options(choice.refit), OF_BOUNDS).fidelity
 
     def _chosen(self) -> tuple[Choice, tuple[Tried, ...]]:
         """The choice with a method in the place of ``auto``, and what was tried to find it."""
@@ -134,7 +134,7 @@ class Conversion:
             def measure(method: str) -> Fidelity | None:
                 choice = self._by(method)
                 done()
-                return self._fitted(self.plan(choice), short(choice.refit), trial=True).fidelity
+                return self._fitted(self.plan(choice), OF_METHODS.options(choice.refit), OF_METHODS).fidelity
 
             method, tried = choose(methods, measure)
         return self._by(method), tried
@@ -149,7 +149,7 @@ class Conversion:
 
         def score(cut: str) -> float:
             self.cut = cut
-            found = self._fitted(self.plan(choice), short(choice.refit), trial=True).fidelity
+            found = self._tried(choice)
             return found.score if found is not None else 0.0
 
         first = self.prepared.places.span(None, self.start).begin
@@ -191,29 +191,24 @@ class Conversion:
         rest = without(self.loader, self.prepared.held)
         return read_images(rest, device_of(self.prepared.alignment.modules[0]), self.choice.refit or RefitOptions())
 
-    @cached_property
-    def _few(self) -> list[Given]:
-        """The images that trials are fitted on."""
-        return thinned(self._images, tried_images(count_images(self._images)))
-
-    def _fitted(self, plan: MergePlan, refit: RefitOptions | None, trial: bool = False) -> Fitted:
-        """Merge by a plan, fit or reset, and measure; a trial takes few images and no bars."""
+    def _fitted(self, plan: MergePlan, refit: RefitOptions | None, short: Short | None = None) -> Fitted:
+        """Merge by a plan, fit or reset, and measure; a short fit shows no bars."""
         parts, refitted, recalibrated, seen = split(plan), 0, 0, 0
-        progress = self.progress and not trial
+        progress = self.progress and short is None
+        few = [] if short is None else thinned(self._images, short.images(count_images(self._images)))
         if not self.prepared.places.has_layers(Span(plan.begin, plan.end)):
             pass
-        elif refit is not None and trial:
-            fit = self._few
+        elif refit is not None and short is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FewImagesWarning)  # the fit in full warns of them
-                refitted = refit_parts(parts, plan, fit, refit, progress=False, whole_heads=False)
-            seen = count_images(fit)
+                refitted = refit_parts(parts, plan, few, refit, progress, short.whole_heads)
+            seen = count_images(few)
         elif refit is not None:
             refitted = refit_parts(parts, plan, self._images, refit, progress)
             seen = count_images(self._images)
         elif self.reset_batch_norm:
             stems = [f"trunk.{name}" for name in parts.stems]
-            source = self._few if trial else self.loader
+            source = self.loader if short is None else few
             recalibrated = recalibrate(_Whole(parts), source, progress=progress, skip=stems)
         prepared = self.prepared
         fidelity = compare(parts, plan, prepared.names, prepared.points, prepared.held, seen)

@@ -50,7 +50,7 @@ def write_names(path: Path, said: Mapping[str, str]) -> None:
     taken: set[str] = set()
     for node in graph.node:
         node.input[:] = [name.removeprefix(_PREFIX) for name in node.input]
-        node.name = _free(_name(node), taken)
+        node.name = _unused(_name(node), taken)
         taken.add(node.name)
         del node.metadata_props[:]
     for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
@@ -69,7 +69,7 @@ def _name(node: Any) -> str:
     return f"{around[-1]}/{own}" if around else own
 
 
-def _free(name: str, taken: set[str]) -> str:
+def _unused(name: str, taken: set[str]) -> str:
     number, found = 1, name
     while found in taken:
         number, found = number + 1, f"{name}_{number}"

@@ -23,13 +23,44 @@ CANDIDATES = ("select", "zip")
 """What is tried for any networks."""
 RELATED = 0.3
 """Mean cosine of the networks' weights from which on they count as fine-tunes of one checkpoint."""
-TRIED_SHARE, TRIED_LEAST, TRIED_MOST = 8, 64, 500
-"""A trial is fitted on one image of ``TRIED_SHARE``, but on no fewer than ``TRIED_LEAST`` and on no more than
-``TRIED_MOST``."""
-TRIED_SAMPLES = 2**14
-"""How many positions each layer is fitted on in a trial (`RefitOptions.samples`)."""
 TRIED_RIDGE = 0.1
-"""The ridge of trials, where the user gives none: finding each layer's own would take most of their time."""
+"""The ridge of short fits, where the user gives none: finding each layer's own would take most of their time."""
+
+
+@dataclass(frozen=True)
+class Short:
+    """A fit that is short: each layer is solved once, on some of the images.
+
+    Attributes:
+        share: It takes one image of so many,
+        least: but no fewer than these,
+        most: and no more than these.
+        samples: As of `RefitOptions`, at most.
+        whole_heads: Whether it solves what lies deep in the heads, too.
+    """
+
+    share: int
+    least: int
+    most: int
+    samples: int
+    whole_heads: bool
+
+    def images(self, count: int) -> int:
+        """How many of so many images it is fitted on."""
+        return min(max(count // self.share, self.least), self.most, count)
+
+    def options(self, refit: RefitOptions | None) -> RefitOptions | None:
+        """How it is fitted, where the merge is to be fitted so."""
+        if refit is None:
+            return None
+        ridge = TRIED_RIDGE if refit.ridge is None else refit.ridge
+        return replace(refit, rounds=0, ridge=ridge, samples=min(refit.samples, self.samples))
+
+
+OF_METHODS = Short(8, 64, 500, 2**14, whole_heads=False)
+"""By which methods are compared with one another."""
+OF_BOUNDS = Short(4, 256, 1_000, 2**17, whole_heads=True)
+"""By which a merge is held against a bound on fidelity: it is to come near the fit in full."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +82,6 @@ class Tried:
         if self.agreement is not None:
             shown = f"{self.agreement:.1%} agreement, {shown}"
         return f"{self.method} {shown}"
-
-
-def tried_images(count: int) -> int:
-    """How many of so many images a trial is fitted on."""
-    return min(max(count // TRIED_SHARE, TRIED_LEAST), TRIED_MOST, count)
-
-
-def short(refit: RefitOptions | None) -> RefitOptions | None:
-    """How a trial is fitted: each layer is solved once."""
-    if refit is None:
-        return None
-    ridge = TRIED_RIDGE if refit.ridge is None else refit.ridge
-    return replace(refit, rounds=0, ridge=ridge, samples=min(refit.samples, TRIED_SAMPLES))
 
 
 def candidates(alignment: Alignment) -> tuple[str, ...]:

@@ -66,6 +66,17 @@ def test_pick_the_cut(ran: dict[str, Any], here: Path) -> None:
     assert "Scores over operations" in (here / "cut.html").read_text()
 
 
+@pytest.mark.example("widths")
+def test_widths(ran: dict[str, Any]) -> None:
+    report = ran["zipped"].report
+    assert 1.0 < len(report.before) * report.flops_after / report.flops_before <= 1.2
+    assert any(row.merged for row in report.spaces)
+    small = ran["small"].report
+    assert small.flops_after <= 0.5 * small.flops_before
+    assert small.fidelity.unexplained < 0.1
+    assert ran["logits"].shape[1] == 5
+
+
 @pytest.mark.example("many_models")
 def test_many_models(ran: dict[str, Any]) -> None:
     assert len({ran["first"].shape, ran["second"].shape, ran["third"].shape}) == 1

@@ -30,7 +30,7 @@ def prepared_alike(
     Raises:
         OptionError: They cannot be folded.
     """
-    from fxzip.renormalise import renormalise
+    from fxzip.renormalising import renormalise
     from fxzip.zoo import data_config
 
     said = {key: given[key] for key in shared.PREPARATION}

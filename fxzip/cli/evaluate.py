@@ -145,7 +145,7 @@ def _measure_originals(
 
 def _renormalised(model: Any, saved: Mapping[str, Any]) -> Any:
     """A model that takes images prepared as the recipe says, as it was merged."""
-    from fxzip.renormalise import renormalise
+    from fxzip.renormalising import renormalise
     from fxzip.zoo import data_config
 
     own = data_config(model)
