@@ -19,13 +19,6 @@ from run import OUTPUTS, cells, examples
 from benchmarks.lib.tables import fill
 
 
-def on_config(config: Any) -> Any:
-    """Put the zoo's table into the navigation, where the sweep has been run."""
-    if (DOCS / "zoo.md").exists():
-        config.nav.insert(-1, "zoo.md")
-    return config
-
-
 def on_files(files: Any, config: Any) -> Any:
     """Add a page for each example."""
     outputs = json.loads(OUTPUTS.read_text(encoding="utf-8"))
