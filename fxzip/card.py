@@ -19,7 +19,6 @@ _UNSEEN = re.compile(r"[^\S\n ]|[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-
 def model_card(zipped: ZippedModel) -> str:
     """A README in Markdown with the tasks, how to load the network, and the report."""
     report = zipped.report
-    ratio = f"{report.flops_after / report.flops_before:.1%}" if report.flops_before else "-"
     inputs = "\n".join(f"- {_code(str(node.target))}" for node in zipped.trunk.graph.find_nodes(op="placeholder"))
     labels = {name: zipped.labels.get(name, ()) for name in zipped.names}
     tasks = "\n".join(f"- {_code(name)}{_classes(found)}" for name, found in labels.items())
@@ -32,9 +31,7 @@ tags: [fxzip, model-merging, pytorch]
 
 # {" + ".join(map(_text, zipped.names))}
 
-{len(zipped.names)} networks, merged without training by [fxzip](https://pypi.org/project/fxzip/) into one
-with a shared trunk and a head for each task, {_text(report.where)}. It takes {ratio} of the floating-point
-operations that they took together.
+{_origin(zipped)}
 
 ```python
 import fxzip
@@ -56,6 +53,23 @@ Inputs, prepared as for the networks that were merged:
 
 {_block(str(report).strip())}
 """
+
+
+def _origin(zipped: ZippedModel) -> str:
+    """What it was made from, and what it costs, in words."""
+    report, by = zipped.report, "without training by [fxzip](https://pypi.org/project/fxzip/)"
+    ratio = f"{report.flops_after / report.flops_before:.1%}" if report.flops_before else "-"
+    where, count = _text(report.where), len(report.before)
+    if count == 1:
+        return (
+            f"A network for one task, made {by}:\na trunk and a head, {where}. It takes {ratio} of the "
+            "floating-point\noperations that the network took which it was made from."
+        )
+    into = "a shared trunk and a head for each task" if len(zipped.names) > 1 else "one head that answers for all"
+    return (
+        f"{count} networks, merged {by} into one\nwith {into}, {where}. It takes {ratio} of the floating-point\n"
+        "operations that they took together."
+    )
 
 
 def _classes(labels: Sequence[str]) -> str:

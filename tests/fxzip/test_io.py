@@ -88,6 +88,8 @@ def test_the_card_has_the_report(zipped: fxzip.ZippedModel, saved: Path) -> None
     assert str(zipped.report).strip() in card
     assert "fxzip.load(" in card
     assert "- `task1`" in card
+    assert card.count("2 networks, merged without training") == 1
+    assert "A network for one task" in model_card(zipped.select(["task1"]))
     assert sorted(path.name for path in saved.iterdir()) == ["README.md", "fxzip.json", "model.safetensors"]
     assert len({path.stat().st_mode for path in saved.iterdir()}) == 1
 
