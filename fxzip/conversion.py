@@ -191,14 +191,18 @@ class Conversion:
         rest = without(self.loader, self.prepared.held)
         return read_images(rest, device_of(self.prepared.alignment.modules[0]), self.choice.refit or RefitOptions())
 
+    def _few(self, short: Short) -> list[Given]:
+        """The images of a short fit."""
+        return thinned(self._images, short.images(count_images(self._images)))
+
     def _fitted(self, plan: MergePlan, refit: RefitOptions | None, short: Short | None = None) -> Fitted:
         """Merge by a plan, fit or reset, and measure; a short fit shows no bars."""
         parts, refitted, recalibrated, seen = split(plan), 0, 0, 0
         progress = self.progress and short is None
-        few = [] if short is None else thinned(self._images, short.images(count_images(self._images)))
         if not self.prepared.places.has_layers(Span(plan.begin, plan.end)):
             pass
         elif refit is not None and short is not None:
+            few = self._few(short)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FewImagesWarning)  # the fit in full warns of them
                 refitted = refit_parts(parts, plan, few, refit, progress, short.whole_heads)
@@ -208,7 +212,7 @@ class Conversion:
             seen = count_images(self._images)
         elif self.reset_batch_norm:
             stems = [f"trunk.{name}" for name in parts.stems]
-            source = self.loader if short is None else few
+            source = self.loader if short is None else self._few(short)
             recalibrated = recalibrate(_Whole(parts), source, progress=progress, skip=stems)
         prepared = self.prepared
         fidelity = compare(parts, plan, prepared.names, prepared.points, prepared.held, seen)
