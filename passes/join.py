@@ -77,19 +77,16 @@ def _one_layer(heads: Sequence[fx.GraphModule], layers: Sequence[fx.Node], joint
         biases.append(None if bias is None else bias.double())
     with torch.no_grad():
         weight = attribute(made, first.weight)
-        weight.copy_(_mean(weights, joint))
-        if first.bias is not None and any(bias is not None for bias in biases):
-            size = next(bias for bias in biases if bias is not None)
-            filled = [size.new_zeros(size.shape) if bias is None else bias for bias in biases]
-            fill(made, node, first.bias, _mean(filled, joint).to(weight))
+        weight.copy_(joint(weights))
+        known = next((bias for bias in biases if bias is not None), None)
+        if first.bias is not None and known is not None:
+            fill(
+                made, node, first.bias, joint([torch.zeros_like(known) if b is None else b for b in biases]).to(weight)
+            )
+    for parameter in made.parameters():  # a bias that was filled takes none
+        parameter.requires_grad_(weight.requires_grad)
     made.recompile()
     return made
-
-
-def _mean(tensors: Sequence[Tensor], joint: Joint) -> Tensor:
-    return sum(
-        (t * share for t, share in zip(tensors[1:], joint.shares[1:], strict=True)), tensors[0] * joint.shares[0]
-    )
 
 
 def _side_by_side(heads: Sequence[fx.GraphModule], joint: Joint) -> fx.GraphModule:

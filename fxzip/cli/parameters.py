@@ -55,7 +55,9 @@ LabelledData = Annotated[
         "with arrays called TASK.images and TASK.labels.",
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder even if it holds other files.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Write into a folder even if it holds a merged network or other files.")
+]
 Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write the merged network to.")]
 
 # ---- models

@@ -2,64 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import typer
 
 from fxzip.cli import parameters as p
-from fxzip.cli.merge import Merge
+from fxzip.cli.merge import Merge, zip_models
 from fxzip.errors import OptionError
 from fxzip.settings import EACH
 
 
-def shrink_model(
-    ctx: typer.Context,
-    checkpoints: p.Checkpoint,
-    data: p.Data,
-    out: p.Out,
-    model: p.Model = None,
-    names: p.Names = None,
-    model_args: p.ModelArgs = None,
-    num_classes: p.Classes = None,
-    ema: p.Ema = True,
-    device: p.Device = "cpu",
-    width: p.Width = None,
-    budget: p.Budget = None,
-    cut: p.Cut = None,
-    method: p.Method = "select",
-    alpha: p.Alpha = None,
-    beta: p.Beta = None,
-    options: p.Options = None,
-    points: p.Points = "last",
-    refit: p.Refit = True,
-    hold_back: p.HoldBack = True,
-    verify: p.Verify = True,
-    ridge: p.Ridge = None,
-    rounds: p.Rounds = None,
-    images: p.Images = None,
-    limit: p.Limit = None,
-    seed: p.Seed = 0,
-    batch_size: p.BatchSize = 32,
-    workers: p.Workers = 0,
-    strict: p.Strict = False,
-    input_size: p.InputSize = None,
-    mean: p.Mean = None,
-    std: p.Std = None,
-    interpolation: p.Interpolation = None,
-    crop_pct: p.CropPct = None,
-    crop_mode: p.CropMode = None,
-    labels: p.Labels = None,
-    report: p.ReportPath = None,
-    overwrite: p.Overwrite = False,
-    recipe: p.Recipe = None,
-    quiet: p.Quiet = False,
-    debug: p.Debug = False,
-) -> None:
+def shrink_model(ctx: typer.Context, **_given: Any) -> None:
     """Make one network smaller, without training: fewer channels, and weights that are solved for.
 
     Also writes recipe.yaml, with every option that was used, beside the network.
     """
     _Shrink({param.name: ctx.params[param.name] for param in ctx.command.params if param.name in ctx.params}).run()
+
+
+def _like_zip(command: Any) -> None:
+    """Give a command the options of ``fxzip zip``, but for those that make sense of several networks only."""
+    own = dict(inspect.signature(zip_models, eval_str=True).parameters)
+    for name in ("start", "heads"):
+        del own[name]
+    own["checkpoints"] = own["checkpoints"].replace(annotation=p.Checkpoint)
+    own["method"] = own["method"].replace(default="select")
+    command.__signature__ = inspect.Signature(list(own.values()))
+    command.__annotations__ = {name: parameter.annotation for name, parameter in own.items()}
+
+
+_like_zip(shrink_model)
 
 
 class _Shrink(Merge):

@@ -38,6 +38,7 @@ def test_the_mean_is_that_of_the_heads(cut: str | None, weights: Mapping[str, fl
     wanted = (torch.stack(each(X)) * shares[:, None, None]).sum(0)
     assert one.names == ("joint",)
     assert torch.allclose(one(X, task="joint"), wanted, atol=1e-5)
+    assert all(parameter.requires_grad for parameter in one.heads["joint"].parameters())
     if cut is None:  # one linear layer, that costs what one did
         assert one.report.heads[0] == each.report.heads[0]
 
