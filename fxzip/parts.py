@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxzip.checks import check_models, models_and_loader, task_names
 from fxzip.data.batches import to_device
-from fxzip.data.loops import device_of, evaluating
+from fxzip.data.loops import device_of
 from fxzip.errors import CalibrationError, OptionError
 from fxzip.merged import ZippedModel
 from fxzip.surroundings import undisturbed
@@ -113,7 +113,9 @@ class PartInputs:
     """What goes into a part of a model, batch by batch of a loader, as a loader of its own."""
 
     def __init__(self, model: nn.Module, part: str, loader: Iterable[Any]) -> None:
-        self.model, self.part, self.loader = model, part, loader
+        # A copy that shares the tensors: the user's model gets no hook and changes no mode, not even for a moment.
+        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        self.model, self.part, self.loader = copy.deepcopy(model, tensors).eval(), part, loader
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:
@@ -138,7 +140,7 @@ class PartInputs:
         args, kwargs = ((), dict(first)) if isinstance(first, Mapping) else ((first,), {})
         args, kwargs = to_device(args, kwargs, device_of(self.model))
         try:
-            with torch.no_grad(), evaluating(self.model):
+            with torch.no_grad():
                 self.model(*args, **kwargs)
         except _Reached as reached:
             return reached.inputs

@@ -63,6 +63,20 @@ def scores(model: nn.Module) -> Tensor:
         return torch.stack([row["scores"] for row in model(*LOADER[0])])
 
 
+def test_the_users_models_get_no_hook(detectors: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    hooked: list[nn.Module] = []
+    register = nn.Module.register_forward_pre_hook
+
+    def record(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hooked.append(self)
+        return register(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "register_forward_pre_hook", record)
+    fxzip.zip_part(*detectors, LOADER, part="backbone", **OPTIONS)
+    assert hooked
+    assert not {id(model.backbone) for model in detectors} & set(map(id, hooked))
+
+
 def test_whole_models_with_a_merged_part(detectors: list[nn.Module], tmp_path: Path) -> None:
     with untouched(*detectors):
         merged = fxzip.zip_part(*detectors, LOADER, part="backbone", names=("a", "b"), **OPTIONS)
