@@ -95,7 +95,7 @@ class Merge:
         from fxzip.zoo import transform
 
         given = self.given
-        names = self._check() or task_names(None, len(self.checkpoints))
+        names = self.names = self._check() or task_names(None, len(self.checkpoints))
         groups = find_images(given["data"])
         models, config, self.folded = prepared_alike(self._load(), names, given)
         loader = ImageLoader(
@@ -198,7 +198,7 @@ class Merge:
         own = MATCHING["zip"]
         kept = {key: value for key, value in self.given.items() if key not in _NOT_KEPT}
         kept |= {key: config[key] for key in shared.PREPARATION}
-        kept |= {"names": list(zipped.names), "model_args": self.model_args or None, "width": self.width}
+        kept |= {"names": list(self.names), "model_args": self.model_args or None, "width": self.width}
         kept |= {key: getattr(self.refit, key) for key in shared.OF_REFIT}
         kept |= {"method": self.method, **{key: self.options.get(key) for key in own}}
         others = {key: value for key, value in self.options.items() if key not in own and value is not None}

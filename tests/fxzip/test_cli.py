@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,19 @@ def test_recipe_beside_the_network_makes_it_again(place: Path, tmp_path: Path) -
     assert "dogs + birds" in done.stdout
     first, second = ((folder / "model.safetensors").read_bytes() for folder in (place / "merged", tmp_path / "again"))
     assert first == second
+
+
+def test_one_answer_from_all(place: Path, tmp_path: Path) -> None:
+    other = tmp_path / "cats.safetensors"
+    shutil.copy(place / "dogs.safetensors", other)
+    fixed = ["--model", NAME, place / "dogs.safetensors", other, "--data", place / "IMAGES", *SIZE, "--quiet"]
+    done = run("zip", *fixed, "--heads", "mean", "--no-refit", "--out", tmp_path / "one")
+    assert done.exit_code == 0, done.output
+    assert fxzip.load(tmp_path / "one").names == ("joint",)
+    again = run("zip", "--recipe", tmp_path / "one" / "recipe.yaml", "--quiet", "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    assert fxzip.load(tmp_path / "again").names == ("joint",)
+    assert "heads='sum'" in one_line(run("zip", *fixed, "--heads", "sum", "--out", tmp_path / "none"))
 
 
 def test_command_line_comes_before_the_recipe(place: Path, tmp_path: Path) -> None:
