@@ -27,6 +27,7 @@ from fxzip.passes.points import Points
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
 from fxzip.passes.verify import Verifier
+from fxzip.passes.widen import widen
 from fxzip.prepared import Prepared
 from fxzip.report import Verified
 from fxzip.settings import EACH
@@ -144,12 +145,16 @@ def prepared_of(
     args, kwargs = ready_example(example_inputs, each)
     graphs = [canonicalise(_traced(model, args, kwargs)) for model in each]
     folded = any(map(is_task, each))
-    alignment = align([fold(graph) for graph in graphs] if folded else graphs)
+    if folded:
+        graphs = [fold(graph) for graph in graphs]
+    wide = widen(graphs, to_device(args, kwargs, device_of(graphs[0])))
+    own_widths = wide == graphs
+    alignment = align(wide)
     if not alignment.shared_parameters():
         raise AlignmentError(f"the models share no layer: {alignment.parting}")
     example = to_device(args, kwargs, device_of(alignment.modules[0]))
     spec, verified = _analysed(alignment.modules[0], example, verify)
-    originals = None if folded else Originals.of(each, alignment)
+    originals = Originals.of(each, alignment) if own_widths and not folded else None
     return Prepared(tasks, alignment, spec, verified, originals, gathered(each, tasks, labels, example))
 
 
