@@ -22,6 +22,7 @@ from fxzip.passes.align import align
 from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.cut import Cut
+from fxzip.passes.deepen import deepen
 from fxzip.passes.fold import fold
 from fxzip.passes.points import Points
 from fxzip.passes.refit import RefitOptions
@@ -147,14 +148,14 @@ def prepared_of(
     folded = any(map(is_task, each))
     if folded:
         graphs = [fold(graph) for graph in graphs]
-    wide = widen(graphs, to_device(args, kwargs, device_of(graphs[0])))
-    own_widths = wide == graphs
-    alignment = align(wide)
+    example = to_device(args, kwargs, device_of(graphs[0]))
+    alike = widen(deepen(graphs, example), example)
+    alignment = align(alike)
     if not alignment.shared_parameters():
         raise AlignmentError(f"the models share no layer: {alignment.parting}")
     example = to_device(args, kwargs, device_of(alignment.modules[0]))
     spec, verified = _analysed(alignment.modules[0], example, verify)
-    originals = Originals.of(each, alignment) if own_widths and not folded else None
+    originals = Originals.of(each, alignment) if alike == graphs and not folded else None
     return Prepared(tasks, alignment, spec, verified, originals, gathered(each, tasks, labels, example))
 
 
