@@ -24,11 +24,13 @@ class Setting:
     size: int = 16
     epochs: int = 7
     bf16: bool = False
+    blocks: int = 3
 
     @property
     def key(self) -> str:
         """A name for files."""
-        return f"w{self.width}_s{self.size}_e{self.epochs}{'_bf16' if self.bf16 else ''}"
+        other = f"_b{self.blocks}" if self.blocks != 3 else ""
+        return f"w{self.width}_s{self.size}_e{self.epochs}{'_bf16' if self.bf16 else ''}{other}"
 
 
 def halves(pair: int) -> tuple[list[int], list[int]]:
@@ -54,7 +56,7 @@ def models(
 def network(setting: Setting, pair: int, task: int, split: Split, log: Callable[[str], None] = print) -> nn.Module:
     """One network of a pair, from its checkpoint if it was trained before."""
     return train(
-        lambda: resnet20(setting.width, 5),
+        lambda: resnet20(setting.width, 5, setting.blocks),
         split.of_classes(halves(pair)[task]),
         seed=100 * pair + task,
         epochs=setting.epochs,
