@@ -13,6 +13,7 @@ from fxzip.data.batches import Inputs, to_device
 from fxzip.data.checks import check_order, first_batch, ready_example, ready_loader
 from fxzip.data.loops import device_of
 from fxzip.errors import AlignmentError
+from fxzip.fingerprint import check_same
 from fxzip.information import gathered
 from fxzip.joining import inner_names, is_task, separated
 from fxzip.joint import Heads
@@ -28,6 +29,7 @@ from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
 from fxzip.passes.verify import Verifier
 from fxzip.prepared import Prepared
+from fxzip.processes import ALONE, Processes, processes_of
 from fxzip.report import Verified
 from fxzip.settings import EACH
 from fxzip.surroundings import undisturbed
@@ -42,7 +44,7 @@ def zip(
     budget: str | None = None, method: str = "auto",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
     heads: Heads = EACH, hold_back: bool = True, verify: bool = True, progress: bool = True,
-    labels: Mapping[str, Iterable[str]] | None = None, **options: Any,
+    labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None, **options: Any,
 ) -> ZippedModel:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
@@ -82,11 +84,16 @@ def zip(
         progress: Show bars.
         labels: Names of the classes by task; default: those that the models know (timm's ``pretrained_cfg``,
             transformers' ``id2label``). They travel with the network: `ZippedModel.predict`.
+        process_group: The processes that share the work, a group of torch.distributed, each calling this with the same
+            models and options; every one gets the same network. None: all, where ``init_process_group`` was called or
+            ``torchrun`` started several; False: this one alone. Each reads a share of the loader
+            (`fxzip.data.shares`).
         **options: Options of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
             `fxzip.matching.settings_of` says what they do, and their ranges and defaults.
 
     Raises:
-        TraceError, AlignmentError, CutError, CalibrationError, OptionError, VerificationError: see `fxzip.errors`.
+        TraceError, AlignmentError, CutError, CalibrationError, OptionError, VerificationError, ProcessError: see
+            `fxzip.errors`.
     """
     given, loader = models_and_loader(models, loader)
     check_order(given)
@@ -96,8 +103,10 @@ def zip(
     wanted |= {"verify": verify, "width": width, "budget": budget, "heads": heads}
     check_merge(zip, len(each), points=points, hold_back=hold_back, **wanted, **options)
     tasks = task_names(names, len(each))
-    ready = ready_loader(loader, tasks, each)
-    prepared = prepare(*each, example_inputs=first_batch(ready), names=tasks, verify=verify, labels=labels)
+    processes = processes_of(process_group)
+    processes.hush()
+    ready = ready_loader(loader, tasks, each, processes)
+    prepared = prepared_of(each, first_batch(ready), tasks, verify, labels, processes)
     prepared.place(cut, start, width, budget)
     prepared.check_heads(heads)
     prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=progress)
@@ -107,7 +116,7 @@ def zip(
 @undisturbed
 def prepare(
     *models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None, verify: bool = True,
-    labels: Mapping[str, Iterable[str]] | None = None,
+    labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None,
 ) -> Prepared:  # fmt: skip
     """Trace and analyse networks, so that they can be observed once and merged many times.
 
@@ -121,6 +130,7 @@ def prepare(
         names: Names of the tasks.
         verify: Check the channel spaces on the example (`fxzip.passes.verify`); spaces that fail are kept in place.
         labels: As for `zip`.
+        process_group: As for `zip`.
 
     Raises:
         TraceError: A model cannot be traced.
@@ -131,14 +141,17 @@ def prepare(
     check_order(models, "fxzip.prepare(model_a, model_b, example_inputs=images)")
     check_models(models)
     each, names = separated(models, names)
-    return prepared_of(each, example_inputs, task_names(names, len(each)), verify, labels)
+    processes = processes_of(process_group)
+    processes.hush()
+    return prepared_of(each, example_inputs, task_names(names, len(each)), verify, labels, processes)
 
 
 def prepared_of(
     each: Sequence[Any], example_inputs: Any, tasks: tuple[str, ...], verify: bool,
-    labels: Mapping[str, Iterable[str]] | None = None,
+    labels: Mapping[str, Iterable[str]] | None = None, processes: Processes = ALONE,
 ) -> Prepared:  # fmt: skip
     """As `prepare`, of one network or more that were checked."""
+    check_same(processes, each)
     args, kwargs = ready_example(example_inputs, each)
     graphs = [canonicalise(_traced(model, args, kwargs)) for model in each]
     folded = any(map(is_task, each))
@@ -148,7 +161,7 @@ def prepared_of(
     example = to_device(args, kwargs, device_of(alignment.modules[0]))
     spec, verified = _analysed(alignment.modules[0], example, verify)
     originals = None if folded else Originals.of(each, alignment)
-    return Prepared(tasks, alignment, spec, verified, originals, gathered(each, tasks, labels, example))
+    return Prepared(tasks, alignment, spec, verified, originals, gathered(each, tasks, labels, example), processes)
 
 
 @undisturbed

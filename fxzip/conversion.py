@@ -12,8 +12,9 @@ from torch import nn
 
 from fxzip.channels import ChannelSpec
 from fxzip.checks import Choice, check_method
-from fxzip.data.batches import Given, to_device, with_batch_size
-from fxzip.data.held import count_images, thinned, without
+from fxzip.data.batches import to_device, with_batch_size
+from fxzip.data.calibration import Images, read_images
+from fxzip.data.held import without
 from fxzip.data.loops import counted, device_of
 from fxzip.errors import CutError, FewImagesWarning, LowFidelityWarning
 from fxzip.fidelity import Fidelity
@@ -27,7 +28,7 @@ from fxzip.passes.cut import Cut, MergePlan, Span, parse_fidelity
 from fxzip.passes.join import join
 from fxzip.passes.maps import find_maps
 from fxzip.passes.recalibrate import recalibrate
-from fxzip.passes.refit import RefitOptions, read_images
+from fxzip.passes.refit import RefitOptions
 from fxzip.passes.refit import refit as refit_parts
 from fxzip.passes.reuse import reuse_memory
 from fxzip.passes.split import Split, split
@@ -144,7 +145,7 @@ class Conversion:
         least = parse_fidelity(self.cut)
         if least is None:
             return
-        if not self.prepared.held:
+        if not self.prepared.held_back:
             raise CutError(f"cut={self.cut!r}: no image was held back, so fidelity cannot be measured")
 
         def score(cut: str) -> float:
@@ -162,9 +163,10 @@ class Conversion:
         span = self.prepared.places.span(self.cut, self.start)
         if blocks is None and self.sizing is not None:
             blocks = {root.name: self.sizing.blocks.get(root.name, root.size) for root in self.prepared.spec.spaces}
-        maps = find_maps(self.prepared.spec, self.prepared.alignment, self.prepared.moments,
-                         self.prepared.places.spaces(span), choice.method, choice.options,
-                         self.prepared.observed, blocks)  # fmt: skip
+        names, observed = self.prepared.places.spaces(span), self.prepared.observed
+        maps = self.prepared.processes.agreed("matching", lambda: find_maps(
+            self.prepared.spec, self.prepared.alignment, self.prepared.moments, names, choice.method, choice.options,
+            observed, blocks))  # fmt: skip
         resized = self.prepared.resized(blocks) if blocks else None
         return MergePlan(self.prepared.alignment, self.prepared.spec, maps, span.begin, span.end, resized)
 
@@ -186,14 +188,16 @@ class Conversion:
         return plan, replace(known, merge=error, ensemble=prepared.ensemble_error, frozen=(*known.frozen, *gone))
 
     @cached_property
-    def _images(self) -> list[Given]:
+    def _images(self) -> Images:
         """The images that are fitted on."""
-        rest = without(self.loader, self.prepared.held)
-        return read_images(rest, device_of(self.prepared.alignment.modules[0]), self.choice.refit or RefitOptions())
+        prepared = self.prepared
+        rest = without(self.loader, prepared.held, prepared.processes)
+        options, device = self.choice.refit or RefitOptions(), device_of(prepared.alignment.modules[0])
+        return read_images(rest, device, options, prepared.processes)
 
-    def _few(self, short: Short) -> list[Given]:
+    def _few(self, short: Short) -> Images:
         """The images of a short fit."""
-        return thinned(self._images, short.images(count_images(self._images)))
+        return self._images.thinned(short.images(self._images.count))
 
     def _fitted(self, plan: MergePlan, refit: RefitOptions | None, short: Short | None = None) -> Fitted:
         """Merge by a plan, fit or reset, and measure; a short fit shows no bars."""
@@ -206,16 +210,18 @@ class Conversion:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FewImagesWarning)  # the fit in full warns of them
                 refitted = refit_parts(parts, plan, few, refit, progress, short.whole_heads)
-            seen = count_images(few)
+            seen = few.count
         elif refit is not None:
             refitted = refit_parts(parts, plan, self._images, refit, progress)
-            seen = count_images(self._images)
+            seen = self._images.count
         elif self.reset_batch_norm:
             stems = [f"trunk.{name}" for name in parts.stems]
-            source = self.loader if short is None else self._few(short)
-            recalibrated = recalibrate(_Whole(parts), source, progress=progress, skip=stems)
+            source = self.loader if short is None else self._few(short).own
+            processes = self.prepared.processes
+            recalibrated = recalibrate(_Whole(parts), source, progress=progress, skip=stems, processes=processes)
         prepared = self.prepared
-        fidelity = compare(parts, plan, prepared.names, prepared.points, prepared.held, seen)
+        held = prepared.held
+        fidelity = compare(parts, plan, prepared.names, prepared.points, held, seen, prepared.processes)
         return Fitted(parts, refitted, recalibrated, fidelity)
 
     def _handed_out(
@@ -249,7 +255,8 @@ class Conversion:
         parts = replace(parts, heads=(join(parts.heads, joint),))
         fidelity = fitted.fidelity
         if fidelity is not None:
-            fidelity = compare_joint(parts, prepared.alignment.modules, joint, prepared.held, fidelity)
+            modules = prepared.alignment.modules
+            fidelity = compare_joint(parts, modules, joint, prepared.held, fidelity, prepared.processes)
         return (NAME,), replace(fitted, parts=parts, fidelity=fidelity)
 
 

@@ -11,7 +11,7 @@ from fxzip.checks import check_flag, check_merge
 from fxzip.conversion import Conversion
 from fxzip.data.batches import Given
 from fxzip.data.checks import ready_loader
-from fxzip.data.held import HeldBack
+from fxzip.data.held import MOST, HeldBack, count_images, size_of_batches
 from fxzip.errors import CalibrationError, OptionError
 from fxzip.information import Information
 from fxzip.joint import Heads, joint_of
@@ -26,6 +26,7 @@ from fxzip.passes.points import Points, merge_points
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.resize import Resized, resize
 from fxzip.passes.verify import Verifier, ensemble_error, fixed_sizes
+from fxzip.processes import ALONE, Processes
 from fxzip.report import Verified
 from fxzip.settings import EACH
 from fxzip.sizing import Sizing
@@ -44,16 +45,18 @@ class Prepared:
         places: Where they can be merged, and what it costs.
         points: The merge points of each space; empty before `observe`.
         moments: What was observed there, by space; empty before `observe`.
-        held: The images that were held back.
-        observed: How many others were observed.
+        held: The images that were held back: of those that this process read.
+        held_back: How many were held back, by all processes that share the merge.
+        observed: How many others were observed, by all of them.
         verified: What was checked of the spaces; None with ``verify=False``.
         originals: The models' own classes, without weights.
         information: How images are prepared, and the names of the classes.
+        processes: Those that share the merge (`fxzip.processes`).
     """
 
     def __init__(
         self, names: Sequence[str], alignment: Alignment, spec: ChannelSpec, verified: Verified | None = None,
-        originals: Originals | None = None, information: Information | None = None,
+        originals: Originals | None = None, information: Information | None = None, processes: Processes = ALONE,
     ) -> None:  # fmt: skip
         self.names = tuple(names)
         self.alignment = alignment
@@ -62,10 +65,11 @@ class Prepared:
         self.verified = verified
         self.originals = originals
         self.information = information or Information()
+        self.processes = processes
         self.points: dict[str, tuple[MergePoint, ...]] = {}
         self.moments: dict[str, Moments] = {}
         self.held: list[Given] = []
-        self.observed = 0
+        self.observed = self.held_back = 0
         self._loader: Iterable[Any] | None = None
         self._fixed: tuple[ChannelSpec, dict[str, str]] | None = None
         self._resized: tuple[ChannelSpec, dict[str, int], Resized | None] | None = None
@@ -111,12 +115,16 @@ class Prepared:
         """
         check_flag("progress", progress)
         check_flag("hold_back", hold_back)
-        loader = ready_loader(loader, self.names, self.alignment.modules)
+        processes = self.processes
+        processes.hush()
+        loader = ready_loader(loader, self.names, self.alignment.modules, processes)
         nodes = self.alignment.trunk_names(0)[: self.places.cuts.default]
         where = merge_points(self.alignment.modules[0], self.spec, nodes, points)
-        held = HeldBack(loader) if hold_back else HeldBack(loader, most=0)
-        self.moments = observe(self.alignment, where, loader, progress=progress, held=held)
-        self.points, self._loader, self.held, self.observed = where, loader, held.held, held.given
+        held = HeldBack(loader, MOST if hold_back else 0, processes, size_of_batches(loader, processes))
+        self.moments = observe(self.alignment, where, loader, progress=progress, held=held, processes=processes)
+        self.points, self._loader, self.held = where, loader, held.held
+        counts = processes.numbers("images", held.given, count_images(held.held))
+        self.observed, self.held_back = map(int, counts)
         return self
 
     def _observed(self) -> Iterable[Any]:
@@ -155,10 +163,11 @@ class Prepared:
             Prepared.convert, len(self.names), cut=cut, start=start, width=width, budget=budget, method=method,
             refit=refit, heads=heads, reset_batch_norm=reset_batch_norm, verify=verify, progress=progress, **options,
         )  # fmt: skip
+        self.processes.hush()
         self.check_heads(heads)
         self.places.span(cut, start)  # raises what is wrong with them
-        widths = parse_widths(width, budget)
-        return Conversion(self, choice, cut, start, self._observed(), reset_batch_norm, progress, widths).run(verify)
+        widths, shown = parse_widths(width, budget), progress and self.processes.leads
+        return Conversion(self, choice, cut, start, self._observed(), reset_batch_norm, shown, widths).run(verify)
 
     def plan(
         self, *, cut: Cut = None, start: Cut = None, width: Width = None, budget: str | None = None,
@@ -246,7 +255,7 @@ class Prepared:
             CalibrationError, CutError: As for `convert`.
         """
         self._observed()
-        if evaluate is None and not self.held:
+        if evaluate is None and not self.held_back:
             raise OptionError(
                 "sweep needs evaluate, a function from the merged network to a number or to several: no image was held "
                 "back that fidelity could be measured on"

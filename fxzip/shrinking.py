@@ -17,6 +17,7 @@ from fxzip.passes.cut import Cut
 from fxzip.passes.points import Points
 from fxzip.passes.refit import RefitOptions
 from fxzip.prepared import Prepared
+from fxzip.processes import processes_of
 from fxzip.surroundings import undisturbed
 from fxzip.widths import Width
 
@@ -25,7 +26,7 @@ from fxzip.widths import Width
 def shrink(
     model: nn.Module, loader: Iterable[Any], *, width: Width = None, budget: str | None = None, cut: Cut = None,
     method: str = "select", name: str = "model", points: Points = "last", refit: bool | RefitOptions = True,
-    hold_back: bool = True, verify: bool = True, progress: bool = True, **options: Any,
+    hold_back: bool = True, verify: bool = True, progress: bool = True, process_group: Any = None, **options: Any,
 ) -> ZippedModel:  # fmt: skip
     """Make a trained network smaller: fewer channels, and weights solved for so that it gives what it gave.
 
@@ -49,6 +50,7 @@ def shrink(
         hold_back: As for `fxzip.zip`.
         verify: As for `fxzip.zip`.
         progress: Show bars.
+        process_group: As for `fxzip.zip`.
         **options: Options of the method.
 
     Returns:
@@ -65,8 +67,10 @@ def shrink(
     if (wrong := bad_name([name])) is not None:
         raise OptionError(wrong)
     check_merge(Prepared.convert, 1, **wanted, **options)
-    ready = ready_loader(loader, (name,), [model])
-    prepared = prepared_of([model], first_batch(ready), (name,), verify)
+    processes = processes_of(process_group)
+    processes.hush()
+    ready = ready_loader(loader, (name,), [model], processes)
+    prepared = prepared_of([model], first_batch(ready), (name,), verify, processes=processes)
     prepared.place(cut, None, width, budget)
     prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=progress)
     return prepared.convert(**wanted, **options)

@@ -17,6 +17,7 @@ from fxzip.moments import Moments
 from fxzip.observer import Observer
 from fxzip.passes.align import Alignment
 from fxzip.passes.reuse import reuse_memory
+from fxzip.processes import ALONE, BUCKET, Processes, runs
 
 
 def observe(
@@ -28,6 +29,7 @@ def observe(
     progress: bool = True,
     max_batches: int | None = None,
     held: HeldBack | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Moments]:
     """The moments of each space over a loader: each model sees every batch, in eval mode, without gradients.
 
@@ -43,6 +45,7 @@ def observe(
         progress: Show a bar.
         max_batches: Stop after so many batches.
         held: Holds back some images: they run through the models, too, but are not counted.
+        processes: Those that read a share of the images each; the moments are of all of them.
 
     Raises:
         CalibrationError: the loader is empty, a batch is of a wrong type or shape (the message has the shape
@@ -57,17 +60,36 @@ def observe(
             )
     joint = insert_observers(alignment, points)
     checked = _Checked(joint, alignment.modules[0], held)
-    with evaluating(checked):
-        feed(
-            checked,
-            loader,
-            device=device,
-            progress=progress,
-            description="observing",
-            max_batches=max_batches,
-        )
-    found = {module.name: module.take() for module in joint.modules() if isinstance(module, Observer)}
-    return {name: found[name] for name in points}
+    shown: Any = {"progress": progress and processes.leads, "description": "observing"}
+    with processes.together("observing"), evaluating(checked):
+        least = 1 if processes.count == 1 else 0
+        feed(checked, loader, device=device, max_batches=max_batches, least=least, **shown)
+    observers = {module.name: module for module in joint.modules() if isinstance(module, Observer)}
+    return _over_all(processes, {name: observers[name].take() for name in points})
+
+
+def _over_all(processes: Processes, own: dict[str, Moments]) -> dict[str, Moments]:
+    """The moments of the samples of all processes together (Chan, Golub and LeVeque, 1979), in two rounds of sums.
+
+    Raises:
+        CalibrationError: None of them had an image.
+    """
+    if processes.count == 1:
+        return own
+    sums = [torch.cat([seen.mean * seen.count, seen.mean.new_tensor([seen.count])]) for seen in own.values()]
+    totals = dict(zip(own, processes.total("means", sums), strict=True))
+    if not any(float(total[-1]) for total in totals.values()):
+        raise CalibrationError("the loader gave no batches (is it a generator that was used up before?)")
+    found: dict[str, Moments] = {}
+    for names in runs(own, lambda name: len(own[name].mean) ** 2, BUCKET):
+        means = {name: totals[name][:-1] / totals[name][-1].clamp(min=1) for name in names}
+        for name in names:
+            gap = own[name].mean - means[name]
+            own[name].scatter.addr_(gap, gap, alpha=own[name].count)
+        scatters = processes.total("moments", [own.pop(name).scatter for name in names])
+        for name, scatter in zip(names, scatters, strict=True):
+            found[name] = Moments(round(float(totals[name][-1])), means[name], scatter)
+    return found
 
 
 def insert_observers(alignment: Alignment, points: Mapping[str, Sequence[MergePoint]]) -> fx.GraphModule:

@@ -52,6 +52,7 @@ def batches(
     progress: bool = True,
     description: str = "",
     max_batches: int | None = None,
+    least: int = 1,
 ) -> Iterator[Iterator[Inputs]]:
     """Iterate over a loader's batches as ``(args, kwargs)`` of a model, on a device, under a progress bar.
 
@@ -60,7 +61,7 @@ def batches(
                 model(*args, **kwargs)
 
     The bar (on stderr, with the time left where the loader has a length) is gone when the block ends or
-    fails.
+    fails. With ``least=0`` the loader may give no batch: where several processes share one, some may have none.
 
     Raises:
         CalibrationError: the loader gives no batches or cannot be iterated over, or a batch is of a wrong
@@ -75,7 +76,7 @@ def batches(
         iterator = itertools.islice(iterator, max_batches)
         total = max_batches if total is None else min(total, max_batches)
     with _bar() if progress else nullcontext() as bar:
-        yield _inputs(iterator, device, bar, description, total)
+        yield _inputs(iterator, device, bar, description, total, least)
 
 
 @contextmanager
@@ -94,6 +95,7 @@ def feed(
     description: str = "",
     device: torch.device | str | None = None,
     max_batches: int | None = None,
+    least: int = 1,
 ) -> int:
     """Call a module on each batch of a loader, as `batches` gives them, without gradients; returns how many.
 
@@ -105,7 +107,8 @@ def feed(
     """
     count = 0
     place = device if device is not None else device_of(module)
-    loop = batches(loader, device=place, progress=progress, description=description, max_batches=max_batches)
+    shown: Any = {"progress": progress, "description": description}
+    loop = batches(loader, device=place, max_batches=max_batches, least=least, **shown)
     with torch.no_grad(), loop as inputs:
         for args, kwargs in inputs:
             try:
@@ -143,6 +146,7 @@ def _inputs(
     bar: Progress | None,
     description: str,
     total: int | None,
+    least: int,
 ) -> Iterator[Inputs]:
     task = None if bar is None else bar.add_task(description, total=total)
     empty = True
@@ -157,7 +161,7 @@ def _inputs(
         yield args, kwargs
         if bar is not None and task is not None:
             bar.advance(task)
-    if empty:
+    if empty and least:
         raise CalibrationError("the loader gave no batches (is it a generator that was used up before?)")
 
 

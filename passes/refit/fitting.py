@@ -16,10 +16,13 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
+from fxzip.data.loops import device_of
 from fxzip.errors import CalibrationError
 from fxzip.passes.refit.fit import Fit
 from fxzip.passes.refit.goals import Goals, Target
@@ -32,6 +35,10 @@ from fxzip.passes.refit.rounds import PROBED, STEPS, Rounds
 from fxzip.passes.refit.sums import add_residuals, columns, gram_samples, precise
 from fxzip.passes.refit.units import Unit
 
+Sums = TypeVar("Sums", Residuals, Spread)
+Found = TypeVar("Found")
+
+WEIGHTS = "solving a layer"
 ONE_SIDED = 2
 """How often the targets of a one-sided fit are set again."""
 FAR_NEARER = 100
@@ -46,12 +53,12 @@ class Fitter:
         lock: The lock step; the merged network is its last.
         goals: What units should give.
         ridge: λ as a share of the mean of the inputs' sums of squares; None: found for each unit.
+        last: The λ that was found last.
     """
 
     def __init__(self, lock: LockStep, target: Target, ridge: float | None, seed: int) -> None:
         self.lock, self.goals, self.ridge = lock, Goals(lock, target), ridge
-        self._last = START
-        self.generator = torch.Generator().manual_seed(seed)
+        self.last, self._seed = START, seed
         self._orders: dict[Unit, list[fx.Node]] = {}
 
     @property
@@ -69,6 +76,8 @@ class Fitter:
         Raises:
             CalibrationError: Its inputs or targets are not finite.
         """
+        for batch in self.lock.seen:
+            batch.sow(self._seed, unit.root.name)
         found = self._fit(unit)
         for pair, inner in pairs.items():
             Rounds(self).run(pair, inner, found, rounds)
@@ -79,8 +88,8 @@ class Fitter:
         found, trial, whole = self._held_to(unit)
         found.inputs = trial.together()
         if self.ridge is None:
-            self._last = trial.best(self._last)
-        found.ridge = self._last if self.ridge is None else self.ridge
+            self.last = self.agreed(lambda: trial.best(self.last))
+        found.ridge = self.last if self.ridge is None else self.ridge
         found.told = self._told(found)
         self.move(found, self._asked(found, trial.residuals))
         for _ in range(ONE_SIDED if self.goals.one_sided(unit) else 1 - whole):
@@ -98,7 +107,9 @@ class Fitter:
         if norms:
             values, as_it_is = self._before_norms(unit, set(norms.values()))
             scales = [
-                reset_scale(module, layer, norms[layer], values[norms[layer]]) if layer in norms else None
+                reset_scale(module, layer, norms[layer], values[norms[layer]], self.lock.total)
+                if layer in norms
+                else None
                 for layer in unit.layers
             ]
             reset = [w if s is None else w * s[:, :, None] for w, s in zip(plain, scales, strict=True)]
@@ -119,7 +130,7 @@ class Fitter:
             error.add(unit.layers[0].contraction.rows(precise(self.goals.linear(batch, unit, has))))
             for norm, found in values.items():
                 found.append(env[norm.all_input_nodes[0].name])
-        return values, error.total
+        return values, self.shared(error).total
 
     def _samples(self, fit: Fit) -> tuple[Trial, bool]:
         """Samples of a unit's inputs and of its residuals, and whether they are all."""
@@ -127,27 +138,36 @@ class Fitter:
         trial, contraction = Trial(unit.bias_at is not None, self.ridge is None), unit.layers[0].contraction
         for batch in self.lock.seen:
             value = batch.env[0][unit.root.name]
-            drawn, count = self.draw(unit, value), contraction.samples(value)
+            drawn, count = self.draw(unit, batch, value), contraction.samples(value)
             whole = whole and drawn is None
             rows = precise(contraction.rows(self.goals.linear(batch, unit, self.run(batch, unit))))
             trial.error_of(rows)
             here = torch.arange(count, device=value.device) if drawn is None else drawn
-            for left_out, mine in trial.parts(here * batch.images // count, batch.images):
+            for left_out, mine in trial.parts(batch.first + here * batch.images // count):
                 some = here[mine]
                 trial.add(left_out, columns(unit, batch, some), rows[:, :, some])
-        return trial, whole
+        if self.lock.processes.count == 1:
+            return trial, whole
+        (drawn_from,) = self.lock.processes.numbers("samples", not whole)
+        return trial.over_all(self.lock.total, self._dtype(unit)), not drawn_from
 
     def _started(self, unit: Unit, priors: Sequence[Tensor]) -> Fit:
         """A fit that is at these weights, with the bias that is best for the first batch."""
-        prior, first = torch.cat(list(priors), 2), self.lock.seen[0]
+        prior = torch.cat(list(priors), 2)
         sizes, inputs = [part.shape[2] for part in priors], Regression(unit.bias_at is not None)
         found = Fit(unit, inputs, prior, sizes, prior, prior.new_zeros(prior.shape[:2]))
         self._write(found, prior, found.bias)
         if inputs.intercept:
-            contraction = unit.layers[0].contraction
-            residual = contraction.rows(self.goals.linear(first, unit, self.run(first, unit)))
-            self._write(found, prior, residual.mean(2, dtype=torch.float64))
+            first = self.lock.first
+            (bias,) = self.lock.total("a bias", None if first is None else [self._mean_residual(first, unit)])
+            self._write(found, prior, bias)
         return found
+
+    def _mean_residual(self, batch: Batch, unit: Unit) -> Tensor:
+        """The mean of the residual of a unit's value on a batch: (groups, o), float64."""
+        contraction = unit.layers[0].contraction
+        residual = contraction.rows(self.goals.linear(batch, unit, self.run(batch, unit)))
+        return residual.mean(2, dtype=torch.float64)
 
     def _told(self, fit: Fit) -> Tensor:
         """The outputs (groups, o) that depend on the inputs: under W₀ they vary by more than rounding."""
@@ -156,9 +176,13 @@ class Fitter:
             wanted = precise(self.goals.wanted(batch, fit.unit))
             power = power + first.total_output(wanted.square()).double()
             count += first.samples(wanted)
-        return fit.inputs.spread(fit.prior) > noise_of(wanted.dtype) ** 2 * power / count
+        samples, power = self.lock.total(
+            "what is wanted", [torch.tensor(count, dtype=torch.float64), power] if count else None
+        )
+        least = noise_of(self._dtype(fit.unit)) ** 2 * power / samples.to(power)
+        return self.agreed(lambda: fit.inputs.spread(fit.prior) > least)
 
-    def step(self, fit: Fit, batches: Sequence[Batch], changed: bool = False) -> None:
+    def step(self, fit: Fit, batches: Sequence[Batch], changed: bool = False, stride: int = 1) -> None:
         """A step of least squares on the residuals.
 
         Args:
@@ -166,20 +190,23 @@ class Fitter:
             batches: What the residuals are taken on.
             changed: Whether its inputs, and so its value, were computed anew since their Gram matrix was: then the
                 length of the step is found, too.
+            stride: One of how many batches they are.
         """
         residuals, some = Residuals(), []
-        for number, batch in enumerate(batches):
+        for batch in batches:
             has = batch.env[-1][fit.unit.root.name] if changed else self.run(batch, fit.unit)
             here = self.goals.residual(batch, fit.unit, has)
             add_residuals(residuals, fit.unit, batch, here)
-            if changed and number % PROBED == 0:
+            if changed and batch.place // stride % PROBED == 0:
                 some.append((batch, has, here))
-        self.move(fit, self._asked(fit, residuals), lambda: self._best_length(fit.unit, some) if changed else 1.0)
+        self.move(
+            fit, self._asked(fit, self.shared(residuals)), lambda: self._best_length(fit.unit, some) if changed else 1.0
+        )
 
     def _asked(self, fit: Fit, residuals: Residuals) -> tuple[Tensor, Tensor]:
         """The step of weights and bias that residuals ask for."""
         try:
-            return fit.inputs.step(residuals, fit.ridge, fit.prior - fit.weights, fit.told)
+            return self.agreed(lambda: fit.inputs.step(residuals, fit.ridge, fit.prior - fit.weights, fit.told))
         except ArithmeticError as error:
             raise CalibrationError(f"refit at {fit.unit.root.name}: {error}") from error
 
@@ -199,6 +226,7 @@ class Fitter:
             change = (self.run(batch, unit) - had).double()
             explained += float((change * residual).sum())
             moved += float(change.square().sum())
+        explained, moved = self.lock.processes.numbers("the length of a step", explained, moved)
         return min(max(explained / max(moved, 1e-30), 0.0), STEPS[0])
 
     def _write(self, fit: Fit, weights: Tensor, bias: Tensor) -> None:
@@ -220,8 +248,24 @@ class Fitter:
                 env[node.name] = self._merged.compute(node.name, env)
         return env[last.name]
 
-    def draw(self, unit: Unit, value: Tensor) -> Tensor | None:
+    def draw(self, unit: Unit, batch: Batch, value: Tensor) -> Tensor | None:
         """Samples of a batch for a Gram matrix, drawn at random; None for all, where they are not too many."""
-        share = -(-gram_samples(unit) // self.lock.active)
+        share = -(-gram_samples(unit) // self.lock.taken)
         count = unit.layers[0].contraction.samples(value)
-        return None if count <= share else torch.randperm(count, generator=self.generator)[:share].to(value.device)
+        return None if count <= share else torch.randperm(count, generator=batch.generator)[:share].to(value.device)
+
+    def agreed(self, find: Callable[[], Found]) -> Found:
+        """What the first process finds, for all: tensors on the device of the merged network."""
+        found, device = self.lock.processes.agreed(WEIGHTS, find), device_of(self._merged.module)
+        if self.lock.processes.count > 1:
+            found = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), found)
+        return found
+
+    def shared(self, own: Sums) -> Sums:
+        """Sums over all processes."""
+        return own if self.lock.processes.count == 1 else own.over_all(self.lock.total)
+
+    def _dtype(self, unit: Unit) -> torch.dtype:
+        """What sums of a unit's products are taken in."""
+        weight = self._merged.module.get_parameter(unit.layers[0].weight)
+        return torch.promote_types(weight.dtype, torch.float32)
