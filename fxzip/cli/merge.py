@@ -64,7 +64,8 @@ def zip_models(
 ) -> None:
     """Merge networks of one architecture into one with a shared trunk and a head for each.
 
-    Also writes recipe.yaml, with every option that was used, beside the network.
+    Also writes recipe.yaml, with every option that was used, beside the network. Several processes share the work under
+    torchrun --nproc-per-node N --no-python fxzip zip ...
     """
     Merge({param.name: ctx.params[param.name] for param in ctx.command.params if param.name in ctx.params}).run()
 
@@ -76,7 +77,7 @@ class Merge:
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.given = given
-        self.quiet = bool(given["quiet"])
+        self.quiet = bool(given["quiet"]) or not shared.leads()
         self.checkpoints = [str(path) for path in given["checkpoints"]]
         self.method = given["method"]
         named = {**{key: given[key] for key in MATCHING["zip"]}, **shared.pairs(given["options"], "--option")}
@@ -123,6 +124,10 @@ class Merge:
             progress=not self.quiet,
             **self.options,
         )
+        for broken in prepared.processes.everywhere("broken images", loader.broken):
+            loader.broken |= broken
+        if not shared.leads():
+            return
         self._inform(zipped, config)
         self._save(zipped, config)
         if loader.skipped():
