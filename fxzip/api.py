@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from os import PathLike
 from typing import Any
 
 from torch import fx, nn
@@ -13,10 +15,11 @@ from fxzip.data.batches import Inputs, to_device
 from fxzip.data.checks import check_order, first_batch, ready_example, ready_loader
 from fxzip.data.loops import device_of
 from fxzip.errors import AlignmentError
-from fxzip.fingerprint import check_same
+from fxzip.fingerprint import check_same, run_of
 from fxzip.information import gathered
 from fxzip.joining import inner_names, is_task, separated
 from fxzip.joint import Heads
+from fxzip.journal import Journal
 from fxzip.merged import ZippedModel
 from fxzip.originals import Originals
 from fxzip.passes.align import align
@@ -44,7 +47,8 @@ def zip(
     budget: str | None = None, method: str = "auto",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
     heads: Heads = EACH, hold_back: bool = True, verify: bool = True, progress: bool = True,
-    labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None, **options: Any,
+    labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None,
+    resume: str | PathLike[str] | None = None, **options: Any,
 ) -> ZippedModel:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
@@ -88,6 +92,9 @@ def zip(
             models and options; every one gets the same network. None: all, where ``init_process_group`` was called or
             ``torchrun`` started several; False: this one alone. Each reads a share of the loader
             (`fxzip.data.shares`).
+        resume: A folder for what was done so far (sums of moments, images held back, solved layers). After an
+            interruption the same call goes on from there, to the same bits if the loader gives the same images in the
+            same order; at the end the files are taken away. None: nothing is kept.
         **options: Options of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
             `fxzip.matching.settings_of` says what they do, and their ranges and defaults.
 
@@ -106,11 +113,16 @@ def zip(
     processes = processes_of(process_group)
     processes.hush()
     ready = ready_loader(loader, tasks, each, processes)
+    settings = {**wanted, **options, "points": points, "hold_back": hold_back}
+    journal = Journal.open(resume, partial(run_of, each, tasks, settings), processes)
     prepared = prepared_of(each, first_batch(ready), tasks, verify, labels, processes)
+    prepared.journal = journal
     prepared.place(cut, start, width, budget)
     prepared.check_heads(heads)
     prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=progress)
-    return prepared.convert(**wanted, **options)
+    zipped = prepared.convert(**wanted, **options)
+    journal.close()
+    return zipped
 
 
 @undisturbed

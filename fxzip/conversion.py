@@ -93,8 +93,8 @@ class Conversion:
         plan, verified = self._checked_plan(choice) if verify else (self.plan(choice), None)
         fitted = self._fitted(plan, choice.refit)
         if fitted.refitted and fitted.fidelity is not None:
-            paper = self._fitted(plan, None, OF_BOUNDS)
-            if paper.fidelity is not None and paper.fidelity.clearly_better_than(fitted.fidelity):
+            paper = self._measured("the paper's rule", choice, None, OF_BOUNDS, plan)
+            if paper is not None and paper.clearly_better_than(fitted.fidelity):
                 choice, fitted = replace(choice, refit=None), self._fitted(plan, None)
         if fitted.fidelity is not None and fitted.fidelity.advice:
             warnings.warn(fitted.fidelity.advice, LowFidelityWarning, stacklevel=4)
@@ -118,7 +118,16 @@ class Conversion:
 
     def _tried(self, choice: Choice) -> Fidelity | None:
         """What a merge of the present plan keeps, by a short fit."""
-        return self._fitted(self.plan(choice), OF_BOUNDS.options(choice.refit), OF_BOUNDS).fidelity
+        return self._measured("a bound", choice, OF_BOUNDS.options(choice.refit), OF_BOUNDS)
+
+    def _measured(
+        self, what: str, choice: Choice, refit: RefitOptions | None, short: Short, plan: MergePlan | None = None
+    ) -> Fidelity | None:
+        """What a short fit keeps; its plan is made where it is not given."""
+        blocks = {} if self.sizing is None else self.sizing.blocks
+        which = f"{what} {choice.method} {self.cut} {sorted(blocks.items())} {refit is None}"
+        find = lambda: self._fitted(plan or self.plan(choice), refit, short).fidelity  # noqa: E731
+        return self.prepared.journal.fidelity(which, find)
 
     def _chosen(self) -> tuple[Choice, tuple[Tried, ...]]:
         """The choice with a method in the place of ``auto``, and what was tried to find it."""
@@ -135,7 +144,7 @@ class Conversion:
             def measure(method: str) -> Fidelity | None:
                 choice = self._by(method)
                 done()
-                return self._fitted(self.plan(choice), OF_METHODS.options(choice.refit), OF_METHODS).fidelity
+                return self._measured("a method", choice, OF_METHODS.options(choice.refit), OF_METHODS)
 
             method, tried = choose(methods, measure)
         return self._by(method), tried
@@ -212,7 +221,7 @@ class Conversion:
                 refitted = refit_parts(parts, plan, few, refit, progress, short.whole_heads)
             seen = few.count
         elif refit is not None:
-            refitted = refit_parts(parts, plan, self._images, refit, progress)
+            refitted = refit_parts(parts, plan, self._images, refit, progress, journal=self.prepared.journal)
             seen = self._images.count
         elif self.reset_batch_norm:
             stems = [f"trunk.{name}" for name in parts.stems]

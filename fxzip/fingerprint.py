@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,3 +42,13 @@ def check_same(processes: Processes, models: Sequence[nn.Module]) -> None:
                 f"model {wrong[0]} of process {rank} has other weights than that of process 0: load the same "
                 "checkpoints in each process"
             )
+
+
+def run_of(models: Sequence[nn.Module], names: Sequence[str], settings: Mapping[str, Any]) -> dict[str, str]:
+    """What a merge depends on beside its images, in words (`fxzip.journal`)."""
+    from fxzip import __version__
+
+    left = {"progress"}
+    shown = {f"{name}": repr(value) for name, value in settings.items() if name not in left and value is not None}
+    weights = {f"the weights of {name}": fingerprint(model) for name, model in zip(names, models, strict=True)}
+    return {"fxzip": __version__, **weights, **shown}

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from fxzip.channels import ChannelSpec, MergePoint
 from fxzip.checks import check_flag, check_merge
 from fxzip.conversion import Conversion
 from fxzip.data.batches import Given
-from fxzip.data.checks import ready_loader
-from fxzip.data.held import MOST, HeldBack, count_images, size_of_batches
 from fxzip.errors import CalibrationError, OptionError
 from fxzip.information import Information
 from fxzip.joint import Heads, joint_of
+from fxzip.journal import NONE
 from fxzip.merged import ZippedModel
 from fxzip.moments import Moments
+from fxzip.observed import load_prepared, observe_networks, save_observed
 from fxzip.originals import Originals
 from fxzip.passes.align import Alignment
 from fxzip.passes.cut import Cut, MergePlan, Places, find_cuts
 from fxzip.passes.join import check_joinable
-from fxzip.passes.observe import observe
 from fxzip.passes.points import Points, merge_points
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.resize import Resized, resize
@@ -44,6 +45,8 @@ class Prepared:
         spec: The channel spaces.
         places: Where they can be merged, and what it costs.
         points: The merge points of each space; empty before `observe`.
+        kind: Whether these are the ``last`` or ``all``.
+        loader: What was observed.
         moments: What was observed there, by space; empty before `observe`.
         held: The images that were held back: of those that this process read.
         held_back: How many were held back, by all processes that share the merge.
@@ -52,6 +55,7 @@ class Prepared:
         originals: The models' own classes, without weights.
         information: How images are prepared, and the names of the classes.
         processes: Those that share the merge (`fxzip.processes`).
+        journal: What is kept for the case of an interruption (`fxzip.journal`).
     """
 
     def __init__(
@@ -65,12 +69,13 @@ class Prepared:
         self.verified = verified
         self.originals = originals
         self.information = information or Information()
-        self.processes = processes
+        self.processes, self.journal = processes, NONE
         self.points: dict[str, tuple[MergePoint, ...]] = {}
         self.moments: dict[str, Moments] = {}
         self.held: list[Given] = []
         self.observed = self.held_back = 0
-        self._loader: Iterable[Any] | None = None
+        self.loader: Iterable[Any] | None = None
+        self.kind: Points = "last"
         self._fixed: tuple[ChannelSpec, dict[str, str]] | None = None
         self._resized: tuple[ChannelSpec, dict[str, int], Resized | None] | None = None
 
@@ -115,23 +120,53 @@ class Prepared:
         """
         check_flag("progress", progress)
         check_flag("hold_back", hold_back)
-        processes = self.processes
-        processes.hush()
-        loader = ready_loader(loader, self.names, self.alignment.modules, processes)
-        nodes = self.alignment.trunk_names(0)[: self.places.cuts.default]
-        where = merge_points(self.alignment.modules[0], self.spec, nodes, points)
-        held = HeldBack(loader, MOST if hold_back else 0, processes, size_of_batches(loader, processes))
-        self.moments = observe(self.alignment, where, loader, progress=progress, held=held, processes=processes)
-        self.points, self._loader, self.held = where, loader, held.held
-        counts = processes.numbers("images", held.given, count_images(held.held))
-        self.observed, self.held_back = map(int, counts)
+        observe_networks(self, loader, points, hold_back, progress)
         return self
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write what was observed, for `load`: the moments, and the images that were held back; not the models.
+
+        Raises:
+            CalibrationError: Nothing was observed yet.
+            SaveError: Nothing can be written there.
+        """
+        self._observed()
+        save_observed(self, Path(path))
+
+    @classmethod
+    @undisturbed
+    def load(
+        cls, path: str | PathLike[str], *models: Any, loader: Iterable[Any] | None = None, verify: bool = True,
+        labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None,
+    ) -> Prepared:  # fmt: skip
+        """Take up again what `save` wrote, with the same models; they are not observed once more.
+
+            prepared = fxzip.Prepared.load("observed.safetensors", model_a, model_b, loader)
+
+        Args:
+            path: The file.
+            models: The models that were observed, then the loader, which `convert` reads.
+            loader: As for `fxzip.zip`.
+            verify: As for `fxzip.zip`.
+            labels: As for `fxzip.zip`.
+            process_group: As for `fxzip.zip`.
+
+        Raises:
+            FileFormatError: There is no such file, or it is another one.
+            OptionError: The models are others than those that were observed.
+        """
+        return load_prepared(Path(path), models, loader, verify, labels, process_group)
+
+    def merge_points(self, points: Points) -> dict[str, tuple[MergePoint, ...]]:
+        """The merge points of each space, one or all of them."""
+        nodes = self.alignment.trunk_names(0)[: self.places.cuts.default]
+        return merge_points(self.alignment.modules[0], self.spec, nodes, points)
 
     def _observed(self) -> Iterable[Any]:
         """The loader that was observed."""
-        if self._loader is None:
+        if self.loader is None:
             raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")
-        return self._loader
+        return self.loader
 
     @undisturbed
     def convert(

@@ -13,6 +13,7 @@ from fxzip.data.held import HeldBack
 from fxzip.data.loops import describe, evaluating, feed
 from fxzip.errors import CalibrationError
 from fxzip.graphs import drop_dead_code, nodes_by_name, placeholders, writes_in_place
+from fxzip.journal import NONE, Journal, Watch
 from fxzip.moments import Moments
 from fxzip.observer import Observer
 from fxzip.passes.align import Alignment
@@ -30,6 +31,7 @@ def observe(
     max_batches: int | None = None,
     held: HeldBack | None = None,
     processes: Processes = ALONE,
+    journal: Journal = NONE,
 ) -> dict[str, Moments]:
     """The moments of each space over a loader: each model sees every batch, in eval mode, without gradients.
 
@@ -46,6 +48,7 @@ def observe(
         max_batches: Stop after so many batches.
         held: Holds back some images: they run through the models, too, but are not counted.
         processes: Those that read a share of the images each; the moments are of all of them.
+        journal: Keeps sums on the way, and has those of a run that was interrupted.
 
     Raises:
         CalibrationError: the loader is empty, a batch is of a wrong type or shape (the message has the shape
@@ -59,7 +62,7 @@ def observe(
                 "model.to_empty(device='cpu') and load_state_dict"
             )
     joint = insert_observers(alignment, points)
-    checked = _Checked(joint, alignment.modules[0], held)
+    checked = _Checked(joint, alignment.modules[0], held, journal)
     shown: Any = {"progress": progress and processes.leads, "description": "observing"}
     with processes.together("observing"), evaluating(checked):
         least = 1 if processes.count == 1 else 0
@@ -186,10 +189,11 @@ class _Checked(nn.Module):
     else.
     """
 
-    def __init__(self, joint: fx.GraphModule, module: fx.GraphModule, held: HeldBack | None) -> None:
+    def __init__(self, joint: fx.GraphModule, module: fx.GraphModule, held: HeldBack | None, journal: Journal) -> None:
         super().__init__()
         self.joint, self.held = joint, held
         self.observers = [part for part in joint.modules() if isinstance(part, Observer)]
+        self.watch = None if journal.folder is None else Watch(journal, self.observers)
         self.names = [str(node.target) for node in placeholders(module)]
         self.shapes = {str(node.target): _traced_shape(node) for node in placeholders(module)}
 
@@ -203,6 +207,8 @@ class _Checked(nn.Module):
                     f"{describe(args, kwargs)}"
                 )
         rows = None if self.held is None else self.held.rest(args, kwargs)
+        if self.watch is not None and self.watch.passes_over(args, kwargs):
+            return
         for observer in self.observers:
             observer.rows = rows
         try:
@@ -215,6 +221,8 @@ class _Checked(nn.Module):
             expected = ", ".join(f"{name} {list(shape)}" for name, shape in self.shapes.items() if shape)
             hint = f" (they were traced with {expected})" if expected else ""
             raise CalibrationError(f"{describe(args, kwargs)} does not fit the models{hint}: {error}") from error
+        if self.watch is not None:
+            self.watch.observed()
 
 
 def _traced_shape(node: fx.Node) -> tuple[int | str, ...] | None:

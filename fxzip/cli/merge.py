@@ -58,6 +58,7 @@ def zip_models(
     labels: p.Labels = None,
     report: p.ReportPath = None,
     overwrite: p.Overwrite = False,
+    resume: p.Resume = None,
     recipe: p.Recipe = None,
     quiet: p.Quiet = False,
     debug: p.Debug = False,
@@ -105,9 +106,11 @@ class Merge:
             channels=config["input_size"][0],
             **{key: given[key] for key in ("batch_size", "limit", "seed", "strict", "workers")},
         )
+        journal = self._journal(models)
         with shared.spinner("tracing and analysing", self.quiet):
             batch = next(iter(loader))[0]
             prepared = self._prepared(models, batch, names)
+            prepared.journal = journal
             prepared.place(self.cut, self.start, self.width, given["budget"])
             prepared.check_heads(given["heads"])
         hold_back = given["hold_back"] and given["refit"]
@@ -126,14 +129,28 @@ class Merge:
         )
         for broken in prepared.processes.everywhere("broken images", loader.broken):
             loader.broken |= broken
-        if not shared.leads():
-            return
+        if shared.leads():
+            self._finish(zipped, config, loader.skipped())
+        journal.close()
+
+    def _finish(self, zipped: Any, config: dict[str, Any], skipped: str | None) -> None:
+        """Save, and say what was done."""
         self._inform(zipped, config)
         self._save(zipped, config)
-        if loader.skipped():
-            warn(str(loader.skipped()))
+        if skipped:
+            warn(skipped)
         if not self.quiet:
-            typer.echo(f"{zipped.report}\nsaved to {given['out']}")
+            typer.echo(f"{zipped.report}\nsaved to {self.given['out']}")
+
+    def _journal(self, models: list[Any]) -> Any:
+        """Where what is done is kept for the case of an interruption."""
+        from fxzip.fingerprint import run_of
+        from fxzip.journal import Journal
+        from fxzip.processes import processes_of
+
+        left = {*_NOT_KEPT, "checkpoints", "device", "workers"}
+        settings = {key: value for key, value in self.given.items() if key not in left}
+        return Journal.open(self.given["resume"], lambda: run_of(models, self.names, settings), processes_of())
 
     def _prepared(self, models: list[Any], batch: Any, names: tuple[str, ...]) -> Any:
         import fxzip
@@ -215,7 +232,7 @@ class Merge:
             zipped.report.to_html(self.given["report"])
 
 
-_NOT_KEPT = frozenset({"recipe", "debug", "quiet", "out", "overwrite", "report", "labels"})
+_NOT_KEPT = frozenset({"resume", "recipe", "debug", "quiet", "out", "overwrite", "report", "labels"})
 
 
 def task_names_of(checkpoints: Sequence[str]) -> tuple[str, ...]:

@@ -206,6 +206,13 @@ ReportPath = Annotated[
 
 # ---- every command
 
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keep in this folder what was done so far; after an interruption the same command goes on from there.",
+    ),
+]
 Recipe = Annotated[
     Path | None,
     typer.Option(

@@ -84,6 +84,14 @@ class Fitter:
         self.goals.forget()
         return found
 
+    def restore(self, unit: Unit, weights: Tensor, bias: Tensor, ridge: float) -> None:
+        """Write a unit's weights (groups, o, d) and bias (groups, o) that were found before, and the λ after it."""
+        sizes = [layer.prior(self._merged.module).shape[2] for layer in unit.layers]
+        device = device_of(self._merged.module)
+        found, bias = weights.to(device), bias.to(device)
+        self._write(Fit(unit, Regression(unit.bias_at is not None), found, sizes, found, bias), found, bias)
+        self.last = ridge
+
     def _fit(self, unit: Unit) -> Fit:
         found, trial, whole = self._held_to(unit)
         found.inputs = trial.together()

@@ -186,9 +186,12 @@ class LockStep:
                         self._compute(step, batch)
                     continue
                 self._fill(number, partial(wanted, step))
+                known = [set(batch.env[-1]) for batch in self.seen]
                 step.solve()
                 done()
-                for batch in self.seen:
+                for batch, names in zip(self.seen, known, strict=True):
+                    for name in batch.env[-1].keys() - names:  # what was needed to solve only
+                        del batch.env[-1][name]
                     self._forget(step, batch)
             self._fill(len(self.steps), partial(wanted, None))
 

@@ -28,6 +28,7 @@ from fxzip.data.calibration import Images, read_images
 from fxzip.data.loops import counted, device_of
 from fxzip.errors import FewImagesWarning
 from fxzip.graphs import bind_inputs, drop_dead_code, drop_unused
+from fxzip.journal import NONE, Journal
 from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.refit.fit import Fit
 from fxzip.passes.refit.fitting import Fitter
@@ -35,6 +36,7 @@ from fxzip.passes.refit.goals import Target
 from fxzip.passes.refit.lockstep import LockStep, Step, Stream
 from fxzip.passes.refit.norms import Norm, find_norm
 from fxzip.passes.refit.pairs import Pair, find_pairs
+from fxzip.passes.refit.records import Records
 from fxzip.passes.refit.slots import Uses
 from fxzip.passes.refit.sums import width
 from fxzip.passes.refit.targets import Targets
@@ -46,7 +48,7 @@ from fxzip.settings import RefitOptions
 
 def refit(
     parts: Split, plan: MergePlan, loader: Iterable[Any] | Images, options: RefitOptions | None = None,
-    progress: bool = True, whole_heads: bool = True,
+    progress: bool = True, whole_heads: bool = True, journal: Journal = NONE,
 ) -> int:  # fmt: skip
     """Refit trunk and heads in place; returns how many layers were solved.
 
@@ -60,6 +62,7 @@ def refit(
         options: See `RefitOptions`.
         progress: Show a bar.
         whole_heads: False: of the heads, only the layers are solved that read what the trunk gives.
+        journal: Keeps the layers that were solved, and has those of a run that was interrupted.
     """
     options = options or RefitOptions()
     images = loader
@@ -67,7 +70,7 @@ def refit(
         images = read_images(images, device_of(parts.trunk) or device_of(parts.heads[0]), options)
     progress = progress and images.processes.leads
     trunk = _trunk_refitter(parts, plan, images, options)
-    trunk.run(progress, "refitting the trunk")
+    trunk.run(progress, "refitting the trunk", Records(journal, "trunk"))
     solved, few = trunk.solved, trunk.few
     names = [plan.name(i) for i in plan.crossing]
     for model, head in enumerate(parts.heads):
@@ -81,7 +84,7 @@ def refit(
         once = replace(options, rounds=min(options.rounds, 1))
         seen = images.upto(trunk.lock.active)
         run = _Refitter(pair, feeds, lambda _, values: values[0], once, set(), seen, whole=whole_heads)
-        run.run(progress, f"refitting head {model}")
+        run.run(progress, f"refitting head {model}", Records(journal, f"head{model}"))
         solved += run.solved
         few |= run.few
     if few:
@@ -158,8 +161,9 @@ class _Refitter:
     def _has_target(self, node: fx.Node) -> bool:
         return STEM not in node.meta and node.name not in self.unknown
 
-    def run(self, progress: bool, description: str) -> None:
-        """Solve every layer, then cut out what was folded."""
+    def run(self, progress: bool, description: str, records: Records) -> None:
+        """Solve every layer, those aside that are known already, then cut out what was folded."""
+        self.records = records
         count = sum(step.solve is not None for step in self.lock.steps)
         with counted(count, progress, description) as done:
             self.lock.run(self._wanted, done)
@@ -220,16 +224,26 @@ class _Refitter:
         return sum(step.samples(batch.env[0][step.node.name]) for batch in self.lock.seen)
 
     def _solve_unit(self, unit: Unit) -> None:
-        inner = {pair: self.fits.pop(pair.inner) for pair in self.inner.get(unit, ())}
-        found = self.fitter.solve(unit, inner, self.options.rounds)
+        known = self.records.known.get(self.units.index(unit))
+        if known is None:
+            self._solve_anew(unit)
+        else:
+            self.fitter.restore(unit, known.weights, known.bias, known.ridge)
         count = unit.layers[0].contraction.samples
         own = sum(count(batch.env[0][unit.root.name]) for batch in self.lock.seen)
         (samples,) = map(int, self.lock.processes.numbers("samples", own))
         if samples < width(unit):
             self.few[unit.layers[0].weight.removesuffix(".weight")] = samples, width(unit)
+        self.solved += len(unit.layers)
+
+    def _solve_anew(self, unit: Unit) -> None:
+        inner = {pair: self.fits.pop(pair.inner) for pair in self.inner.get(unit, ())}
+        found = self.fitter.solve(unit, inner, self.options.rounds)
         if any(unit is pair.inner for pairs in self.inner.values() for pair in pairs):
             self.fits[unit] = found
-        self.solved += len(unit.layers)
+        self.records.add(self.units.index(unit), found, self.fitter.last)
+        if not self.fits:
+            self.records.write()
 
     def _solve_norm(self, norm: Norm) -> None:
         name, seen = norm.node.name, self.lock.seen
