@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from fxzip.channels import ChannelSpec
 from fxzip.checks import check_merge, check_models, models_and_loader, task_names
+from fxzip.data.bars import bar_of
 from fxzip.data.batches import Inputs, to_device
 from fxzip.data.checks import check_order, first_batch, ready_example, ready_loader
 from fxzip.data.loops import device_of
@@ -85,7 +86,7 @@ def zip(
             (`fxzip.data.held`). False: all are fitted on. Without refit all are used.
         verify: Check the merge before it is fitted: the first network, merged with a permuted copy of itself, must be
             itself again (`fxzip.passes.verify`). Channel spaces that fail are kept in place, with a warning.
-        progress: Show bars.
+        progress: Show what goes on, how far it is and the memory it takes, in one line on stderr.
         labels: Names of the classes by task; default: those that the models know (timm's ``pretrained_cfg``,
             transformers' ``id2label``). They travel with the network: `ZippedModel.predict`.
         process_group: The processes that share the work, a group of torch.distributed, each calling this with the same
@@ -115,12 +116,16 @@ def zip(
     ready = ready_loader(loader, tasks, each, processes)
     settings = {**wanted, **options, "points": points, "hold_back": hold_back}
     journal = Journal.open(resume, partial(run_of, each, tasks, settings), processes)
-    prepared = prepared_of(each, first_batch(ready), tasks, verify, labels, processes)
-    prepared.journal = journal
-    prepared.place(cut, start, width, budget)
-    prepared.check_heads(heads)
-    prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=progress)
-    zipped = prepared.convert(**wanted, **options)
+    with bar_of(progress if processes.leads else False) as bar:
+        shown = bar or False
+        if bar is not None:
+            bar.phase("tracing and analysing")
+        prepared = prepared_of(each, first_batch(ready), tasks, verify, labels, processes)
+        prepared.journal = journal
+        prepared.place(cut, start, width, budget)
+        prepared.check_heads(heads)
+        prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=shown)
+        zipped = prepared.convert(**{**wanted, "progress": shown}, **options)
     journal.close()
     return zipped
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from fxzip.channels import ChannelSpec
 from fxzip.checks import Choice, check_method
+from fxzip.data.bars import Bar, Shown
 from fxzip.data.batches import to_device, with_batch_size
 from fxzip.data.calibration import Images, read_images
 from fxzip.data.held import without
@@ -80,7 +81,7 @@ class Conversion:
     start: Cut
     loader: Iterable[Any]
     reset_batch_norm: bool
-    progress: bool
+    progress: Shown
     widths: Widths | None = None
 
     def run(self, verify: bool) -> ZippedModel:
@@ -90,6 +91,7 @@ class Conversion:
             VerificationError: The merge would be wrong.
         """
         choice, tried = self.settled()
+        self._phase("checking the merge" if verify else "matching")
         plan, verified = self._checked_plan(choice) if verify else (self.plan(choice), None)
         fitted = self._fitted(plan, choice.refit)
         if fitted.refitted and fitted.fidelity is not None:
@@ -99,6 +101,11 @@ class Conversion:
         if fitted.fidelity is not None and fitted.fidelity.advice:
             warnings.warn(fitted.fidelity.advice, LowFidelityWarning, stacklevel=4)
         return self._handed_out(plan, choice, fitted, verified, tried)
+
+    def _phase(self, description: str) -> None:
+        """Say what goes on."""
+        if isinstance(self.progress, Bar):
+            self.progress.phase(description)
 
     def settled(self) -> tuple[Choice, tuple[Tried, ...]]:
         """The choice with a method in the place of ``auto`` and what was tried to find it; the cut is found, too."""
@@ -126,8 +133,9 @@ class Conversion:
         """What a short fit keeps; its plan is made where it is not given."""
         blocks = {} if self.sizing is None else self.sizing.blocks
         which = f"{what} {choice.method} {self.cut} {sorted(blocks.items())} {refit is None}"
-        find = lambda: self._fitted(plan or self.plan(choice), refit, short).fidelity  # noqa: E731
-        return self.prepared.journal.fidelity(which, find)
+        return self.prepared.journal.fidelity(
+            which, lambda: self._fitted(plan or self.plan(choice), refit, short).fidelity
+        )
 
     def _chosen(self) -> tuple[Choice, tuple[Tried, ...]]:
         """The choice with a method in the place of ``auto``, and what was tried to find it."""
@@ -210,9 +218,9 @@ class Conversion:
 
     def _fitted(self, plan: MergePlan, refit: RefitOptions | None, short: Short | None = None) -> Fitted:
         """Merge by a plan, fit or reset, and measure; a short fit shows no bars."""
-        parts, refitted, recalibrated, seen = split(plan), 0, 0, 0
-        progress = self.progress and short is None
-        if not self.prepared.places.has_layers(Span(plan.begin, plan.end)):
+        parts, refitted, recalibrated, seen, prepared = split(plan), 0, 0, 0, self.prepared
+        progress = self.progress if short is None else False
+        if not prepared.places.has_layers(Span(plan.begin, plan.end)):
             pass
         elif refit is not None and short is not None:
             few = self._few(short)
@@ -221,16 +229,16 @@ class Conversion:
                 refitted = refit_parts(parts, plan, few, refit, progress, short.whole_heads)
             seen = few.count
         elif refit is not None:
-            refitted = refit_parts(parts, plan, self._images, refit, progress, journal=self.prepared.journal)
+            kept: Any = {"journal": prepared.journal, "names": prepared.names}
+            refitted = refit_parts(parts, plan, self._images, refit, progress, **kept)
             seen = self._images.count
         elif self.reset_batch_norm:
-            stems = [f"trunk.{name}" for name in parts.stems]
+            shared: Any = {"skip": [f"trunk.{name}" for name in parts.stems], "processes": prepared.processes}
             source = self.loader if short is None else self._few(short).own
-            processes = self.prepared.processes
-            recalibrated = recalibrate(_Whole(parts), source, progress=progress, skip=stems, processes=processes)
-        prepared = self.prepared
-        held = prepared.held
-        fidelity = compare(parts, plan, prepared.names, prepared.points, held, seen, prepared.processes)
+            recalibrated = recalibrate(_Whole(parts), source, progress=progress, **shared)
+        if short is None:
+            self._phase("comparing")
+        fidelity = compare(parts, plan, prepared.names, prepared.points, prepared.held, seen, prepared.processes)
         return Fitted(parts, refitted, recalibrated, fidelity)
 
     def _handed_out(

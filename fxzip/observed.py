@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fxzip.checks import models_and_loader
+from fxzip.data.bars import Shown
 from fxzip.data.batches import Given, to_device
 from fxzip.data.checks import ready_loader
 from fxzip.data.held import MOST, HeldBack, count_images, size_of_batches
@@ -83,7 +84,7 @@ class Observed:
             raise FileFormatError(f"{path} is not whole: {error}") from error
 
 
-def observe_networks(prepared: Prepared, loader: Any, points: Points, hold_back: bool, progress: bool) -> None:
+def observe_networks(prepared: Prepared, loader: Any, points: Points, hold_back: bool, progress: Shown) -> None:
     """As of `Prepared.observe`."""
     processes, modules = prepared.processes, prepared.alignment.modules
     processes.hush()

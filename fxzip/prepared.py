@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fxzip.channels import ChannelSpec, MergePoint
-from fxzip.checks import check_flag, check_merge
+from fxzip.checks import check_flag, check_merge, check_progress
 from fxzip.conversion import Conversion
+from fxzip.data.bars import Shown, bar_of
 from fxzip.data.batches import Given
 from fxzip.errors import CalibrationError, OptionError
 from fxzip.information import Information
@@ -63,11 +64,9 @@ class Prepared:
         originals: Originals | None = None, information: Information | None = None, processes: Processes = ALONE,
     ) -> None:  # fmt: skip
         self.names = tuple(names)
-        self.alignment = alignment
-        self.spec = spec
+        self.alignment, self.spec = alignment, spec
         self.places = Places(alignment, spec, find_cuts(alignment, spec))
-        self.verified = verified
-        self.originals = originals
+        self.verified, self.originals = verified, originals
         self.information = information or Information()
         self.processes, self.journal = processes, NONE
         self.points: dict[str, tuple[MergePoint, ...]] = {}
@@ -104,7 +103,7 @@ class Prepared:
 
     @undisturbed
     def observe(
-        self, loader: Iterable[Any], *, points: Points = "last", hold_back: bool = True, progress: bool = True
+        self, loader: Iterable[Any], *, points: Points = "last", hold_back: bool = True, progress: Shown = True
     ) -> Prepared:
         """Record the moments of all models' channels over a loader; replaces what was observed before.
 
@@ -118,7 +117,7 @@ class Prepared:
         Raises:
             CalibrationError: The loader is empty, gives the wrong thing, or activations are not finite.
         """
-        check_flag("progress", progress)
+        check_progress(progress)
         check_flag("hold_back", hold_back)
         observe_networks(self, loader, points, hold_back, progress)
         return self
@@ -172,7 +171,7 @@ class Prepared:
     def convert(
         self, *, cut: Cut = None, start: Cut = None, width: Width = None, budget: str | None = None,
         method: str = "auto", refit: bool | RefitOptions = True, heads: Heads = EACH, reset_batch_norm: bool = True,
-        verify: bool = True, progress: bool = True, **options: Any,
+        verify: bool = True, progress: Shown = True, **options: Any,
     ) -> ZippedModel:  # fmt: skip
         """Merge the networks, from what was observed.
 
@@ -201,8 +200,9 @@ class Prepared:
         self.processes.hush()
         self.check_heads(heads)
         self.places.span(cut, start)  # raises what is wrong with them
-        widths, shown = parse_widths(width, budget), progress and self.processes.leads
-        return Conversion(self, choice, cut, start, self._observed(), reset_batch_norm, shown, widths).run(verify)
+        widths, loader = parse_widths(width, budget), self._observed()
+        with bar_of(progress if self.processes.leads else False) as bar:
+            return Conversion(self, choice, cut, start, loader, reset_batch_norm, bar or False, widths).run(verify)
 
     def plan(
         self, *, cut: Cut = None, start: Cut = None, width: Width = None, budget: str | None = None,

@@ -9,6 +9,7 @@ from torch import nn
 
 from fxzip.api import prepared_of
 from fxzip.checks import check_merge, check_models
+from fxzip.data.bars import bar_of
 from fxzip.data.checks import first_batch, ready_loader
 from fxzip.errors import OptionError
 from fxzip.merged import ZippedModel
@@ -70,7 +71,11 @@ def shrink(
     processes = processes_of(process_group)
     processes.hush()
     ready = ready_loader(loader, (name,), [model], processes)
-    prepared = prepared_of([model], first_batch(ready), (name,), verify, processes=processes)
-    prepared.place(cut, None, width, budget)
-    prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=progress)
-    return prepared.convert(**wanted, **options)
+    with bar_of(progress if processes.leads else False) as bar:
+        shown = bar or False
+        if bar is not None:
+            bar.phase("tracing and analysing")
+        prepared = prepared_of([model], first_batch(ready), (name,), verify, processes=processes)
+        prepared.place(cut, None, width, budget)
+        prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=shown)
+        return prepared.convert(**{**wanted, "progress": shown}, **options)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzip.channels import MergePoint
+from fxzip.data.bars import Shown
 from fxzip.data.held import HeldBack
 from fxzip.data.loops import describe, evaluating, feed
 from fxzip.errors import CalibrationError
@@ -27,7 +28,7 @@ def observe(
     loader: Iterable[Any],
     *,
     device: torch.device | str | None = None,
-    progress: bool = True,
+    progress: Shown = True,
     max_batches: int | None = None,
     held: HeldBack | None = None,
     processes: Processes = ALONE,
@@ -63,7 +64,7 @@ def observe(
             )
     joint = insert_observers(alignment, points)
     checked = _Checked(joint, alignment.modules[0], held, journal)
-    shown: Any = {"progress": progress and processes.leads, "description": "observing"}
+    shown: Any = {"progress": progress if processes.leads else False, "description": "observing"}
     with processes.together("observing"), evaluating(checked):
         least = 1 if processes.count == 1 else 0
         feed(checked, loader, device=device, max_batches=max_batches, least=least, **shown)

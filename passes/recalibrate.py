@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from fxzip.data.bars import Shown
 from fxzip.data.loops import device_of, evaluating, feed
 from fxzip.errors import CalibrationError
 from fxzip.graphs import attribute, is_within, named_call, norm_of
@@ -24,7 +25,7 @@ def recalibrate(
     module: nn.Module,
     loader: Iterable[Any],
     *,
-    progress: bool = True,
+    progress: Shown = True,
     device: torch.device | str | None = None,
     max_batches: int | None = None,
     skip: Sequence[str] = (),
@@ -66,7 +67,7 @@ def recalibrate(
         feed(
             module,
             loader,
-            progress=progress and processes.leads,
+            progress=progress if processes.leads else False,
             description="recalibrating",
             device=device if device is not None else device_of(module),
             max_batches=max_batches,

@@ -91,10 +91,11 @@ class Merge:
     def run(self) -> None:
         """Check, load, merge, save."""
         self._check_first()
-        from fxzip.checks import task_names
-        from fxzip.data.groups import find_images
-        from fxzip.data.images import ImageLoader
-        from fxzip.zoo import transform
+        with shared.spinner("starting PyTorch", self.quiet):
+            from fxzip.checks import task_names
+            from fxzip.data.groups import find_images
+            from fxzip.data.images import ImageLoader
+            from fxzip.zoo import transform
 
         given = self.given
         names = self.names = self._check() or task_names(None, len(self.checkpoints))

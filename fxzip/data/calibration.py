@@ -87,7 +87,7 @@ def read_images(
                 if (full and sum(sizes) >= options.least_images) or sum(sizes) >= options.images:
                     return Images(tuple(own), tuple(sizes), processes)
     if not sum(sizes):
-        raise CalibrationError("the loader is empty: it gave no batch")
+        raise CalibrationError("the loader gave no batches (is it a generator that was used up before?)")
     return Images(tuple(own), tuple(sizes), processes)
 
 

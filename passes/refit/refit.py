@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import fx
 
+from fxzip.data.bars import Shown
 from fxzip.data.calibration import Images, read_images
 from fxzip.data.loops import counted, device_of
 from fxzip.errors import FewImagesWarning
@@ -48,7 +49,7 @@ from fxzip.settings import RefitOptions
 
 def refit(
     parts: Split, plan: MergePlan, loader: Iterable[Any] | Images, options: RefitOptions | None = None,
-    progress: bool = True, whole_heads: bool = True, journal: Journal = NONE,
+    progress: Shown = True, whole_heads: bool = True, journal: Journal = NONE, names: Sequence[str] = (),
 ) -> int:  # fmt: skip
     """Refit trunk and heads in place; returns how many layers were solved.
 
@@ -63,20 +64,21 @@ def refit(
         progress: Show a bar.
         whole_heads: False: of the heads, only the layers are solved that read what the trunk gives.
         journal: Keeps the layers that were solved, and has those of a run that was interrupted.
+        names: The tasks.
     """
     options = options or RefitOptions()
     images = loader
     if not isinstance(images, Images):
         images = read_images(images, device_of(parts.trunk) or device_of(parts.heads[0]), options)
-    progress = progress and images.processes.leads
+    progress = progress if images.processes.leads else False
     trunk = _trunk_refitter(parts, plan, images, options)
     trunk.run(progress, "refitting the trunk", Records(journal, "trunk"))
     solved, few = trunk.solved, trunk.few
-    names = [plan.name(i) for i in plan.crossing]
+    crossing = [plan.name(i) for i in plan.crossing]
     for model, head in enumerate(parts.heads):
         own = [plan.name(i, model) for i in plan.crossing]
         feeds = [
-            [{mine: env[name] for name, mine in zip(names, own, strict=True)} for env in (b.env[model], b.env[-1])]
+            [{mine: env[name] for name, mine in zip(crossing, own, strict=True)} for env in (b.env[model], b.env[-1])]
             for b in trunk.lock.seen
         ]
         pair = [Stream(plan.alignment.modules[model], {}), Stream(head, {})]
@@ -84,7 +86,8 @@ def refit(
         once = replace(options, rounds=min(options.rounds, 1))
         seen = images.upto(trunk.lock.active)
         run = _Refitter(pair, feeds, lambda _, values: values[0], once, set(), seen, whole=whole_heads)
-        run.run(progress, f"refitting head {model}", Records(journal, f"head{model}"))
+        which = f"the head of {names[model]}" if names else f"head {model}"
+        run.run(progress, f"refitting {which}", Records(journal, f"head{model}"))
         solved += run.solved
         few |= run.few
     if few:
@@ -161,7 +164,7 @@ class _Refitter:
     def _has_target(self, node: fx.Node) -> bool:
         return STEM not in node.meta and node.name not in self.unknown
 
-    def run(self, progress: bool, description: str, records: Records) -> None:
+    def run(self, progress: Shown, description: str, records: Records) -> None:
         """Solve every layer, those aside that are known already, then cut out what was folded."""
         self.records = records
         count = sum(step.solve is not None for step in self.lock.steps)
