@@ -45,11 +45,13 @@ class Norm:
         """
         slope, shift = scale_and_shift(values, goals, self.axis, self.shifts, total)
         weight, bias = (slot(module, self.node, name) for name in ("weight", "bias"))
-        like = values[0] if values else self.node.meta["val"].new_empty(0, device=slope.device)
+        like = values[0] if values else next(module.parameters())  # a process may have no batch
         fill(module, self.node, "weight", (slope if weight is None else slope * weight).to(like))
         if self.shifts:
             fill(module, self.node, "bias", (shift if bias is None else shift + slope * bias).to(like))
-        shape = [1] * self.node.meta["val"].dim()
+        if not values:
+            return []
+        shape = [1] * like.dim()
         shape[self.axis] = -1
         return [value * slope.to(like).reshape(shape) + shift.to(like).reshape(shape) for value in values]
 
