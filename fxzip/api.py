@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from os import PathLike
 from typing import Any
 
 from torch import fx, nn
 
 from fxzip.channels import ChannelSpec
 from fxzip.checks import check_merge, check_models, models_and_loader, task_names
+from fxzip.data.bars import bar_of
 from fxzip.data.batches import Inputs, to_device
 from fxzip.data.checks import check_order, first_batch, ready_example, ready_loader
 from fxzip.data.loops import device_of
 from fxzip.errors import AlignmentError
+from fxzip.fingerprint import check_same, run_of
 from fxzip.information import gathered
 from fxzip.joining import inner_names, is_task, separated
 from fxzip.joint import Heads
+from fxzip.journal import Journal
 from fxzip.merged import ZippedModel
 from fxzip.originals import Originals
 from fxzip.passes.align import align
@@ -30,6 +35,7 @@ from fxzip.passes.trace import trace
 from fxzip.passes.verify import Verifier
 from fxzip.passes.widen import widen
 from fxzip.prepared import Prepared
+from fxzip.processes import ALONE, Processes, processes_of
 from fxzip.report import Verified
 from fxzip.settings import EACH
 from fxzip.surroundings import undisturbed
@@ -44,7 +50,8 @@ def zip(
     budget: str | None = None, method: str = "auto",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
     effort: str = "default", heads: Heads = EACH, hold_back: bool = True, verify: bool = True, progress: bool = True,
-    labels: Mapping[str, Iterable[str]] | None = None, **options: Any,
+    labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None,
+    resume: str | PathLike[str] | None = None, **options: Any,
 ) -> ZippedModel:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
@@ -83,14 +90,22 @@ def zip(
             (`fxzip.data.held`). False: all are fitted on. Without refit all are used.
         verify: Check the merge before it is fitted: the first network, merged with a permuted copy of itself, must be
             itself again (`fxzip.passes.verify`). Channel spaces that fail are kept in place, with a warning.
-        progress: Show bars.
+        progress: Show what goes on, how far it is and the memory it takes, in one line on stderr.
         labels: Names of the classes by task; default: those that the models know (timm's ``pretrained_cfg``,
             transformers' ``id2label``). They travel with the network: `ZippedModel.predict`.
+        process_group: The processes that share the work, a group of torch.distributed, each calling this with the same
+            models and options; every one gets the same network. None: all, where ``init_process_group`` was called or
+            ``torchrun`` started several; False: this one alone. Each reads a share of the loader
+            (`fxzip.data.shares`).
+        resume: A folder for what was done so far (sums of moments, images held back, solved layers). After an
+            interruption the same call goes on from there, to the same bits if the loader gives the same images in the
+            same order; at the end the files are taken away. None: nothing is kept.
         **options: Options of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
             `fxzip.matching.settings_of` says what they do, and their ranges and defaults.
 
     Raises:
-        TraceError, AlignmentError, CutError, CalibrationError, OptionError, VerificationError: see `fxzip.errors`.
+        TraceError, AlignmentError, CutError, CalibrationError, OptionError, VerificationError, ProcessError: see
+            `fxzip.errors`.
     """
     given, loader = models_and_loader(models, loader)
     check_order(given)
@@ -100,18 +115,29 @@ def zip(
     wanted |= {"verify": verify, "width": width, "budget": budget, "heads": heads, "effort": effort}
     check_merge(zip, len(each), points=points, hold_back=hold_back, **wanted, **options)
     tasks = task_names(names, len(each))
-    ready = ready_loader(loader, tasks, each)
-    prepared = prepare(*each, example_inputs=first_batch(ready), names=tasks, verify=verify, labels=labels)
-    prepared.place(cut, start, width, budget)
-    prepared.check_heads(heads)
-    prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=progress)
-    return prepared.convert(**wanted, **options)
+    processes = processes_of(process_group)
+    processes.hush()
+    ready = ready_loader(loader, tasks, each, processes)
+    settings = {**wanted, **options, "points": points, "hold_back": hold_back}
+    journal = Journal.open(resume, partial(run_of, each, tasks, settings), processes)
+    with bar_of(progress if processes.leads else False) as bar:
+        shown = bar or False
+        if bar is not None:
+            bar.phase("tracing and analysing")
+        prepared = prepared_of(each, first_batch(ready), tasks, verify, labels, processes)
+        prepared.journal = journal
+        prepared.place(cut, start, width, budget)
+        prepared.check_heads(heads)
+        prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=shown)
+        zipped = prepared.convert(**{**wanted, "progress": shown}, **options)
+    journal.close()
+    return zipped
 
 
 @undisturbed
 def prepare(
     *models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None, verify: bool = True,
-    labels: Mapping[str, Iterable[str]] | None = None,
+    labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None,
 ) -> Prepared:  # fmt: skip
     """Trace and analyse networks, so that they can be observed once and merged many times.
 
@@ -125,6 +151,7 @@ def prepare(
         names: Names of the tasks.
         verify: Check the channel spaces on the example (`fxzip.passes.verify`); spaces that fail are kept in place.
         labels: As for `zip`.
+        process_group: As for `zip`.
 
     Raises:
         TraceError: A model cannot be traced.
@@ -135,14 +162,17 @@ def prepare(
     check_order(models, "fxzip.prepare(model_a, model_b, example_inputs=images)")
     check_models(models)
     each, names = separated(models, names)
-    return prepared_of(each, example_inputs, task_names(names, len(each)), verify, labels)
+    processes = processes_of(process_group)
+    processes.hush()
+    return prepared_of(each, example_inputs, task_names(names, len(each)), verify, labels, processes)
 
 
 def prepared_of(
     each: Sequence[Any], example_inputs: Any, tasks: tuple[str, ...], verify: bool,
-    labels: Mapping[str, Iterable[str]] | None = None,
+    labels: Mapping[str, Iterable[str]] | None = None, processes: Processes = ALONE,
 ) -> Prepared:  # fmt: skip
     """As `prepare`, of one network or more that were checked."""
+    check_same(processes, each)
     args, kwargs = ready_example(example_inputs, each)
     graphs = [canonicalise(_traced(model, args, kwargs)) for model in each]
     folded = any(map(is_task, each))
@@ -156,7 +186,7 @@ def prepared_of(
     example = to_device(args, kwargs, device_of(alignment.modules[0]))
     spec, verified = _analysed(alignment.modules[0], example, verify)
     originals = Originals.of(each, alignment) if alike == graphs and not folded else None
-    return Prepared(tasks, alignment, spec, verified, originals, gathered(each, tasks, labels, example))
+    return Prepared(tasks, alignment, spec, verified, originals, gathered(each, tasks, labels, example), processes)
 
 
 @undisturbed

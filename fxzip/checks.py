@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxzip.data.bars import Bar
 from fxzip.data.checks import check_order
 from fxzip.errors import AlignmentError, OptionError
 from fxzip.joint import Heads, check_heads
@@ -64,8 +65,9 @@ def check_merge(call: Callable[..., Any], n_models: int, /, **given: Any) -> Cho
     check_widths(values)
     heads = values.get("heads", EACH)
     check_heads(heads)
-    for flag in {"hold_back", "progress", "reset_batch_norm", "verify"} & values.keys():
+    for flag in {"hold_back", "reset_batch_norm", "verify"} & values.keys():
         check_flag(flag, values[flag])
+    check_progress(values["progress"])
     for name, value in options.items():
         _check_known(name, value, call.__name__, list(own), values["method"])
     method = values["method"]
@@ -146,6 +148,12 @@ def check_flag(name: str, value: object) -> None:
     """Raise OptionError unless a value is True or False."""
     if not isinstance(value, bool):
         raise OptionError(f"{name}={value!r}: give True or False")
+
+
+def check_progress(value: object) -> None:
+    """Raise OptionError unless progress can be shown so: a bar is what fxzip gives itself."""
+    if not isinstance(value, Bar):
+        check_flag("progress", value)
 
 
 def check_models(models: Sequence[Any], least: int = 2) -> None:

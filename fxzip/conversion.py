@@ -12,13 +12,15 @@ from torch import nn
 
 from fxzip.channels import ChannelSpec
 from fxzip.checks import Choice, check_method
-from fxzip.data.batches import Given, to_device, with_batch_size
-from fxzip.data.held import count_images, thinned, without
+from fxzip.data.bars import Bar, Shown
+from fxzip.data.batches import to_device, with_batch_size
+from fxzip.data.calibration import Images, read_images
+from fxzip.data.held import without
 from fxzip.data.loops import counted, device_of
 from fxzip.errors import CutError, FewImagesWarning, LowFidelityWarning
 from fxzip.fidelity import Fidelity
 from fxzip.joint import NAME, joint_of
-from fxzip.learning import learn_as, learns
+from fxzip.learning import learn_as_parents
 from fxzip.matching import is_sized
 from fxzip.merged import ZippedModel
 from fxzip.passes.choose import CANDIDATES, OF_BOUNDS, OF_METHODS, Short, Tried, candidates, choose, latest
@@ -27,7 +29,7 @@ from fxzip.passes.cut import Cut, MergePlan, Span, parse_fidelity
 from fxzip.passes.join import join
 from fxzip.passes.maps import find_maps
 from fxzip.passes.recalibrate import recalibrate
-from fxzip.passes.refit import RefitOptions, read_images
+from fxzip.passes.refit import RefitOptions
 from fxzip.passes.refit import refit as refit_parts
 from fxzip.passes.reuse import reuse_memory
 from fxzip.passes.split import Split, split
@@ -79,7 +81,7 @@ class Conversion:
     start: Cut
     loader: Iterable[Any]
     reset_batch_norm: bool
-    progress: bool
+    progress: Shown
     widths: Widths | None = None
 
     def run(self, verify: bool) -> ZippedModel:
@@ -89,15 +91,21 @@ class Conversion:
             VerificationError: The merge would be wrong.
         """
         choice, tried = self.settled()
+        self._phase("checking the merge" if verify else "matching")
         plan, verified = self._checked_plan(choice) if verify else (self.plan(choice), None)
         fitted = self._fitted(plan, choice.refit)
         if fitted.refitted and fitted.fidelity is not None:
-            paper = self._fitted(plan, None, OF_BOUNDS)
-            if paper.fidelity is not None and paper.fidelity.clearly_better_than(fitted.fidelity):
+            paper = self._measured("the paper's rule", choice, None, OF_BOUNDS, plan)
+            if paper is not None and paper.clearly_better_than(fitted.fidelity):
                 choice, fitted = replace(choice, refit=None), self._fitted(plan, None)
         if fitted.fidelity is not None and fitted.fidelity.advice:
             warnings.warn(fitted.fidelity.advice, LowFidelityWarning, stacklevel=4)
         return self._handed_out(plan, choice, fitted, verified, tried)
+
+    def _phase(self, description: str) -> None:
+        """Say what goes on."""
+        if isinstance(self.progress, Bar):
+            self.progress.phase(description)
 
     def settled(self) -> tuple[Choice, tuple[Tried, ...]]:
         """The choice with a method in the place of ``auto`` and what was tried to find it; the cut is found, too."""
@@ -117,7 +125,17 @@ class Conversion:
 
     def _tried(self, choice: Choice) -> Fidelity | None:
         """What a merge of the present plan keeps, by a short fit."""
-        return self._fitted(self.plan(choice), OF_BOUNDS.options(choice.refit), OF_BOUNDS).fidelity
+        return self._measured("a bound", choice, OF_BOUNDS.options(choice.refit), OF_BOUNDS)
+
+    def _measured(
+        self, what: str, choice: Choice, refit: RefitOptions | None, short: Short, plan: MergePlan | None = None
+    ) -> Fidelity | None:
+        """What a short fit keeps; its plan is made where it is not given."""
+        blocks = {} if self.sizing is None else self.sizing.blocks
+        which = f"{what} {choice.method} {self.cut} {sorted(blocks.items())} {refit is None}"
+        return self.prepared.journal.fidelity(
+            which, lambda: self._fitted(plan or self.plan(choice), refit, short).fidelity
+        )
 
     def _chosen(self) -> tuple[Choice, tuple[Tried, ...]]:
         """The choice with a method in the place of ``auto``, and what was tried to find it."""
@@ -134,7 +152,7 @@ class Conversion:
             def measure(method: str) -> Fidelity | None:
                 choice = self._by(method)
                 done()
-                return self._fitted(self.plan(choice), OF_METHODS.options(choice.refit), OF_METHODS).fidelity
+                return self._measured("a method", choice, OF_METHODS.options(choice.refit), OF_METHODS)
 
             method, tried = choose(methods, measure)
         return self._by(method), tried
@@ -144,7 +162,7 @@ class Conversion:
         least = parse_fidelity(self.cut)
         if least is None:
             return
-        if not self.prepared.held:
+        if not self.prepared.held_back:
             raise CutError(f"cut={self.cut!r}: no image was held back, so fidelity cannot be measured")
 
         def score(cut: str) -> float:
@@ -162,9 +180,10 @@ class Conversion:
         span = self.prepared.places.span(self.cut, self.start)
         if blocks is None and self.sizing is not None:
             blocks = {root.name: self.sizing.blocks.get(root.name, root.size) for root in self.prepared.spec.spaces}
-        maps = find_maps(self.prepared.spec, self.prepared.alignment, self.prepared.moments,
-                         self.prepared.places.spaces(span), choice.method, choice.options,
-                         self.prepared.observed, blocks)  # fmt: skip
+        names, observed = self.prepared.places.spaces(span), self.prepared.observed
+        maps = self.prepared.processes.agreed("matching", lambda: find_maps(
+            self.prepared.spec, self.prepared.alignment, self.prepared.moments, names, choice.method, choice.options,
+            observed, blocks))  # fmt: skip
         resized = self.prepared.resized(blocks) if blocks else None
         return MergePlan(self.prepared.alignment, self.prepared.spec, maps, span.begin, span.end, resized)
 
@@ -186,37 +205,42 @@ class Conversion:
         return plan, replace(known, merge=error, ensemble=prepared.ensemble_error, frozen=(*known.frozen, *gone))
 
     @cached_property
-    def _images(self) -> list[Given]:
+    def _images(self) -> Images:
         """The images that are fitted on."""
-        rest = without(self.loader, self.prepared.held)
-        return read_images(rest, device_of(self.prepared.alignment.modules[0]), self.choice.refit or RefitOptions())
+        prepared = self.prepared
+        rest = without(self.loader, prepared.held, prepared.processes)
+        options, device = self.choice.refit or RefitOptions(), device_of(prepared.alignment.modules[0])
+        return read_images(rest, device, options, prepared.processes)
 
-    def _few(self, short: Short) -> list[Given]:
+    def _few(self, short: Short) -> Images:
         """The images of a short fit."""
-        return thinned(self._images, short.images(count_images(self._images)))
+        return self._images.thinned(short.images(self._images.count))
 
     def _fitted(self, plan: MergePlan, refit: RefitOptions | None, short: Short | None = None) -> Fitted:
         """Merge by a plan, fit or reset, and measure; a short fit shows no bars."""
-        parts, refitted, recalibrated, seen = split(plan), 0, 0, 0
-        progress = self.progress and short is None
-        if not self.prepared.places.has_layers(Span(plan.begin, plan.end)):
+        parts, refitted, recalibrated, seen, prepared = split(plan), 0, 0, 0, self.prepared
+        progress = self.progress if short is None else False
+        if not prepared.places.has_layers(Span(plan.begin, plan.end)):
             pass
         elif refit is not None and short is not None:
             few = self._few(short)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FewImagesWarning)  # the fit in full warns of them
                 refitted = refit_parts(parts, plan, few, refit, progress, short.whole_heads)
-            seen = count_images(few)
+            seen = few.count
         elif refit is not None:
-            refitted = refit_parts(parts, plan, self._images, refit, progress)
-            seen = count_images(self._images)
+            kept: Any = {"journal": prepared.journal, "names": prepared.names}
+            refitted = refit_parts(parts, plan, self._images, refit, progress, **kept)
+            seen = self._images.count
         elif self.reset_batch_norm:
-            stems = [f"trunk.{name}" for name in parts.stems]
-            source = self.loader if short is None else self._few(short)
-            recalibrated = recalibrate(_Whole(parts), source, progress=progress, skip=stems)
-        prepared = self.prepared
-        points = prepared.points if short is None else {}  # a trial tells by its answers
-        fidelity = compare(parts, plan, prepared.names, points, prepared.held, seen)
+            shared: Any = {"skip": [f"trunk.{name}" for name in parts.stems], "processes": prepared.processes}
+            source = self.loader if short is None else self._few(short).own
+            recalibrated = recalibrate(_Whole(parts), source, progress=progress, **shared)
+        points: Any = {}  # a trial tells by its answers
+        if short is None:
+            self._phase("comparing")
+            points = prepared.points
+        fidelity = compare(parts, plan, prepared.names, points, prepared.held, seen, prepared.processes)
         return Fitted(parts, refitted, recalibrated, fidelity)
 
     def _handed_out(
@@ -226,7 +250,7 @@ class Conversion:
         prepared, places, parts = self.prepared, self.prepared.places, fitted.parts
         cut = places.shown(self.cut, plan.end)
         start = places.shown(self.start, plan.begin) if plan.begin else None
-        _let_learn(plan, parts)
+        learn_as_parents(plan, parts)
         names, fitted = self._joined(fitted)
         parts = fitted.parts
         report = build_report(prepared, plan.maps, choice, cut, start, fitted, verified, tried, names)
@@ -250,18 +274,9 @@ class Conversion:
         parts = replace(parts, heads=(join(parts.heads, joint),))
         fidelity = fitted.fidelity
         if fidelity is not None:
-            fidelity = compare_joint(parts, prepared.alignment.modules, joint, prepared.held, fidelity)
+            modules = prepared.alignment.modules
+            fidelity = compare_joint(parts, modules, joint, prepared.held, fidelity, prepared.processes)
         return (NAME,), replace(fitted, parts=parts, fidelity=fidelity)
-
-
-def _let_learn(plan: MergePlan, parts: Split) -> None:
-    """Let the merged parameters take gradients as the parents' do."""
-    own = [learns([module]) for module in plan.alignment.modules]
-    shared = {name: any(o.get(n, False) for o, n in zip(own, names, strict=True)) for name, names in plan.peers.items()}
-    stems = {f"{stem}.{name}": flag for stem, o in zip(parts.stems, own, strict=False) for name, flag in o.items()}
-    learn_as(parts.trunk, {**own[0], **shared, **stems})
-    for head, known in zip(parts.heads, own, strict=True):
-        learn_as(head, known)
 
 
 class _Whole(nn.Module):

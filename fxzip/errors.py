@@ -49,6 +49,10 @@ class RestoreError(FxzipError, RuntimeError):
     """The merged weights cannot be put back into the models' own classes."""
 
 
+class ProcessError(FxzipError, RuntimeError):
+    """Another process of a shared merge has ended, does not answer, or does something else."""
+
+
 class RuleError(FxzipError, AssertionError):
     """One of fxzip's own rules failed on a node: a bug in fxzip, please report it."""
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from torch import fx, nn
+
+if TYPE_CHECKING:
+    from fxzip.passes.cut import MergePlan
+    from fxzip.passes.split import Split
 
 
 def learns(modules: Iterable[nn.Module]) -> dict[str, bool]:
@@ -52,3 +57,13 @@ def _parameters(part: fx.GraphModule, node: fx.Node) -> Iterable[str]:
     if node.op == "call_module":
         yield from (f"{node.target}.{key}" for key, _ in part.get_submodule(str(node.target)).named_parameters())
     yield from (str(source.target) for source in node.all_input_nodes if source.op == "get_attr")
+
+
+def learn_as_parents(plan: MergePlan, parts: Split) -> None:
+    """Let the merged parameters take gradients as the parents' do."""
+    own = [learns([module]) for module in plan.alignment.modules]
+    shared = {name: any(o.get(n, False) for o, n in zip(own, names, strict=True)) for name, names in plan.peers.items()}
+    stems = {f"{stem}.{name}": flag for stem, o in zip(parts.stems, own, strict=False) for name, flag in o.items()}
+    learn_as(parts.trunk, {**own[0], **shared, **stems})
+    for head, known in zip(parts.heads, own, strict=True):
+        learn_as(head, known)

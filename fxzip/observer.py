@@ -63,6 +63,15 @@ class Observer(nn.Module):
             return Moments(0, zeros, torch.outer(zeros, zeros))
         return Moments(self._count, self._mean.clone(), _mirrored(self._scatter.clone()))
 
+    @property
+    def state(self) -> tuple[int, Tensor | None, Tensor | None]:
+        """The sums as they stand: count, mean and scatter, of which only the upper panels are known."""
+        return self._count, self._mean, self._scatter
+
+    def restore(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        """Go on from such sums."""
+        self._count, self._mean, self._scatter = count, mean, scatter
+
     def take(self) -> Moments:
         """What was seen so far, which is forgotten here: no second copy of the sums is made."""
         if self._mean is None or self._scatter is None:

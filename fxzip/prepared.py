@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from fxzip.channels import ChannelSpec, MergePoint
-from fxzip.checks import check_flag, check_merge
+from fxzip.checks import check_flag, check_merge, check_progress
 from fxzip.conversion import Conversion
+from fxzip.data.bars import Shown, bar_of
 from fxzip.data.batches import Given
-from fxzip.data.checks import ready_loader
-from fxzip.data.held import HeldBack
 from fxzip.errors import CalibrationError, OptionError
 from fxzip.information import Information
 from fxzip.joint import Heads, joint_of
+from fxzip.journal import NONE
 from fxzip.merged import ZippedModel
 from fxzip.moments import Moments
+from fxzip.observed import load_prepared, observe_networks, save_observed
 from fxzip.originals import Originals
 from fxzip.passes.align import Alignment
 from fxzip.passes.cut import Cut, MergePlan, Places, find_cuts
 from fxzip.passes.join import check_joinable
-from fxzip.passes.observe import observe
 from fxzip.passes.points import Points, merge_points
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.resize import Resized, resize
 from fxzip.passes.verify import Verifier, ensemble_error, fixed_sizes
+from fxzip.processes import ALONE, Processes
 from fxzip.report import Verified
 from fxzip.settings import EACH
 from fxzip.sizing import Sizing
@@ -43,30 +46,35 @@ class Prepared:
         spec: The channel spaces.
         places: Where they can be merged, and what it costs.
         points: The merge points of each space; empty before `observe`.
+        kind: Whether these are the ``last`` or ``all``.
+        loader: What was observed.
         moments: What was observed there, by space; empty before `observe`.
-        held: The images that were held back.
-        observed: How many others were observed.
+        held: The images that were held back: of those that this process read.
+        held_back: How many were held back, by all processes that share the merge.
+        observed: How many others were observed, by all of them.
         verified: What was checked of the spaces; None with ``verify=False``.
         originals: The models' own classes, without weights.
         information: How images are prepared, and the names of the classes.
+        processes: Those that share the merge (`fxzip.processes`).
+        journal: What is kept for the case of an interruption (`fxzip.journal`).
     """
 
     def __init__(
         self, names: Sequence[str], alignment: Alignment, spec: ChannelSpec, verified: Verified | None = None,
-        originals: Originals | None = None, information: Information | None = None,
+        originals: Originals | None = None, information: Information | None = None, processes: Processes = ALONE,
     ) -> None:  # fmt: skip
         self.names = tuple(names)
-        self.alignment = alignment
-        self.spec = spec
+        self.alignment, self.spec = alignment, spec
         self.places = Places(alignment, spec, find_cuts(alignment, spec))
-        self.verified = verified
-        self.originals = originals
+        self.verified, self.originals = verified, originals
         self.information = information or Information()
+        self.processes, self.journal = processes, NONE
         self.points: dict[str, tuple[MergePoint, ...]] = {}
         self.moments: dict[str, Moments] = {}
         self.held: list[Given] = []
-        self.observed = 0
-        self._loader: Iterable[Any] | None = None
+        self.observed = self.held_back = 0
+        self.loader: Iterable[Any] | None = None
+        self.kind: Points = "last"
         self._fixed: tuple[ChannelSpec, dict[str, str]] | None = None
         self._resized: tuple[ChannelSpec, dict[str, int], Resized | None] | None = None
 
@@ -95,7 +103,7 @@ class Prepared:
 
     @undisturbed
     def observe(
-        self, loader: Iterable[Any], *, points: Points = "last", hold_back: bool = True, progress: bool = True
+        self, loader: Iterable[Any], *, points: Points = "last", hold_back: bool = True, progress: Shown = True
     ) -> Prepared:
         """Record the moments of all models' channels over a loader; replaces what was observed before.
 
@@ -109,27 +117,61 @@ class Prepared:
         Raises:
             CalibrationError: The loader is empty, gives the wrong thing, or activations are not finite.
         """
-        check_flag("progress", progress)
+        check_progress(progress)
         check_flag("hold_back", hold_back)
-        loader = ready_loader(loader, self.names, self.alignment.modules)
-        nodes = self.alignment.trunk_names(0)[: self.places.cuts.default]
-        where = merge_points(self.alignment.modules[0], self.spec, nodes, points)
-        held = HeldBack(loader) if hold_back else HeldBack(loader, most=0)
-        self.moments = observe(self.alignment, where, loader, progress=progress, held=held)
-        self.points, self._loader, self.held, self.observed = where, loader, held.held, held.given
+        observe_networks(self, loader, points, hold_back, progress)
         return self
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write what was observed, for `load`: the moments, and the images that were held back; not the models.
+
+        Raises:
+            CalibrationError: Nothing was observed yet.
+            SaveError: Nothing can be written there.
+        """
+        self._observed()
+        save_observed(self, Path(path))
+
+    @classmethod
+    @undisturbed
+    def load(
+        cls, path: str | PathLike[str], *models: Any, loader: Iterable[Any] | None = None, verify: bool = True,
+        labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None,
+    ) -> Prepared:  # fmt: skip
+        """Take up again what `save` wrote, with the same models; they are not observed once more.
+
+            prepared = fxzip.Prepared.load("observed.safetensors", model_a, model_b, loader)
+
+        Args:
+            path: The file.
+            models: The models that were observed, then the loader, which `convert` reads.
+            loader: As for `fxzip.zip`.
+            verify: As for `fxzip.zip`.
+            labels: As for `fxzip.zip`.
+            process_group: As for `fxzip.zip`.
+
+        Raises:
+            FileFormatError: There is no such file, or it is another one.
+            OptionError: The models are others than those that were observed.
+        """
+        return load_prepared(Path(path), models, loader, verify, labels, process_group)
+
+    def merge_points(self, points: Points) -> dict[str, tuple[MergePoint, ...]]:
+        """The merge points of each space, one or all of them."""
+        nodes = self.alignment.trunk_names(0)[: self.places.cuts.default]
+        return merge_points(self.alignment.modules[0], self.spec, nodes, points)
 
     def _observed(self) -> Iterable[Any]:
         """The loader that was observed."""
-        if self._loader is None:
+        if self.loader is None:
             raise CalibrationError("nothing was observed yet: call prepared.observe(loader) first")
-        return self._loader
+        return self.loader
 
     @undisturbed
     def convert(
         self, *, cut: Cut = None, start: Cut = None, width: Width = None, budget: str | None = None,
         method: str = "auto", refit: bool | RefitOptions = True, effort: str = "default", heads: Heads = EACH,
-        reset_batch_norm: bool = True, verify: bool = True, progress: bool = True, **options: Any,
+        reset_batch_norm: bool = True, verify: bool = True, progress: Shown = True, **options: Any,
     ) -> ZippedModel:  # fmt: skip
         """Merge the networks, from what was observed.
 
@@ -157,10 +199,12 @@ class Prepared:
             refit=refit, effort=effort, heads=heads, reset_batch_norm=reset_batch_norm,
             verify=verify, progress=progress, **options,
         )  # fmt: skip
+        self.processes.hush()
         self.check_heads(heads)
         self.places.span(cut, start)  # raises what is wrong with them
-        widths = parse_widths(width, budget)
-        return Conversion(self, choice, cut, start, self._observed(), reset_batch_norm, progress, widths).run(verify)
+        widths, loader = parse_widths(width, budget), self._observed()
+        with bar_of(progress if self.processes.leads else False) as bar:
+            return Conversion(self, choice, cut, start, loader, reset_batch_norm, bar or False, widths).run(verify)
 
     def plan(
         self, *, cut: Cut = None, start: Cut = None, width: Width = None, budget: str | None = None,
@@ -224,12 +268,9 @@ class Prepared:
         return ensemble_error(self.alignment, self.spec, self.spec.example, self.places.cuts.valid[0])
 
     def sweep(
-        self,
-        cuts: Iterable[Cut] | None = None,
-        methods: Iterable[str | Mapping[str, Any]] = ("auto",),
-        evaluate: Callable[[ZippedModel], float | Mapping[str, float]] | None = None,
-        progress: bool = True,
-    ) -> Sweep:
+        self, cuts: Iterable[Cut] | None = None, methods: Iterable[str | Mapping[str, Any]] = ("auto",),
+        evaluate: Callable[[ZippedModel], float | Mapping[str, float]] | None = None, progress: bool = True,
+    ) -> Sweep:  # fmt: skip
         """Merge at many cuts and in many ways, and evaluate each: accuracy over FLOPs.
 
             curve = prepared.sweep(["layer2", "layer3", None], ["permute", "zip"], evaluate)
@@ -248,7 +289,7 @@ class Prepared:
             CalibrationError, CutError: As for `convert`.
         """
         self._observed()
-        if evaluate is None and not self.held:
+        if evaluate is None and not self.held_back:
             raise OptionError(
                 "sweep needs evaluate, a function from the merged network to a number or to several: no image was held "
                 "back that fidelity could be measured on"

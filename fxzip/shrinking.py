@@ -9,6 +9,7 @@ from torch import nn
 
 from fxzip.api import prepared_of
 from fxzip.checks import check_merge, check_models
+from fxzip.data.bars import bar_of
 from fxzip.data.checks import first_batch, ready_loader
 from fxzip.errors import OptionError
 from fxzip.merged import ZippedModel
@@ -17,6 +18,7 @@ from fxzip.passes.cut import Cut
 from fxzip.passes.points import Points
 from fxzip.passes.refit import RefitOptions
 from fxzip.prepared import Prepared
+from fxzip.processes import processes_of
 from fxzip.surroundings import undisturbed
 from fxzip.widths import Width
 
@@ -25,7 +27,8 @@ from fxzip.widths import Width
 def shrink(
     model: nn.Module, loader: Iterable[Any], *, width: Width = None, budget: str | None = None, cut: Cut = None,
     method: str = "select", name: str = "model", points: Points = "last", refit: bool | RefitOptions = True,
-    effort: str = "default", hold_back: bool = True, verify: bool = True, progress: bool = True, **options: Any,
+    effort: str = "default", hold_back: bool = True, verify: bool = True, progress: bool = True,
+    process_group: Any = None, **options: Any,
 ) -> ZippedModel:  # fmt: skip
     """Make a trained network smaller: fewer channels, and weights solved for so that it gives what it gave.
 
@@ -50,6 +53,7 @@ def shrink(
         hold_back: As for `fxzip.zip`.
         verify: As for `fxzip.zip`.
         progress: Show bars.
+        process_group: As for `fxzip.zip`.
         **options: Options of the method.
 
     Returns:
@@ -66,8 +70,14 @@ def shrink(
     if (wrong := bad_name([name])) is not None:
         raise OptionError(wrong)
     check_merge(Prepared.convert, 1, **wanted, **options)
-    ready = ready_loader(loader, (name,), [model])
-    prepared = prepared_of([model], first_batch(ready), (name,), verify)
-    prepared.place(cut, None, width, budget)
-    prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=progress)
-    return prepared.convert(**wanted, **options)
+    processes = processes_of(process_group)
+    processes.hush()
+    ready = ready_loader(loader, (name,), [model], processes)
+    with bar_of(progress if processes.leads else False) as bar:
+        shown = bar or False
+        if bar is not None:
+            bar.phase("tracing and analysing")
+        prepared = prepared_of([model], first_batch(ready), (name,), verify, processes=processes)
+        prepared.place(cut, None, width, budget)
+        prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=shown)
+        return prepared.convert(**{**wanted, "progress": shown}, **options)

@@ -103,7 +103,10 @@ class Sizing:
     @cached_property
     def _curves(self) -> dict[str, Floats]:
         prepared = self.prepared
-        return {root.name: curve(prepared.spec, root, prepared.moments, self.n_models) for root in self.free}
+        return prepared.processes.agreed(
+            "curves of the channel spaces",
+            lambda: {root.name: curve(prepared.spec, root, prepared.moments, self.n_models) for root in self.free},
+        )
 
     @cached_property
     def costs(self) -> Costs:
@@ -144,7 +147,7 @@ class Sizing:
         Raises:
             OptionError: None is, or nothing was held back.
         """
-        if not self.prepared.held:
+        if not self.prepared.held_back:
             raise OptionError(f"budget={str(self.widths)!r}: no image was held back, so fidelity cannot be measured")
         low, high, best = self.costs(same_width(self.free, 0.0, self.n_models)), float(self.n_models), 0.0
         good: dict[str, int] | None = None

@@ -15,6 +15,8 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 
+from fxzip.leftovers import given_back
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -26,12 +28,13 @@ def undisturbed(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Make a public function independent of the modes around its call, and let it leave no trace there.
 
     Autocast, inference mode, grad mode and a default device without values do not reach inside. The state of torch's,
-    NumPy's and Python's random numbers, the warning filters and the environment are put back, also on failure.
+    NumPy's and Python's random numbers, the warning filters and the environment are put back, also on failure; what
+    torch keeps of graphs is given back.
     """
 
     @wraps(function)
     def inside(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with _modes(), _random_state(), _environment(), warnings.catch_warnings():
+        with given_back(), _modes(), _random_state(), _environment(), warnings.catch_warnings():
             return function(*args, **kwargs)
 
     return inside

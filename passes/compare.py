@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fxzip.channels import MergePoint
 from fxzip.data.batches import Inputs, batch_size
+from fxzip.differences import Errors, over_all
 from fxzip.fidelity import Answer, Depth, Fidelity
 from fxzip.graphs import bind_inputs, nodes_by_name
 from fxzip.joint import NAME, Joint, class_axis
@@ -24,11 +24,10 @@ from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.split import Split
 from fxzip.passes.split.along import unmerged
 from fxzip.passes.split.fuse import Mixing, mixed_along
+from fxzip.processes import ALONE, Processes
 
 _CLASS_OUTPUTS = frozenset({"['logits']", "['out']", "['aux']"})
 """Outputs that hold classes, by their names (transformers', torchvision's)."""
-_NOISE = 1e-12
-"""An output that varies by less than this share of its size is constant."""
 
 
 def compare(
@@ -38,6 +37,7 @@ def compare(
     points: Mapping[str, Sequence[MergePoint]],
     held: Sequence[Inputs],
     fitted: int,
+    processes: Processes = ALONE,
 ) -> Fidelity | None:
     """Measure trunk and heads beside the parents; None where nothing was held back.
 
@@ -48,25 +48,29 @@ def compare(
         points: The merge points of each space.
         held: Batches of images that the fit did not see.
         fitted: How many images it saw.
+        processes: Those that held back some images each.
     """
-    if not held:
+    (images,) = processes.numbers("images held back", sum(batch_size(*batch) for batch in held))
+    if not images:
         return None
     running = _Comparison(parts, plan, points)
-    with torch.no_grad():
+    with processes.together("comparing"), torch.no_grad():
         for args, kwargs in held:
             running.add(args, kwargs)
+    running.outputs = over_all(processes, running.outputs)
+    running.features = over_all(processes, running.features)
     answers = tuple(
         Answer(names[model], output, *found.figures())
         for (model, output), found in running.outputs.items()
         if found.varies
     )
-    images = sum(batch_size(*batch) for batch in held)
-    return Fidelity(images, fitted, answers, tuple(running.depths()))
+    return Fidelity(int(images), fitted, answers, tuple(running.depths()))
 
 
 def compare_joint(
-    parts: Split, models: Sequence[fx.GraphModule], joint: Joint, held: Sequence[Inputs], found: Fidelity
-) -> Fidelity:
+    parts: Split, models: Sequence[fx.GraphModule], joint: Joint, held: Sequence[Inputs], found: Fidelity,
+    processes: Processes = ALONE,
+) -> Fidelity:  # fmt: skip
     """Measure the one head of a merge beside all parents together, their outputs joined in the same way.
 
     Args:
@@ -75,62 +79,18 @@ def compare_joint(
         joint: How outputs become one.
         held: Batches of images that the fit did not see.
         found: What `compare` found of the heads before they became one.
+        processes: As for `compare`.
     """
-    error: _Error | None = None
+    error: Errors | None = None
     with torch.no_grad():
         for args, kwargs in held:
             wanted = joint([model(*bind_inputs(model, args, kwargs).values()) for model in models])
             has = parts.heads[0](*parts.trunk(*bind_inputs(parts.trunk, args, kwargs).values()))
-            error = error or _Error(_class_axis("", wanted, _of_tokens(args, kwargs)))
+            error = error or Errors(_class_axis("", wanted, _of_tokens(args, kwargs)))
             error.add(wanted, has)
+    error = over_all(processes, {} if error is None else {NAME: error}).get(NAME)
     answers = (Answer(NAME, "", *error.figures()),) if error is not None and error.varies else ()
     return replace(found, answers=answers)
-
-
-class _Error:
-    """Sums over images of the squared error of one output, and of its variation about the mean over the images."""
-
-    def __init__(self, classes: int | None = None) -> None:
-        self.classes = classes
-        self.count = self.positions = 0
-        self.error = self.right = self.kl = 0.0
-        self._shift: Tensor | None = None
-        self._sum = self._square = torch.zeros((), dtype=torch.float64)
-
-    def add(self, wanted: Tensor, has: Tensor) -> None:
-        """Add a batch, along axis 0."""
-        work = torch.promote_types(wanted.dtype, torch.float32)
-        wanted, has = wanted.to(work), has.to(work)
-        if self._shift is None:
-            self._shift = wanted.mean(0)
-        moved = wanted - self._shift
-        self.count += len(wanted)
-        self.error += float((wanted - has).square().sum(dtype=torch.float64))
-        self._sum = self._sum + moved.sum(0, dtype=torch.float64)
-        self._square = self._square + moved.square().sum(dtype=torch.float64)
-        if self.classes is not None:
-            target, given = (x.movedim(self.classes, -1).log_softmax(-1) for x in (wanted, has))
-            self.positions += target[..., 0].numel()
-            self.right += float((target.argmax(-1) == given.argmax(-1)).sum())
-            self.kl += float(F.kl_div(given, target, log_target=True, reduction="sum"))
-
-    @property
-    def total(self) -> float:
-        """The sum of squares about the mean."""
-        return float(self._square - self._sum.square().sum() / self.count)
-
-    @property
-    def varies(self) -> bool:
-        """Whether it varies by more than rounding."""
-        assert self._shift is not None
-        return self.total > _NOISE * self.count * float(self._shift.square().sum())
-
-    def figures(self) -> tuple[float, float | None, float | None]:
-        """Unexplained share, agreement and mean KL."""
-        share = self.error / self.total
-        if self.classes is None:
-            return share, None, None
-        return share, self.right / self.positions, self.kl / self.positions
 
 
 class _Comparison:
@@ -138,17 +98,18 @@ class _Comparison:
 
     Attributes:
         outputs: By model and name of the output.
+        features: By node of the trunk, and model.
     """
 
     def __init__(self, parts: Split, plan: MergePlan, points: Mapping[str, Sequence[MergePoint]]) -> None:
         self.parts, self.plan = parts, plan
-        self.outputs: dict[tuple[int, str], _Error] = {}
+        self.outputs: dict[tuple[int, str], Errors] = {}
         there = nodes_by_name(parts.trunk)
         places = plan.places(0)
         wanted = [(point.node, space) for space, own in points.items() if space in plan.maps for point in own]
         wanted = [(node, space) for node, space in wanted if node in there and places.get(node, -1) >= plan.begin]
         self.points = sorted(dict.fromkeys(wanted), key=lambda point: places[point[0]])
-        self._depths = {(node, model): _Error() for node, _ in self.points for model in plan.models}
+        self.features = {(node, model): Errors() for node, _ in self.points for model in plan.models}
 
     def add(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Add a batch."""
@@ -161,13 +122,13 @@ class _Comparison:
             self._add_outputs(model, output, self.parts.heads[model](*crossing), tokens)
             for name, value in seen.items():
                 found = self._unmerged(own[name], merged[own[name]], model)
-                self._depths[own[name], model].add(value, found)
+                self.features[own[name], model].add(value, found)
 
     def _add_outputs(self, model: int, wanted: Any, has: Any, tokens: bool) -> None:
         pairs = zip(_leaves(wanted).items(), _leaves(has).values(), strict=True)
         for (name, leaf), given in pairs:
             if (model, name) not in self.outputs:
-                self.outputs[model, name] = _Error(_class_axis(name, leaf, tokens))
+                self.outputs[model, name] = Errors(_class_axis(name, leaf, tokens))
             self.outputs[model, name].add(leaf, given)
 
     def _unmerged(self, node: str, value: Tensor, model: int) -> Tensor:
@@ -184,7 +145,7 @@ class _Comparison:
         """The merge points' shares, where the features vary."""
         found = []
         for node, space in self.points:
-            errors = [self._depths[node, model] for model in self.plan.models]
+            errors = [self.features[node, model] for model in self.plan.models]
             if all(error.varies for error in errors):
                 found.append(Depth(space, node, tuple(error.figures()[0] for error in errors)))
         return found

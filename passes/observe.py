@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzip.channels import MergePoint
+from fxzip.data.bars import Shown
 from fxzip.data.held import HeldBack
 from fxzip.data.loops import describe, evaluating, feed
 from fxzip.errors import CalibrationError
 from fxzip.graphs import drop_dead_code, nodes_by_name, placeholders, writes_in_place
+from fxzip.journal import NONE, Journal, Watch
 from fxzip.moments import Moments
 from fxzip.observer import Observer
 from fxzip.passes.align import Alignment
 from fxzip.passes.reuse import reuse_memory
+from fxzip.processes import ALONE, BUCKET, Processes, runs
 
 
 def observe(
@@ -25,9 +28,11 @@ def observe(
     loader: Iterable[Any],
     *,
     device: torch.device | str | None = None,
-    progress: bool = True,
+    progress: Shown = True,
     max_batches: int | None = None,
     held: HeldBack | None = None,
+    processes: Processes = ALONE,
+    journal: Journal = NONE,
 ) -> dict[str, Moments]:
     """The moments of each space over a loader: each model sees every batch, in eval mode, without gradients.
 
@@ -43,6 +48,8 @@ def observe(
         progress: Show a bar.
         max_batches: Stop after so many batches.
         held: Holds back some images: they run through the models, too, but are not counted.
+        processes: Those that read a share of the images each; the moments are of all of them.
+        journal: Keeps sums on the way, and has those of a run that was interrupted.
 
     Raises:
         CalibrationError: the loader is empty, a batch is of a wrong type or shape (the message has the shape
@@ -56,18 +63,37 @@ def observe(
                 "model.to_empty(device='cpu') and load_state_dict"
             )
     joint = insert_observers(alignment, points)
-    checked = _Checked(joint, alignment.modules[0], held)
-    with evaluating(checked):
-        feed(
-            checked,
-            loader,
-            device=device,
-            progress=progress,
-            description="observing",
-            max_batches=max_batches,
-        )
-    found = {module.name: module.take() for module in joint.modules() if isinstance(module, Observer)}
-    return {name: found[name] for name in points}
+    checked = _Checked(joint, alignment.modules[0], held, journal)
+    shown: Any = {"progress": progress if processes.leads else False, "description": "observing"}
+    with processes.together("observing"), evaluating(checked):
+        least = 1 if processes.count == 1 else 0
+        feed(checked, loader, device=device, max_batches=max_batches, least=least, **shown)
+    observers = {module.name: module for module in joint.modules() if isinstance(module, Observer)}
+    return _over_all(processes, {name: observers[name].take() for name in points})
+
+
+def _over_all(processes: Processes, own: dict[str, Moments]) -> dict[str, Moments]:
+    """The moments of the samples of all processes together (Chan, Golub and LeVeque, 1979), in two rounds of sums.
+
+    Raises:
+        CalibrationError: None of them had an image.
+    """
+    if processes.count == 1:
+        return own
+    sums = [torch.cat([seen.mean * seen.count, seen.mean.new_tensor([seen.count])]) for seen in own.values()]
+    totals = dict(zip(own, processes.total("means", sums), strict=True))
+    if not any(float(total[-1]) for total in totals.values()):
+        raise CalibrationError("the loader gave no batches (is it a generator that was used up before?)")
+    found: dict[str, Moments] = {}
+    for names in runs(own, lambda name: len(own[name].mean) ** 2, BUCKET):
+        means = {name: totals[name][:-1] / totals[name][-1].clamp(min=1) for name in names}
+        for name in names:
+            gap = own[name].mean - means[name]
+            own[name].scatter.addr_(gap, gap, alpha=own[name].count)
+        scatters = processes.total("moments", [own.pop(name).scatter for name in names])
+        for name, scatter in zip(names, scatters, strict=True):
+            found[name] = Moments(round(float(totals[name][-1])), means[name], scatter)
+    return found
 
 
 def insert_observers(alignment: Alignment, points: Mapping[str, Sequence[MergePoint]]) -> fx.GraphModule:
@@ -164,10 +190,11 @@ class _Checked(nn.Module):
     else.
     """
 
-    def __init__(self, joint: fx.GraphModule, module: fx.GraphModule, held: HeldBack | None) -> None:
+    def __init__(self, joint: fx.GraphModule, module: fx.GraphModule, held: HeldBack | None, journal: Journal) -> None:
         super().__init__()
         self.joint, self.held = joint, held
         self.observers = [part for part in joint.modules() if isinstance(part, Observer)]
+        self.watch = None if journal.folder is None else Watch(journal, self.observers)
         self.names = [str(node.target) for node in placeholders(module)]
         self.shapes = {str(node.target): _traced_shape(node) for node in placeholders(module)}
 
@@ -181,6 +208,8 @@ class _Checked(nn.Module):
                     f"{describe(args, kwargs)}"
                 )
         rows = None if self.held is None else self.held.rest(args, kwargs)
+        if self.watch is not None and self.watch.passes_over(args, kwargs):
+            return
         for observer in self.observers:
             observer.rows = rows
         try:
@@ -193,6 +222,8 @@ class _Checked(nn.Module):
             expected = ", ".join(f"{name} {list(shape)}" for name, shape in self.shapes.items() if shape)
             hint = f" (they were traced with {expected})" if expected else ""
             raise CalibrationError(f"{describe(args, kwargs)} does not fit the models{hint}: {error}") from error
+        if self.watch is not None:
+            self.watch.observed()
 
 
 def _traced_shape(node: fx.Node) -> tuple[int | str, ...] | None:

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from fxzip.data.bars import Shown
 from fxzip.data.loops import device_of, evaluating, feed
 from fxzip.errors import CalibrationError
 from fxzip.graphs import attribute, is_within, named_call, norm_of
 from fxzip.moments import is_noise
+from fxzip.processes import ALONE, Processes
 from fxzip.rules.registry import Entry, find_entry
 
 _STATISTICS = ("running_mean", "running_var")
@@ -23,10 +25,11 @@ def recalibrate(
     module: nn.Module,
     loader: Iterable[Any],
     *,
-    progress: bool = True,
+    progress: Shown = True,
     device: torch.device | str | None = None,
     max_batches: int | None = None,
     skip: Sequence[str] = (),
+    processes: Processes = ALONE,
 ) -> int:
     """Reset the statistics of every BatchNorm in a module to those of a loader; returns how many were reset.
 
@@ -51,6 +54,7 @@ def recalibrate(
         device: Where inputs go; None: to where the module is.
         max_batches: Stop after so many batches.
         skip: Submodules whose BatchNorms are left alone.
+        processes: Those that read a share of the batches each; the statistics are of all of them.
 
     Raises:
         CalibrationError: the loader is empty, a batch does not fit, or statistics are not finite (names the
@@ -59,15 +63,19 @@ def recalibrate(
     layers = {key: layer for key, layer in _find(module).items() if not is_within(layer.name, skip)}
     if not layers:
         return 0
-    with evaluating(module), _TrainStatistics(layers.values()):
+    with processes.together("recalibrating"), evaluating(module), _TrainStatistics(layers.values()):
         feed(
             module,
             loader,
-            progress=progress,
+            progress=progress if processes.leads else False,
             description="recalibrating",
             device=device if device is not None else device_of(module),
             max_batches=max_batches,
+            least=1 if processes.count == 1 else 0,
         )
+    own = [torch.cat([layer.sums.flatten(), layer.sums.new_tensor([layer.batches])]) for layer in layers.values()]
+    for layer, total in zip(layers.values(), processes.total("BatchNorm statistics", own), strict=True):
+        layer.sums, layer.batches = total[:-1].reshape(2, -1), round(float(total[-1]))
     reset = [layer for layer in layers.values() if layer.batches]
     for layer in reset:
         layer.require_finite()

@@ -59,13 +59,15 @@ def zip_models(
     labels: p.Labels = None,
     report: p.ReportPath = None,
     overwrite: p.Overwrite = False,
+    resume: p.Resume = None,
     recipe: p.Recipe = None,
     quiet: p.Quiet = False,
     debug: p.Debug = False,
 ) -> None:
     """Merge networks of one architecture into one with a shared trunk and a head for each.
 
-    Also writes recipe.yaml, with every option that was used, beside the network.
+    Also writes recipe.yaml, with every option that was used, beside the network. Several processes share the work under
+    torchrun --nproc-per-node N --no-python fxzip zip ...
     """
     Merge({param.name: ctx.params[param.name] for param in ctx.command.params if param.name in ctx.params}).run()
 
@@ -77,7 +79,7 @@ class Merge:
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.given = given
-        self.quiet = bool(given["quiet"])
+        self.quiet = bool(given["quiet"]) or not shared.leads()
         self.checkpoints = [str(path) for path in given["checkpoints"]]
         self.method = given["method"]
         named = {**{key: given[key] for key in MATCHING["zip"]}, **shared.pairs(given["options"], "--option")}
@@ -91,10 +93,11 @@ class Merge:
     def run(self) -> None:
         """Check, load, merge, save."""
         self._check_first()
-        from fxzip.checks import task_names
-        from fxzip.data.groups import find_images
-        from fxzip.data.images import ImageLoader
-        from fxzip.zoo import transform
+        with shared.spinner("starting PyTorch", self.quiet):
+            from fxzip.checks import task_names
+            from fxzip.data.groups import find_images
+            from fxzip.data.images import ImageLoader
+            from fxzip.zoo import transform
 
         given = self.given
         names = self.names = self._check() or task_names(None, len(self.checkpoints))
@@ -106,9 +109,11 @@ class Merge:
             channels=config["input_size"][0],
             **{key: given[key] for key in ("batch_size", "limit", "seed", "strict", "workers")},
         )
+        journal = self._journal(models)
         with shared.spinner("tracing and analysing", self.quiet):
             batch = next(iter(loader))[0]
             prepared = self._prepared(models, batch, names)
+            prepared.journal = journal
             prepared.place(self.cut, self.start, self.width, given["budget"])
             prepared.check_heads(given["heads"])
         hold_back = given["hold_back"] and given["refit"]
@@ -125,12 +130,30 @@ class Merge:
             progress=not self.quiet,
             **self.options,
         )
+        for broken in prepared.processes.everywhere("broken images", loader.broken):
+            loader.broken |= broken
+        if shared.leads():
+            self._finish(zipped, config, loader.skipped())
+        journal.close()
+
+    def _finish(self, zipped: Any, config: dict[str, Any], skipped: str | None) -> None:
+        """Save, and say what was done."""
         self._inform(zipped, config)
         self._save(zipped, config)
-        if loader.skipped():
-            warn(str(loader.skipped()))
+        if skipped:
+            warn(skipped)
         if not self.quiet:
-            typer.echo(f"{zipped.report}\nsaved to {given['out']}")
+            typer.echo(f"{zipped.report}\nsaved to {self.given['out']}")
+
+    def _journal(self, models: list[Any]) -> Any:
+        """Where what is done is kept for the case of an interruption."""
+        from fxzip.fingerprint import run_of
+        from fxzip.journal import Journal
+        from fxzip.processes import processes_of
+
+        left = {*_NOT_KEPT, "checkpoints", "device", "workers"}
+        settings = {key: value for key, value in self.given.items() if key not in left}
+        return Journal.open(self.given["resume"], lambda: run_of(models, self.names, settings), processes_of())
 
     def _prepared(self, models: list[Any], batch: Any, names: tuple[str, ...]) -> Any:
         import fxzip
@@ -212,7 +235,7 @@ class Merge:
             zipped.report.to_html(self.given["report"])
 
 
-_NOT_KEPT = frozenset({"recipe", "debug", "quiet", "out", "overwrite", "report", "labels"})
+_NOT_KEPT = frozenset({"resume", "recipe", "debug", "quiet", "out", "overwrite", "report", "labels"})
 
 
 def task_names_of(checkpoints: Sequence[str]) -> tuple[str, ...]:

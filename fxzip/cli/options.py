@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -137,8 +138,13 @@ def spinner(text: str, quiet: bool) -> Iterator[None]:
         yield
 
 
+def leads() -> bool:
+    """Whether this process writes and shows what is made: of several that torchrun started the first one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def device_named(text: str) -> Any:
-    """The device of a name.
+    """The device of a name; of several processes on one machine each gets its own of the name ``cuda``.
 
     Raises:
         OptionError: There is no such device here.
@@ -146,7 +152,10 @@ def device_named(text: str) -> Any:
     import torch
 
     try:
-        torch.zeros(1, device=text).add_(1)
-        return torch.device(text)
+        device = torch.device(text)
+        if text == "cuda" and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=device).add_(1)
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OptionError(f"--device {text}: {str(error).splitlines()[0]}") from error

@@ -209,6 +209,13 @@ ReportPath = Annotated[
 
 # ---- every command
 
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keep in this folder what was done so far; after an interruption the same command goes on from there.",
+    ),
+]
 Recipe = Annotated[
     Path | None,
     typer.Option(

@@ -20,7 +20,9 @@ from torch.utils.data import Dataset
 
 from fxzip.data.batches import Inputs, describe_value, given_inputs, map_tensors, model_inputs
 from fxzip.data.loaders import as_one_loader
+from fxzip.data.shares import Share
 from fxzip.errors import CalibrationError, DroppedInputWarning, OptionError
+from fxzip.processes import ALONE, Processes
 
 LABELS = frozenset({"label", "labels", "target", "targets"})
 """Keys of a batch that are not inputs, unless a forward requires them."""
@@ -39,8 +41,14 @@ def check_order(given: Sequence[Any], call: str = _CALL) -> None:
             raise OptionError(f"argument {number + 1} of {len(given)} is a {what}, not a model; write {call}")
 
 
-def ready_loader(loader: Any, names: Sequence[str], models: Sequence[nn.Module]) -> Ready:
+def ready_loader(loader: Any, names: Sequence[str], models: Sequence[nn.Module], processes: Processes = ALONE) -> Ready:
     """A user's loader, or loaders by task, as one whose batches are ready for the models; see `Ready`.
+
+    Args:
+        loader: The loader.
+        names: The tasks.
+        models: The models.
+        processes: Those that share the loader (`fxzip.data.shares`).
 
     Raises:
         CalibrationError: It cannot be a loader of batches.
@@ -51,27 +59,36 @@ def ready_loader(loader: Any, names: Sequence[str], models: Sequence[nn.Module])
     parts = loader.values() if isinstance(loader, Mapping) else loader if isinstance(loader, list | tuple) else ()
     for part in (loader, *(part for part in parts if _is_dataset(part))):
         _check_loader(part)
-    return Ready(as_one_loader(loader, names), models)
+    return Ready(Share(as_one_loader(loader, names), processes), models)
 
 
 def first_batch(loader: Ready) -> Any:
-    """The first batch, as example inputs.
+    """The first batch, as example inputs, the same in all processes.
 
     Raises:
         CalibrationError: The loader gives none, or only once.
     """
-    try:
-        iterator = iter(loader)
-    except TypeError:
-        kind = type(loader.loader).__name__
-        raise CalibrationError(f"the loader is a {kind}, which gives no batches; use a DataLoader or a list") from None
-    if isinstance(loader.loader, Iterator):
-        raise CalibrationError(
-            "the loader can be read only once, and it is read several times: use a DataLoader or a list"
-        )
-    for batch in iterator:
-        return batch
-    raise CalibrationError("the loader is empty: it gave no batch")
+    processes = loader.processes
+    with processes.together("reading the first batch"):
+        try:
+            iterator = iter(loader)
+        except TypeError:
+            kind = type(loader.loader).__name__
+            raise CalibrationError(
+                f"the loader is a {kind}, which gives no batches; use a DataLoader or a list"
+            ) from None
+        if isinstance(loader.loader, Iterator):
+            raise CalibrationError(
+                "the loader can be read only once, and it is read several times: use a DataLoader or a list"
+            )
+        first = next(iterator, None)
+
+    def given() -> Any:
+        if first is None:
+            raise CalibrationError("the loader is empty: it gave no batch")
+        return first
+
+    return processes.agreed("the first batch", given)
 
 
 def ready_example(given: Any, models: Sequence[nn.Module]) -> Inputs:
@@ -80,27 +97,34 @@ def ready_example(given: Any, models: Sequence[nn.Module]) -> Inputs:
     Raises:
         CalibrationError: As `Ready`.
     """
-    return Ready((), models).ready(*given_inputs(given))
+    return Ready(Share((), ALONE), models).ready(*given_inputs(given))
 
 
 class Ready:
     """A loader whose batches are ready for the models: labels left out, floats as precise as the parameters.
 
     Attributes:
+        share: Those of its batches that this process reads.
         loader: The loader as it was given.
+        processes: Those that share it.
     """
 
-    def __init__(self, loader: Iterable[Any], models: Sequence[nn.Module]) -> None:
-        self.loader, self._models = loader, models
+    def __init__(self, share: Share, models: Sequence[nn.Module]) -> None:
+        self.share, self.loader, self.processes, self._models = share, share.loader, share.processes, models
         self._dtype, self._needed = _dtype_of(models), _needed_inputs(models[0])
         self._warned = False
 
     def __iter__(self) -> Iterator[Any]:
-        return self._batches(iter(self.loader))
+        return self._batches(iter(self.share))
 
     def __len__(self) -> int:
         """Number of batches; raises TypeError where the loader does not know its own."""
-        return len(self.loader)  # type: ignore[arg-type]
+        return len(self.share)
+
+    @property
+    def whole(self) -> int:
+        """Number of batches of all processes together; raises TypeError likewise."""
+        return self.share.whole
 
     def _batches(self, given: Iterator[Any]) -> Iterator[Any]:
         for number, batch in enumerate(given):

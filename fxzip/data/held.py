@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxzip.data.batches import Given, batch_size, map_tensors, model_inputs
+from fxzip.data.shares import length_of
+from fxzip.processes import ALONE, Processes
 
 SHARE, LEAST, MOST = 10, 64, 512
 """One image of ``SHARE`` is held back, but no fewer than ``LEAST`` and no more than ``MOST``..."""
@@ -31,32 +33,48 @@ class HeldBack:
         given: How many others there were.
     """
 
-    def __init__(self, loader: Iterable[Any], most: int = MOST) -> None:
+    def __init__(
+        self, loader: Iterable[Any], most: int = MOST, processes: Processes = ALONE, size: int | None = None
+    ) -> None:
         """Nothing is read yet.
 
         Args:
             loader: What will be read.
             most: How many images are held back at most.
+            processes: Those that read a share of it each.
+            size: How many images are in a batch, where several read: they cannot tell how many the others read so far.
         """
-        self._loader, self._most = loader, most
+        self._loader, self._most, self._processes, self._size = loader, most, processes, size
         self.held: list[Given] = []
         self.given = 0
-        self._kept = self._place = self._every = 0
+        self._place = self._every = self._number = 0
 
     def rest(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The samples of the next batch that are not held back, bool (samples,); None for all of them."""
         given = Given(args, kwargs)
         size = batch_size(*given)
-        self._every = self._every or _stride(self._loader, size)
-        mine = one_of(torch.arange(self._place, self._place + size), self._every)
-        self._place += size
-        if self._kept >= self._most or not mine.any():
+        self._every = self._every or _stride(self._loader, self._size or size)
+        place = self._place
+        if self._size is not None:
+            place = self._size * (self._number * self._processes.count + self._processes.rank)
+        mine = one_of(torch.arange(place, place + size), self._every)
+        self._number, self._place = self._number + 1, self._place + size
+        if _picked_before(place, self._every) >= self._most or not mine.any():
             self.given += size
             return None
-        self.held.append(_taken(given, mine, size))
-        self._kept += int(mine.sum())
+        self.held.append(taken(given, mine))
         self.given += size - int(mine.sum())
         return ~mine
+
+
+def size_of_batches(loader: Iterable[Any], processes: Processes) -> int | None:
+    """How many images are in a loader's batches, the last ones aside, where several processes read it."""
+    if processes.count == 1:
+        return None
+    with processes.together("reading the first batch"):
+        first = next(iter(loader), None)
+        size = 0 if first is None else batch_size(*model_inputs(first))
+    return max(processes.everywhere("the size of the batches", size))
 
 
 def one_of(place: Tensor, every: int) -> Tensor:
@@ -71,18 +89,26 @@ def one_of(place: Tensor, every: int) -> Tensor:
     return place % every == (every - 1 + shift) % every
 
 
+def _picked_before(place: int, every: int) -> int:
+    """How many places below this one `one_of` picks."""
+    run = torch.arange(place // every * every, place)
+    return place // every + int(one_of(run, every).sum())
+
+
 def _stride(loader: Iterable[Any], size: int) -> int:
     """One image of how many is held back, the first batch being of this size; many where nobody knows the length."""
-    try:
-        count = len(loader) * size if isinstance(loader, Sized) else MOST * SHARE
-    except TypeError:
-        count = MOST * SHARE
+    batches = length_of(loader)
+    count = MOST * SHARE if batches is None else batches * size
     return min(max(count // LEAST, LARGEST_SHARE), SHARE)
 
 
-def without(loader: Iterable[Any], held: Sequence[Given]) -> Iterator[Given]:
-    """A loader's batches without these images, whatever order they come in; of equal ones so many as were held back."""
-    left = Counter(mark for batch in held for mark in _marks(batch))
+def without(loader: Iterable[Any], held: Sequence[Given], processes: Processes = ALONE) -> Iterator[Given]:
+    """A loader's batches without these images, whatever order they come in; of equal ones so many as were held back.
+
+    What other processes held back is left out, too: a loader that shuffles may give it to this one.
+    """
+    own = [mark for batch in held for mark in _marks(batch)]
+    left = Counter(mark for marks in processes.everywhere("the images held back", own) for mark in marks)
     for batch in loader:
         given = Given(*model_inputs(batch))
         if not left:
@@ -92,7 +118,7 @@ def without(loader: Iterable[Any], held: Sequence[Given]) -> Iterator[Given]:
         if rest.all():
             yield given
         elif rest.any():
-            yield _taken(given, rest, len(rest))
+            yield taken(given, rest)
 
 
 def _taken_off(left: Counter[int], mark: int) -> bool:
@@ -105,18 +131,7 @@ def _taken_off(left: Counter[int], mark: int) -> bool:
     return True
 
 
-def thinned(inputs: Sequence[Given], count: int) -> list[Given]:
-    """At most so many of the images, drawn at random from all of them, in their order; always the same."""
-    sizes = [batch_size(*batch) for batch in inputs]
-    if sum(sizes) <= count:
-        return list(inputs)
-    drawn = torch.zeros(sum(sizes), dtype=torch.bool)
-    drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0))[:count]] = True
-    parts = zip(inputs, drawn.split(sizes), sizes, strict=True)
-    return [_taken(batch, mine, size) for batch, mine, size in parts if mine.any()]
-
-
-def count_images(inputs: Collection[Given]) -> int:
+def count_images(inputs: Sequence[Given]) -> int:
     """How many images (or other samples) there are in batches."""
     return sum(batch_size(*batch) for batch in inputs)
 
@@ -132,10 +147,10 @@ def _marks(batch: Given) -> list[int]:
     return marks
 
 
-def _taken(batch: Given, rows: Tensor, size: int) -> Given:
-    """Some samples of a batch; tensors without a batch axis stay."""
+def taken(batch: Given, rows: Tensor) -> Given:
+    """Some samples of a batch, bool (samples,); tensors without a batch axis stay."""
 
     def take(tensor: Tensor) -> Tensor:
-        return tensor[rows.to(tensor.device)] if tensor.dim() and tensor.shape[0] == size else tensor
+        return tensor[rows.to(tensor.device)] if tensor.dim() and tensor.shape[0] == len(rows) else tensor
 
     return Given(*map_tensors(batch, take))

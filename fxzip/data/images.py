@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fxzip.data.groups import Group
+from fxzip.data.shares import order_of, read
 from fxzip.errors import CalibrationError
 
 Transform = Callable[[Image.Image], Tensor]
@@ -64,8 +65,20 @@ class ImageLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._good(self._loader)
+
+    def order(self) -> list[Any] | None:
+        """What stands for each batch (`fxzip.data.shares`)."""
+        return order_of(self._loader)
+
+    def read(self, order: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches that these stand for."""
+        return self._good(read(self._loader, order)) if order else iter(())
+
+    def _good(self, batches: Iterable[_Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images of batches that can be read."""
         some = False
-        for batch in self._loader:
+        for batch in batches:
             self.broken |= batch.broken
             if self._strict and batch.broken:
                 name, why = next(iter(batch.broken.items()))

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from fxzip.data.shares import order_of, read
 from fxzip.errors import OptionError
 
 
 class Interleaved:
-    """The batches of several loaders in turn; when a loader ends, the others go on without it."""
+    """The batches of several loaders in turn; when a loader ends, the others go on without it.
+
+    Attributes:
+        loaders: The loaders.
+    """
 
     def __init__(self, loaders: Sequence[Iterable[Any]]) -> None:
-        self._loaders = tuple(loaders)
+        self.loaders = tuple(loaders)
 
     def __iter__(self) -> Iterator[Any]:
-        running = [iter(loader) for loader in self._loaders]
+        running = [iter(loader) for loader in self.loaders]
         while running:
             for iterator in tuple(running):
                 try:
@@ -26,9 +32,24 @@ class Interleaved:
                 except StopIteration:
                     running.remove(iterator)
 
+    def order(self) -> list[Any] | None:
+        """What stands for each batch: the number of its loader, and what stands for it there (`fxzip.data.shares`)."""
+        orders = [order_of(loader) for loader in self.loaders]
+        if any(order is None for order in orders):
+            return None
+        turns = itertools.zip_longest(*([(k, [one]) for one in order or ()] for k, order in enumerate(orders)))
+        return [one for turn in turns for one in turn if one is not None]
+
+    def read(self, order: Sequence[Any]) -> Iterator[Any]:
+        """The batches that these stand for."""
+        own = [[one for number, (one,) in order if number == k] for k in range(len(self.loaders))]
+        running = [iter(read(loader, mine)) for loader, mine in zip(self.loaders, own, strict=True)]
+        for number, _ in order:
+            yield next(running[number])
+
     def __len__(self) -> int:
         """Number of batches; raises TypeError where a loader does not know its own."""
-        return sum(len(loader) if isinstance(loader, Sized) else _no_length(loader) for loader in self._loaders)
+        return sum(len(loader) if isinstance(loader, Sized) else _no_length(loader) for loader in self.loaders)
 
 
 def _no_length(loader: object) -> int:

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import nn
 
+from fxzip.data.bars import Bar, Shown, bar_of
 from fxzip.data.batches import Inputs, describe_value, model_inputs, to_device
 from fxzip.errors import CalibrationError
 
@@ -49,9 +41,10 @@ def batches(
     loader: Iterable[Any],
     *,
     device: torch.device | str | None = None,
-    progress: bool = True,
+    progress: Shown = True,
     description: str = "",
     max_batches: int | None = None,
+    least: int = 1,
 ) -> Iterator[Iterator[Inputs]]:
     """Iterate over a loader's batches as ``(args, kwargs)`` of a model, on a device, under a progress bar.
 
@@ -60,7 +53,7 @@ def batches(
                 model(*args, **kwargs)
 
     The bar (on stderr, with the time left where the loader has a length) is gone when the block ends or
-    fails.
+    fails. With ``least=0`` the loader may give no batch: where several processes share one, some may have none.
 
     Raises:
         CalibrationError: the loader gives no batches or cannot be iterated over, or a batch is of a wrong
@@ -74,26 +67,28 @@ def batches(
     if max_batches is not None:
         iterator = itertools.islice(iterator, max_batches)
         total = max_batches if total is None else min(total, max_batches)
-    with _bar() if progress else nullcontext() as bar:
-        yield _inputs(iterator, device, bar, description, total)
+    with bar_of(progress) as bar:
+        yield _inputs(iterator, device, bar, description, total, least)
 
 
 @contextmanager
-def counted(total: int, progress: bool, description: str) -> Iterator[Callable[[], None]]:
+def counted(total: int, progress: Shown, description: str) -> Iterator[Callable[[], None]]:
     """A bar over so many steps; gives a function to call after each of them."""
-    with _bar() if progress else nullcontext() as bar:
-        task = None if bar is None else bar.add_task(description, total=total)
-        yield lambda: None if bar is None or task is None else bar.advance(task)
+    with bar_of(progress) as bar:
+        if bar is not None:
+            bar.phase(description, total)
+        yield lambda: None if bar is None else bar.advance()
 
 
 def feed(
     module: nn.Module,
     loader: Iterable[Any],
     *,
-    progress: bool = True,
+    progress: Shown = True,
     description: str = "",
     device: torch.device | str | None = None,
     max_batches: int | None = None,
+    least: int = 1,
 ) -> int:
     """Call a module on each batch of a loader, as `batches` gives them, without gradients; returns how many.
 
@@ -105,7 +100,8 @@ def feed(
     """
     count = 0
     place = device if device is not None else device_of(module)
-    loop = batches(loader, device=place, progress=progress, description=description, max_batches=max_batches)
+    shown: Any = {"progress": progress, "description": description}
+    loop = batches(loader, device=place, max_batches=max_batches, least=least, **shown)
     with torch.no_grad(), loop as inputs:
         for args, kwargs in inputs:
             try:
@@ -140,11 +136,13 @@ def _length(loader: Iterable[Any]) -> int | None:
 def _inputs(
     iterator: Iterator[Any],
     device: torch.device | str | None,
-    bar: Progress | None,
+    bar: Bar | None,
     description: str,
     total: int | None,
+    least: int,
 ) -> Iterator[Inputs]:
-    task = None if bar is None else bar.add_task(description, total=total)
+    if bar is not None:
+        bar.phase(description, total)
     empty = True
     for number, batch in enumerate(iterator):
         empty = False
@@ -155,20 +153,7 @@ def _inputs(
         except CalibrationError as error:
             raise CalibrationError(f"batch {number}: {error}") from error
         yield args, kwargs
-        if bar is not None and task is not None:
-            bar.advance(task)
-    if empty:
+        if bar is not None:
+            bar.advance()
+    if empty and least:
         raise CalibrationError("the loader gave no batches (is it a generator that was used up before?)")
-
-
-def _bar() -> Progress:
-    # A console of its own: a live display that a caller holds on another console does not refuse it.
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )

@@ -17,11 +17,13 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import reduce
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
+from fxzip.data.loops import device_of
 from fxzip.errors import CalibrationError
 from fxzip.passes.refit.fit import Fit
 from fxzip.passes.refit.goals import Goals, Target
@@ -36,6 +38,10 @@ from fxzip.passes.refit.systems import noise_of
 from fxzip.passes.refit.units import Unit
 from fxzip.settings import RefitOptions
 
+Sums = TypeVar("Sums", Residuals, Spread)
+Found = TypeVar("Found")
+
+WEIGHTS = "solving a layer"
 FAR_NEARER = 100
 """How many times the error a layer must have with its statistics reset to be held to its weights as they are. (A mean
 of unlike channels varies too little, which keeps its error small and is what resetting is to put right.)"""
@@ -62,12 +68,12 @@ class Fitter:
         lock: The lock step; the merged network is its last.
         goals: What units should give.
         options: How they are fitted.
+        last: The λ that was found last.
     """
 
     def __init__(self, lock: LockStep, target: Target, options: RefitOptions) -> None:
         self.lock, self.goals, self.options = lock, Goals(lock, target), options
-        self._last = START
-        self.generator = torch.Generator().manual_seed(options.seed)
+        self.last = START
         self._orders: dict[Unit, list[fx.Node]] = {}
 
     @property
@@ -85,18 +91,28 @@ class Fitter:
         Raises:
             CalibrationError: Its inputs or targets are not finite.
         """
+        for batch in self.lock.seen:
+            batch.sow(self.options.seed, unit.root.name)
         found = self._fit(unit)
         for pair, inner in pairs.items():
             Rounds(self).run(pair, inner, found, rounds)
         self.goals.forget()
         return found
 
+    def restore(self, unit: Unit, weights: Tensor, bias: Tensor, ridge: float) -> None:
+        """Write a unit's weights (groups, o, d) and bias (groups, o) that were found before, and the λ after it."""
+        sizes = [layer.prior(self._merged.module).shape[2] for layer in unit.layers]
+        device = device_of(self._merged.module)
+        found, bias = weights.to(device), bias.to(device)
+        self._write(Fit(unit, Regression(unit.bias_at is not None), found, sizes, found, bias), found, bias)
+        self.last = ridge
+
     def _fit(self, unit: Unit) -> Fit:
         found, (trial, made, whole) = self._held_to(unit)
         found.inputs = trial.together()
         ridge = self.options.ridge
         if ridge is None:
-            ridge = self._last = trial.best(self._last)
+            ridge = self.last = self.agreed(lambda: trial.best(self.last))
         found.ridge = ridge
         found.told = self._told(unit, made)
         self.move(found, self._asked(found, trial.residuals))
@@ -115,7 +131,9 @@ class Fitter:
         if norms:
             values, as_it_is = self._before_norms(unit, set(norms.values()))
             scales = [
-                reset_scale(module, layer, norms[layer], values[norms[layer]]) if layer in norms else None
+                reset_scale(module, layer, norms[layer], values[norms[layer]], self.lock.total)
+                if layer in norms
+                else None
                 for layer in unit.layers
             ]
             reset = [w if s is None else w * s[:, :, None] for w, s in zip(plain, scales, strict=True)]
@@ -136,7 +154,7 @@ class Fitter:
             error.add(unit.layers[0].contraction.rows(precise(self.goals.linear(batch, unit, has))))
             for norm, found in values.items():
                 found.append(env[norm.all_input_nodes[0].name])
-        return values, error.total
+        return values, self.shared(error).total
 
     def _samples(self, fit: Fit) -> Samples:
         """Samples of a unit's inputs and of its residuals at W₀."""
@@ -144,29 +162,38 @@ class Fitter:
         trial, contraction = Trial(unit.bias_at is not None, self.options.ridge is None), unit.layers[0].contraction
         for batch in self.lock.seen:
             value = batch.env[0][unit.root.name]
-            drawn, count = self.draw(unit, value), contraction.samples(value)
+            drawn, count = self.draw(unit, batch, value), contraction.samples(value)
             whole = whole and drawn is None
             has = self.run(batch, unit)
             made.add(precise(contraction.rows(reduce(torch.sub, (batch.env[-1][n.name] for n in unit.known), has))))
             rows = precise(contraction.rows(self.goals.linear(batch, unit, has)))
             trial.error.add(rows)
             here = torch.arange(count, device=value.device) if drawn is None else drawn
-            for left_out, mine in trial.parts(here * batch.images // count, batch.images):
+            for left_out, mine in trial.parts(batch.first + here * batch.images // count):
                 some = here[mine]
                 trial.add(left_out, columns(unit, batch, some), rows[:, :, some])
-        return Samples(trial, made, whole)
+        if self.lock.processes.count == 1:
+            return Samples(trial, made, whole)
+        (drawn_from,) = self.lock.processes.numbers("samples", not whole)
+        return Samples(trial.over_all(self.lock.total, self._dtype(unit)), self.shared(made), not drawn_from)
 
     def _started(self, unit: Unit, priors: Sequence[Tensor]) -> Fit:
         """A fit that is at these weights, with the bias that is best for the first batch."""
-        prior, first = torch.cat(list(priors), 2), self.lock.seen[0]
+        prior = torch.cat(list(priors), 2)
         sizes, inputs = [part.shape[2] for part in priors], Regression(unit.bias_at is not None)
         found = Fit(unit, inputs, prior, sizes, prior, prior.new_zeros(prior.shape[:2]))
         self._write(found, prior, found.bias)
         if inputs.intercept:
-            contraction = unit.layers[0].contraction
-            residual = contraction.rows(self.goals.linear(first, unit, self.run(first, unit)))
-            self._write(found, prior, residual.mean(2, dtype=torch.float64))
+            first = self.lock.first
+            (bias,) = self.lock.total("a bias", None if first is None else [self._mean_residual(first, unit)])
+            self._write(found, prior, bias)
         return found
+
+    def _mean_residual(self, batch: Batch, unit: Unit) -> Tensor:
+        """The mean of the residual of a unit's value on a batch: (groups, o), float64."""
+        contraction = unit.layers[0].contraction
+        residual = contraction.rows(self.goals.linear(batch, unit, self.run(batch, unit)))
+        return residual.mean(2, dtype=torch.float64)
 
     def _told(self, unit: Unit, made: Spread) -> Tensor:
         """The outputs (groups, o) that depend on the inputs: under W₀ they vary by more than rounding."""
@@ -174,9 +201,10 @@ class Fitter:
         for batch in self.lock.seen:
             wanted = precise(self.goals.wanted(batch, unit))
             power = power + first.total_output(wanted.square()).double()
-        return made.each > noise_of(wanted.dtype) ** 2 * power
+        (power,) = self.lock.total("what is wanted", [power] if self.lock.seen else None)
+        return self.agreed(lambda: made.each > noise_of(self._dtype(unit)) ** 2 * power)
 
-    def step(self, fit: Fit, batches: Sequence[Batch], changed: bool = False) -> None:
+    def step(self, fit: Fit, batches: Sequence[Batch], changed: bool = False, stride: int = 1) -> None:
         """A step of least squares on the residuals.
 
         Args:
@@ -184,20 +212,23 @@ class Fitter:
             batches: What the residuals are taken on.
             changed: Whether its inputs, and so its value, were computed anew since their Gram matrix was: then the
                 length of the step is found, too.
+            stride: One of how many batches they are.
         """
         residuals, some = Residuals(), []
-        for number, batch in enumerate(batches):
+        for batch in batches:
             has = batch.env[-1][fit.unit.root.name] if changed else self.run(batch, fit.unit)
             here = self.goals.residual(batch, fit.unit, has)
             add_residuals(residuals, fit.unit, batch, here)
-            if changed and number % PROBED == 0:
+            if changed and batch.place // stride % PROBED == 0:
                 some.append((batch, has, here))
-        self.move(fit, self._asked(fit, residuals), lambda: self._best_length(fit.unit, some) if changed else 1.0)
+        self.move(
+            fit, self._asked(fit, self.shared(residuals)), lambda: self._best_length(fit.unit, some) if changed else 1.0
+        )
 
     def _asked(self, fit: Fit, residuals: Residuals) -> tuple[Tensor, Tensor]:
         """The step of weights and bias that residuals ask for."""
         try:
-            return fit.inputs.step(residuals, fit.ridge, fit.prior - fit.weights, fit.told)
+            return self.agreed(lambda: fit.inputs.step(residuals, fit.ridge, fit.prior - fit.weights, fit.told))
         except ArithmeticError as error:
             raise CalibrationError(f"refit at {fit.unit.root.name}: {error}") from error
 
@@ -217,6 +248,7 @@ class Fitter:
             change = (self.run(batch, unit) - had).double()
             explained += float((change * residual).sum())
             moved += float(change.square().sum())
+        explained, moved = self.lock.processes.numbers("the length of a step", explained, moved)
         return min(max(explained / max(moved, 1e-30), 0.0), STEPS[0])
 
     def _write(self, fit: Fit, weights: Tensor, bias: Tensor) -> None:
@@ -238,8 +270,24 @@ class Fitter:
                 env[node.name] = self._merged.compute(node.name, env)
         return env[last.name]
 
-    def draw(self, unit: Unit, value: Tensor) -> Tensor | None:
+    def draw(self, unit: Unit, batch: Batch, value: Tensor) -> Tensor | None:
         """Samples of a batch for a Gram matrix, drawn at random; None for all, where they are not too many."""
-        share = -(-gram_samples(unit) // self.lock.active)
+        share = -(-gram_samples(unit) // self.lock.taken)
         count = unit.layers[0].contraction.samples(value)
-        return None if count <= share else torch.randperm(count, generator=self.generator)[:share].to(value.device)
+        return None if count <= share else torch.randperm(count, generator=batch.generator)[:share].to(value.device)
+
+    def agreed(self, find: Callable[[], Found]) -> Found:
+        """What the first process finds, for all: tensors on the device of the merged network."""
+        found, device = self.lock.processes.agreed(WEIGHTS, find), device_of(self._merged.module)
+        if self.lock.processes.count > 1:
+            found = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), found)
+        return found
+
+    def shared(self, own: Sums) -> Sums:
+        """Sums over all processes."""
+        return own if self.lock.processes.count == 1 else own.over_all(self.lock.total)
+
+    def _dtype(self, unit: Unit) -> torch.dtype:
+        """What sums of a unit's products are taken in."""
+        weight = self._merged.module.get_parameter(unit.layers[0].weight)
+        return torch.promote_types(weight.dtype, torch.float32)

@@ -7,14 +7,17 @@ where feature maps are large, few are enough.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxzip.data.batches import batch_size
+from fxzip.data.calibration import Images
+from fxzip.data.loops import device_of
 from fxzip.graphs import attribute, compute, nodes_by_name
 
 
@@ -55,15 +58,29 @@ class Stream:
 
 @dataclass(eq=False)
 class Batch:
-    """One batch's values in every stream, by the merged graph's node names; empty until it is taken in."""
+    """One batch's values in every stream, by the merged graph's node names; empty until it is taken in.
+
+    Attributes:
+        feed: The inputs, in every stream.
+        number: What `Images.sizes` knows it by.
+        place: How many batches come before it, of all processes.
+        first: How many images come before it.
+        images: How many images (or other samples) there are in it.
+        env: The values.
+        generator: Draws at random from it; set by `sow`.
+    """
 
     feed: list[dict[str, Any]]
+    number: int
+    place: int
+    first: int
+    images: int
     env: list[dict[str, Any]] = field(default_factory=list)
+    generator: torch.Generator = field(default_factory=torch.Generator)
 
-    @property
-    def images(self) -> int:
-        """How many images (or other samples) there are in it."""
-        return batch_size((), self.feed[-1])
+    def sow(self, *seed: object) -> None:
+        """Begin to draw anew: what is drawn does not depend on what other batches or processes drew before."""
+        self.generator.manual_seed(zlib.crc32(repr((*seed, self.place)).encode()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +109,10 @@ class LockStep:
 
     Attributes:
         streams: The networks.
-        batches: All batches; the first ``active`` of them have been taken in.
+        batches: This process's batches.
+        sizes: How many images there are in each batch of all processes (`fxzip.data.calibration.Images`).
+        active: How many of these have been taken in.
+        processes: Those that share the batches.
         steps: The schedule.
     """
 
@@ -102,16 +122,44 @@ class LockStep:
         feeds: Sequence[Sequence[dict[str, Any]]],
         steps: Sequence[Step],
         keep: set[str],
+        images: Images,
     ) -> None:
         self.streams = list(streams)
-        self.batches = [Batch(list(feed)) for feed in feeds]
+        self.sizes, self.processes = images.sizes, images.processes
+        self.batches = [
+            Batch(list(feed), number, self._taken(number), sum(self.sizes[:number]), self.sizes[number])
+            for number, feed in zip(images.numbers, feeds, strict=True)
+        ]
         self.active = 0
         self.steps = self._forgetting(steps, keep)
 
     @property
     def seen(self) -> list[Batch]:
-        """The batches that were taken in."""
-        return self.batches[: self.active]
+        """This process's batches that were taken in."""
+        return [batch for batch in self.batches if batch.number < self.active]
+
+    @property
+    def first(self) -> Batch | None:
+        """The first batch of all; None where another process has it."""
+        number = next(number for number, size in enumerate(self.sizes) if size)
+        return next((batch for batch in self.batches if batch.number == number), None)
+
+    @property
+    def images(self) -> int:
+        """How many images all processes have taken in."""
+        return sum(self.sizes[: self.active])
+
+    @property
+    def taken(self) -> int:
+        """How many batches all processes have taken in."""
+        return self._taken(self.active)
+
+    def _taken(self, number: int) -> int:
+        return sum(size > 0 for size in self.sizes[:number])
+
+    def total(self, what: str, parts: Sequence[Tensor] | None) -> list[Tensor]:
+        """Sums over the processes; None where this one has no batch to take them of."""
+        return self.processes.total(what, parts, device_of(self.streams[-1].module))
 
     def held(self) -> int:
         """Bytes of the values that are kept of the batches taken in, what they share (views) counted once."""
@@ -122,36 +170,47 @@ class LockStep:
                 storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
 
-    def run(self, enough: Callable[[Step | None], bool], done: Callable[[], None]) -> None:
+    def run(self, wanted: Callable[[Step | None], int], done: Callable[[], None]) -> None:
         """Take every step.
 
         Args:
-            enough: Whether the batches that were taken in suffice to solve at a step, or for the end (None).
+            wanted: How many batches more, of all processes, to solve at a step, or for the end (None); no more than one
+                for each process at once.
             done: Called after each step that solved something.
         """
         with torch.no_grad():
-            self._take_in(0)
+            self._take_in(0, 1)
             for number, step in enumerate(self.steps):
                 if step.solve is None:
                     for batch in self.seen:
                         self._compute(step, batch)
                     continue
-                while self.active < len(self.batches) and not enough(step):
-                    self._take_in(number)
+                self._fill(number, partial(wanted, step))
+                known = [set(batch.env[-1]) for batch in self.seen]
                 step.solve()
                 done()
-                for batch in self.seen:
+                for batch, names in zip(self.seen, known, strict=True):
+                    for name in batch.env[-1].keys() - names:  # what was needed to solve only
+                        del batch.env[-1][name]
                     self._forget(step, batch)
-            while self.active < len(self.batches) and not enough(None):
-                self._take_in(len(self.steps))
+            self._fill(len(self.steps), partial(wanted, None))
 
-    def _take_in(self, upto: int) -> None:
-        """Bring one more batch to where the others are."""
-        batch = self.batches[self.active]
-        batch.env = [dict(values) for values in batch.feed]
-        for step in self.steps[:upto]:
-            self._compute(step, batch)
-        self.active += 1
+    def _fill(self, upto: int, wanted: Callable[[], int]) -> None:
+        """Take batches in while more are wanted, and there are any."""
+        while self.active < len(self.sizes):
+            more = wanted()
+            if not more:
+                break
+            self._take_in(upto, more)
+
+    def _take_in(self, upto: int, more: int) -> None:
+        """Bring so many more batches, of all processes, to where the others are."""
+        before, self.active = self.active, min(self.active + more, len(self.sizes))
+        for batch in self.seen:
+            if batch.number >= before:
+                batch.env = [dict(values) for values in batch.feed]
+                for step in self.steps[:upto]:
+                    self._compute(step, batch)
 
     def _compute(self, step: Step, batch: Batch) -> None:
         if step.solve is None and step.node.op not in ("placeholder", "get_attr"):

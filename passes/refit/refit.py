@@ -22,14 +22,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import fx
 
-from fxzip.data.batches import Given, batch_size
-from fxzip.data.loops import batches, counted, device_of
-from fxzip.errors import CalibrationError, FewImagesWarning
+from fxzip.data.bars import Shown
+from fxzip.data.calibration import Images, read_images
+from fxzip.data.loops import counted, device_of
+from fxzip.errors import FewImagesWarning
 from fxzip.graphs import bind_inputs, drop_dead_code, drop_unused
+from fxzip.journal import NONE, Journal
 from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.refit.fit import Fit
 from fxzip.passes.refit.fitting import Fitter
@@ -37,6 +37,7 @@ from fxzip.passes.refit.goals import Target
 from fxzip.passes.refit.lockstep import LockStep, Step, Stream
 from fxzip.passes.refit.norms import Norm, find_norm
 from fxzip.passes.refit.pairs import Pair, find_pairs
+from fxzip.passes.refit.records import Records
 from fxzip.passes.refit.slots import Uses
 from fxzip.passes.refit.sums import width
 from fxzip.passes.refit.targets import Targets
@@ -47,8 +48,8 @@ from fxzip.settings import RefitOptions
 
 
 def refit(
-    parts: Split, plan: MergePlan, loader: Iterable[Any], options: RefitOptions | None = None, progress: bool = True,
-    whole_heads: bool = True,
+    parts: Split, plan: MergePlan, loader: Iterable[Any] | Images, options: RefitOptions | None = None,
+    progress: Shown = True, whole_heads: bool = True, journal: Journal = NONE, names: Sequence[str] = (),
 ) -> int:  # fmt: skip
     """Refit trunk and heads in place; returns how many layers were solved.
 
@@ -58,47 +59,54 @@ def refit(
     Args:
         parts: What `fxzip.passes.split` built, by the paper's rule.
         plan: What they were built from.
-        loader: The calibration images.
+        loader: The calibration images; or what `read_images` kept of them, which several processes may share.
         options: See `RefitOptions`.
         progress: Show a bar.
         whole_heads: False: of the heads, only the layers are solved that read what the trunk gives.
+        journal: Keeps the layers that were solved, and has those of a run that was interrupted.
+        names: The tasks.
     """
     options = options or RefitOptions()
-    inputs = read_images(loader, device_of(parts.trunk) or device_of(parts.heads[0]), options)
-    trunk = _trunk_refitter(parts, plan, inputs, options)
-    trunk.run(progress, "refitting the trunk")
+    images = loader
+    if not isinstance(images, Images):
+        images = read_images(images, device_of(parts.trunk) or device_of(parts.heads[0]), options)
+    progress = progress if images.processes.leads else False
+    trunk = _trunk_refitter(parts, plan, images, options)
+    trunk.run(progress, "refitting the trunk", Records(journal, "trunk"))
     solved, few = trunk.solved, trunk.few
-    names = [plan.name(i) for i in plan.crossing]
+    crossing = [plan.name(i) for i in plan.crossing]
     for model, head in enumerate(parts.heads):
         own = [plan.name(i, model) for i in plan.crossing]
         feeds = [
-            [{mine: env[name] for name, mine in zip(names, own, strict=True)} for env in (b.env[model], b.env[-1])]
+            [{mine: env[name] for name, mine in zip(crossing, own, strict=True)} for env in (b.env[model], b.env[-1])]
             for b in trunk.lock.seen
         ]
         pair = [Stream(plan.alignment.modules[model], {}), Stream(head, {})]
         # A head has the parent's width, so its first round leaves little.
         once = replace(options, rounds=min(options.rounds, 1))
-        run = _Refitter(pair, feeds, lambda _, values: values[0], once, set(), whole=whole_heads)
-        run.run(progress, f"refitting head {model}")
+        seen = images.upto(trunk.lock.active)
+        run = _Refitter(pair, feeds, lambda _, values: values[0], once, set(), seen, whole=whole_heads)
+        which = f"the head of {names[model]}" if names else f"head {model}"
+        run.run(progress, f"refitting {which}", Records(journal, f"head{model}"))
         solved += run.solved
         few |= run.few
     if few:
-        _warn_of_few(sum(batch.images for batch in trunk.lock.batches), few)
+        _warn_of_few(images.count, few)
     return solved
 
 
-def _trunk_refitter(parts: Split, plan: MergePlan, inputs: Sequence[Any], options: RefitOptions) -> _Refitter:
+def _trunk_refitter(parts: Split, plan: MergePlan, images: Images, options: RefitOptions) -> _Refitter:
     """The parents and the trunk in lock step."""
     streams = [
         Stream(module, {plan.name(i): name for name, i in plan.places(model).items()})
         for model, module in enumerate(plan.alignment.modules)
     ]
     streams.append(Stream(parts.trunk, {}))
-    bound = [bind_inputs(parts.trunk, args, kwargs) for args, kwargs in inputs]
+    bound = [bind_inputs(parts.trunk, args, kwargs) for args, kwargs in images.own]
     feeds = [[{node.name: value for node, value in values.items()}] * len(streams) for values in bound]
     before = [n for n in plan.alignment.modules[0].graph.nodes if plan.places(0).get(n.name, plan.begin) < plan.begin]
     keep, unknown = {plan.name(i) for i in plan.crossing}, plan.spec.layout.bundles
-    return _Refitter(streams, feeds, Targets(plan), options, keep, before, unknown)
+    return _Refitter(streams, feeds, Targets(plan), options, keep, images, before, unknown)
 
 
 def _warn_of_few(images: int, few: Mapping[str, tuple[int, int]]) -> None:
@@ -112,28 +120,6 @@ def _warn_of_few(images: int, few: Mapping[str, tuple[int, int]]) -> None:
         FewImagesWarning,
         stacklevel=2,
     )
-
-
-def read_images(loader: Iterable[Any], device: torch.device | None, options: RefitOptions) -> list[Given]:
-    """The calibration batches, up to the number of images that are wanted and as many as fit into memory.
-
-    Raises:
-        CalibrationError: The loader is empty.
-    """
-    found: list[Given] = []
-    count, size = 0, 0
-    with batches(loader, device=device, progress=False) as given:
-        for args, kwargs in given:
-            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            found.append(Given(args, kwargs))
-            count += batch_size(args, kwargs)
-            size += sum(tensor.nbytes for tensor in tensors)
-            full = size * (1 + 1 / len(found)) > options.memory and count >= options.least_images
-            if full or count >= options.images:
-                break
-    if not found:
-        raise CalibrationError("the loader is empty: it gave no batch")
-    return found
 
 
 class _Refitter:
@@ -156,6 +142,7 @@ class _Refitter:
         target: Target,
         options: RefitOptions,
         keep: set[str],
+        images: Images,
         before: Sequence[fx.Node] = (),
         unknown: Collection[str] = (),
         whole: bool = True,
@@ -171,17 +158,18 @@ class _Refitter:
         for pair in find_pairs(self.merged, self.units) if options.rounds else ():
             self.inner.setdefault(pair.outer, []).append(pair)
         self.fits: dict[Unit, Fit] = {}
-        self.lock = LockStep(streams, feeds, list(self._schedule()), keep)
+        self.lock = LockStep(streams, feeds, list(self._schedule()), keep, images)
         self.fitter = Fitter(self.lock, target, options)
 
     def _has_target(self, node: fx.Node) -> bool:
         return STEM not in node.meta and node.name not in self.unknown
 
-    def run(self, progress: bool, description: str) -> None:
-        """Solve every layer, then cut out what was folded."""
+    def run(self, progress: Shown, description: str, records: Records) -> None:
+        """Solve every layer, those aside that are known already, then cut out what was folded."""
+        self.records = records
         count = sum(step.solve is not None for step in self.lock.steps)
         with counted(count, progress, description) as done:
-            self.lock.run(self._enough, done)
+            self.lock.run(self._wanted, done)
         for unit in self.units:
             for layer in unit.layers:
                 layer.cut_out(self.merged)
@@ -214,32 +202,56 @@ class _Refitter:
             elif norm is not None:
                 yield Step(node, solve=partial(self._solve_norm, norm), samples=norm.samples)
 
-    def _enough(self, step: Step | None) -> bool:
-        """Whether a layer has samples enough, or as many as fit into memory; at the end (None) only the latter."""
-        if sum(batch.images for batch in self.lock.seen) < self.options.least_images:
-            return False
-        more = self.lock.held() * (1 + 1 / self.lock.active)  # with another batch
-        return more > self.options.memory or (step is not None and self._samples(step) >= self.options.samples)
+    def _wanted(self, step: Step | None) -> int:
+        """How many batches more a layer needs for enough samples, if memory holds them; at the end (None) only this.
 
-    def _samples(self, step: Step) -> int:
-        assert step.samples is not None
+        It is as many as one process would take in, but one for each process at once at the most.
+        """
+        lock, found = self.lock, 0
+        more = lock.held() * (1 + 1 / max(len(lock.seen), 1))  # with another batch
+        told = lock.processes.everywhere("samples", (self._samples(step), more))
+        samples, images = sum(count for count, _ in told), lock.images
+        full = max(held for _, held in told) > self.options.memory
+        each = samples / max(images, 1)
+        for size in lock.sizes[lock.active : lock.active + lock.processes.count]:
+            enough = full or (step is not None and samples >= self.options.samples)
+            if images >= self.options.least_images and enough:
+                break
+            found, images, samples = found + 1, images + size, samples + round(each * size)
+        return found
+
+    def _samples(self, step: Step | None) -> int:
+        """How many samples of a step this process has."""
+        if step is None or step.samples is None:
+            return 0
         return sum(step.samples(batch.env[0][step.node.name]) for batch in self.lock.seen)
 
     def _solve_unit(self, unit: Unit) -> None:
-        inner = {pair: self.fits.pop(pair.inner) for pair in self.inner.get(unit, ())}
-        found = self.fitter.solve(unit, inner, self.options.rounds)
+        known = self.records.known.get(self.units.index(unit))
+        if known is None:
+            self._solve_anew(unit)
+        else:
+            self.fitter.restore(unit, known.weights, known.bias, known.ridge)
         count = unit.layers[0].contraction.samples
-        samples = sum(count(batch.env[0][unit.root.name]) for batch in self.lock.seen)
+        own = sum(count(batch.env[0][unit.root.name]) for batch in self.lock.seen)
+        (samples,) = map(int, self.lock.processes.numbers("samples", own))
         if samples < width(unit):
             self.few[unit.layers[0].weight.removesuffix(".weight")] = samples, width(unit)
+        self.solved += len(unit.layers)
+
+    def _solve_anew(self, unit: Unit) -> None:
+        inner = {pair: self.fits.pop(pair.inner) for pair in self.inner.get(unit, ())}
+        found = self.fitter.solve(unit, inner, self.options.rounds)
         if any(unit is pair.inner for pairs in self.inner.values() for pair in pairs):
             self.fits[unit] = found
-        self.solved += len(unit.layers)
+        self.records.add(self.units.index(unit), found, self.fitter.last)
+        if not self.fits:
+            self.records.write()
 
     def _solve_norm(self, norm: Norm) -> None:
         name, seen = norm.node.name, self.lock.seen
         goals = [self.target(name, [env[name] for env in batch.env[:-1]]) for batch in seen]
-        values = norm.fit(self.merged, [batch.env[-1][name] for batch in seen], goals)
+        values = norm.fit(self.merged, [batch.env[-1][name] for batch in seen], goals, self.lock.total)
         for batch, value in zip(seen, values, strict=True):
             batch.env[-1][name] = value
         self.lock.streams[-1].reload()

@@ -6,15 +6,12 @@ grouped convolution) are regressions side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
 from fxzip.passes.refit.systems import (
     PRECISE,
     ROUGH,
-    SLIGHT,
     OfInputs,
     OfSamples,
     System,
@@ -22,6 +19,7 @@ from fxzip.passes.refit.systems import (
     gram_of,
     noise_of,
 )
+from fxzip.processes import Total
 
 _SLICE = 2**24  # elements of the inputs that are multiplied at once, where there are not many of them
 FEW = 0.5
@@ -48,6 +46,19 @@ class Residuals:
         self.products = self.products + products
         self.residual = self.residual + residual
         self.inputs = self.inputs + inputs
+
+    def over_all(self, total: Total) -> Residuals:
+        """Those of the samples of all processes."""
+        found = Residuals()
+        own = (
+            [torch.tensor(self.count, dtype=torch.float64), self.products, self.residual, self.inputs]
+            if self.count
+            else None
+        )
+        sums = total("residuals", own)
+        if sums:  # else there are no samples anywhere
+            found.add(round(float(sums[0])), *sums[1:])
+        return found
 
     def plus(self, other: Residuals) -> Residuals:
         """Those of both samples."""
@@ -118,6 +129,21 @@ class Regression:
     def shift_by(self, x: Tensor) -> None:
         """Shift the samples to come by the means of these (groups, d, samples)."""
         self._shift = x.mean(2, keepdim=True) if self.intercept else x.new_zeros(*x.shape[:2], 1)
+
+    @classmethod
+    def of_sums(cls, intercept: bool, count: int, shift: Tensor, gram: Tensor, total: Tensor) -> Regression:
+        """From the sums of so many samples that were shifted by some values.
+
+        Args:
+            intercept: As of `Regression`.
+            count: How many samples.
+            shift: What they were shifted by (groups, d, 1), of the dtype of the data.
+            gram: The sums of their products (groups, d, d), float64.
+            total: Their sums (groups, d), float64.
+        """
+        found = cls(intercept)
+        found.count, found._shift, found._folded, found._total = count, shift, gram, total
+        return found
 
     def beside(self) -> Regression:
         """One for other samples, shifted by the same values, so that both can be added."""
@@ -209,43 +235,20 @@ class Regression:
         assert self._shift is not None
         return self._shift[:, :, 0].double() + self._drift * self.intercept
 
+    def about(self, place: Tensor) -> Tensor:
+        """The Gram matrix about some values of the inputs (groups, d), that is (groups, d, d)."""
+        gram, gap = self._fold(), self._gap(place)
+        left, right = torch.stack([self._total, gap], 2), torch.stack([-gap, self.count * gap - self._total], 1)
+        return torch.baddbmm(gram, left, right)
+
     def made_by(self, weights: Tensor, place: Tensor) -> Tensor:
         """Σ (W (x - place))² over the samples, for weights (groups, o, d) and a place (groups, d): (groups, o)."""
-        assert self._shift is not None
-        gap = place - self._shift[:, :, 0].double()
         if self._few(self.count):
             x = self._joined()
-            return (weights.to(x) @ (x - gap[:, :, None].to(x))).double().square().sum(2)
-        gram = self._fold()
-        left, right = torch.stack([self._total, gap], 2), torch.stack([-gap, self.count * gap - self._total], 1)
-        about = torch.baddbmm(gram, left, right).to(weights)
-        return ((weights @ about) * weights).sum(2, dtype=torch.float64)
+            return (weights.to(x) @ (x - self._gap(place)[:, :, None].to(x))).double().square().sum(2)
+        return ((weights @ self.about(place).to(weights)) * weights).sum(2, dtype=torch.float64)
 
-
-def scale_and_shift(
-    values: Sequence[Tensor], goals: Sequence[Tensor], axis: int, intercept: bool = True
-) -> tuple[Tensor, Tensor]:
-    """The least-squares line t ≈ a x + b for each channel along an axis, float64.
-
-    Args:
-        values: x, in batches.
-        goals: t, in batches of the same shapes.
-        axis: Where the channels lie.
-        intercept: Whether there is a b; else it is 0.
-
-    Returns:
-        a and b; a = 1 where x varies by no more than a thousandth of its size.
-    """
-
-    def mean(of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        rows = ((v.movedim(axis, 0).flatten(1) for v in pair) for pair in zip(values, goals, strict=True))
-        parts = [of(x.double(), t.double()).sum(1) for x, t in rows]
-        return torch.stack(parts).sum(0) * (len(parts[0]) / sum(v.numel() for v in values))
-
-    zero = torch.zeros((), dtype=torch.float64, device=values[0].device)
-    mean_x, mean_t = (mean(lambda x, _: x), mean(lambda _, t: t)) if intercept else (zero, zero)
-    power = mean(lambda x, _: (x - mean_x[..., None]).square())
-    product = mean(lambda x, t: (x - mean_x[..., None]) * (t - mean_t[..., None]))
-    flat = power <= (SLIGHT**2 * (power + mean_x.square())).clamp_min(1e-12 * power.max().clamp(min=1e-30))
-    slope = torch.where(flat, torch.ones_like(power), product / power.clamp(min=1e-30))
-    return slope, (mean_t - slope * mean_x) if intercept else torch.zeros_like(slope)
+    def _gap(self, place: Tensor) -> Tensor:
+        """How far a place (groups, d) is from what the samples are shifted by."""
+        assert self._shift is not None
+        return place - self._shift[:, :, 0].double()

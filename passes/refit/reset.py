@@ -16,6 +16,7 @@ from fxzip.graphs import named_call, norm_of
 from fxzip.moments import is_noise
 from fxzip.passes.refit.layers import Layer
 from fxzip.passes.refit.slots import slot
+from fxzip.processes import ALONE, Total
 
 
 def norm_behind(module: fx.GraphModule, layer: Layer) -> fx.Node | None:
@@ -24,7 +25,9 @@ def norm_behind(module: fx.GraphModule, layer: Layer) -> fx.Node | None:
     return next((node for node, norm in found if norm is not None and norm.statistics), None)
 
 
-def reset_scale(module: fx.GraphModule, layer: Layer, norm: fx.Node, values: Sequence[Tensor]) -> Tensor:
+def reset_scale(
+    module: fx.GraphModule, layer: Layer, norm: fx.Node, values: Sequence[Tensor], total: Total = ALONE.total
+) -> Tensor:
     """What resetting a BatchNorm's statistics multiplies a layer's channels by: (groups, o), float64.
 
     Args:
@@ -33,6 +36,7 @@ def reset_scale(module: fx.GraphModule, layer: Layer, norm: fx.Node, values: Seq
         norm: The BatchNorm behind it.
         values: What goes into the BatchNorm, batch by batch; their means and variances are averaged
             (`fxzip.passes.recalibrate`).
+        total: Sums over processes that have other batches.
     """
     call, found = named_call(module, norm), norm_of(module, norm)
     old = slot(module, norm, "running_var")
@@ -40,8 +44,11 @@ def reset_scale(module: fx.GraphModule, layer: Layer, norm: fx.Node, values: Seq
     assert found is not None
     assert old is not None
     rows = [value.movedim(found.axis, 0).flatten(1).double() for value in values]
-    mean = torch.stack([row.mean(1) for row in rows]).mean(0)
-    var = torch.stack([row.var(1, correction=min(1, row.shape[1] - 1)) for row in rows]).mean(0)
+    means = [row.mean(1) for row in rows]
+    variances = [row.var(1, correction=min(1, row.shape[1] - 1)) for row in rows]
+    own = [torch.stack(each).sum(0) for each in (means, variances)] if rows else None
+    count, mean, var = total("BatchNorm statistics", own and [own[0].new_tensor(len(rows)), *own])
+    mean, var = mean / count, var / count
     old, eps = old.detach().double(), call.arguments.get("eps", 1e-5)
     var = torch.where(is_noise(var, mean), old, var)
     scale: Tensor = ((old + eps) / (var + eps)).sqrt()

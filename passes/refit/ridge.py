@@ -18,6 +18,7 @@ from torch import Tensor
 from fxzip.data.held import one_of
 from fxzip.passes.refit.regression import Regression, Residuals
 from fxzip.passes.refit.systems import PRECISE
+from fxzip.processes import Total
 
 GRID = tuple(10.0**power for power in range(-4, 3))
 """The λs that are tried, as shares of the inputs' mean square."""
@@ -46,6 +47,20 @@ class Spread:
         self._sum = self._sum + moved.sum(2, dtype=torch.float64)
         self._square = self._square + moved.square().sum(2, dtype=torch.float64)
 
+    def over_all(self, total: Total) -> Spread:
+        """That of the values of all processes."""
+        own = None
+        if self.count:
+            assert self._shift is not None
+            own = [torch.tensor(self.count, dtype=torch.float64), self.count * self._shift[:, :, 0] + self._sum]
+        count, sums = total("means of errors", own)
+        found = Spread()
+        found.count, mean = round(float(count)), sums / count.to(sums)
+        apart = None if own is None else self.each + self.count * (own[1] / self.count - mean.to(own[1])).square()
+        (found._square,) = total("errors", None if apart is None else [apart])
+        found._shift, found._sum = mean[:, :, None], torch.zeros_like(mean)
+        return found
+
     @property
     def each(self) -> Tensor:
         """Those of each output (groups, o), float64."""
@@ -55,6 +70,21 @@ class Spread:
     def total(self) -> float:
         """The sum over all outputs."""
         return float(self.each.sum())
+
+
+def _about(own: Regression, place: Tensor, total: Total) -> Regression:
+    """The Gram matrix of the samples of all processes about a place (groups, d), which they can be added by."""
+    there = place.double()
+    parts = (
+        [torch.tensor(own.count, dtype=torch.float64), own.about(there), own.count * (own.mean - there)]
+        if own.count
+        else None
+    )
+    sums = total("Gram matrices", parts)
+    count = round(float(sums[0])) if sums else 0
+    if not count:
+        return Regression.of_sums(own.intercept, 0, place[:, :, None], place.new_zeros(0), place.new_zeros(0))
+    return Regression.of_sums(own.intercept, count, place[:, :, None], *sums[1:])
 
 
 class Trial:
@@ -76,18 +106,15 @@ class Trial:
         self.held = self.rest.beside()
         self._rest, self._held = Residuals(), Residuals()
         self._leave_out = leave_out
-        self._images = 0
         self.error = Spread()
 
-    def parts(self, image: Tensor, images: int) -> Iterator[tuple[bool, Tensor]]:
+    def parts(self, image: Tensor) -> Iterator[tuple[bool, Tensor]]:
         """Which samples of a batch to `add`, and whether as those left out.
 
         Args:
-            image: The image in the batch that each sample is of (samples,).
-            images: How many there are.
+            image: The image that each sample is of (samples,), counted through all batches.
         """
-        held = one_of(image + self._images, FOLD) if self._leave_out else torch.zeros_like(image, dtype=torch.bool)
-        self._images += images
+        held = one_of(image, FOLD) if self._leave_out else torch.zeros_like(image, dtype=torch.bool)
         for left_out, mine in ((False, ~held), (True, held)):
             if bool(mine.any()):
                 yield left_out, mine.nonzero()[:, 0]
@@ -100,6 +127,19 @@ class Trial:
         part, sums = (self.held, self._held) if left_out else (self.rest, self._rest)
         part.add(x)
         sums.add(x.shape[2], (residual @ x.mT).double(), residual.sum(2).double(), x.sum(2).double())
+
+    def over_all(self, total: Total, dtype: torch.dtype) -> Trial:
+        """The samples of all processes; ``dtype`` is that of the data, also where a process has none."""
+        found = Trial(self.rest.intercept, self._leave_out)
+        own = [part for part in (self.rest, self.held) if part.count]
+        sums = [torch.tensor(part.count, dtype=torch.float64) for part in own], [part.mean * part.count for part in own]
+        count, mean = total("means", [torch.stack(each).sum(0) for each in sums] if own else None)
+        found.rest, found.held = (
+            _about(part, (mean / count.to(mean)).to(dtype), total) for part in (self.rest, self.held)
+        )
+        found._rest, found._held = self._rest.over_all(total), self._held.over_all(total)
+        found.error = self.error.over_all(total)
+        return found
 
     @property
     def residuals(self) -> Residuals:

@@ -52,12 +52,12 @@ class Rounds:
         seen, stride = self.fitter.lock.seen, self._stride(pair)
         moved = False
         for number in range(rounds):
-            some = seen[number % stride :: stride]
-            gain = self._step(pair, inner, some)
+            some = [batch for batch in seen if batch.place % stride == number % stride]
+            gain = self._step(pair, inner, some, stride)
             if not gain:
                 break
             moved = True
-            self.fitter.step(outer, some, changed=True)
+            self.fitter.step(outer, some, changed=True, stride=stride)
             if gain < LITTLE:
                 break
         if moved and stride > 1:
@@ -67,17 +67,20 @@ class Rounds:
     def _stride(self, pair: Pair) -> int:
         """One batch of how many has samples enough for a step."""
         root, count = pair.outer.root, pair.outer.layers[0].contraction.samples
-        samples = sum(count(batch.env[0][root.name]) for batch in self.fitter.lock.seen)
+        own = sum(count(batch.env[0][root.name]) for batch in self.fitter.lock.seen)
+        (samples,) = map(int, self.fitter.lock.processes.numbers("samples", own))
         enough = max(gram_samples(pair.inner), gram_samples(pair.outer))
-        return min(max(samples // enough, 1), self.fitter.lock.active)
+        return min(max(samples // enough, 1), self.fitter.lock.taken)
 
-    def _step(self, pair: Pair, inner: Fit, batches: Sequence[Batch]) -> float:
+    def _step(self, pair: Pair, inner: Fit, batches: Sequence[Batch], stride: int) -> float:
         """A Gauss-Newton step of the inner unit; by what share it made the outer one's error smaller."""
-        found = self._gradients(pair, batches)
+        found = self._gradients(pair, batches, stride)
         if found is None:
             return 0.0
         starts, residuals, curvature, least = found
-        step = curved(inner.inputs.step(residuals, inner.ridge, told=inner.told), curvature, least)
+        step = self.fitter.agreed(
+            lambda: curved(inner.inputs.step(residuals, inner.ridge, told=inner.told), curvature, least)
+        )
         errors: dict[float, float] = {}
 
         def best_length() -> float:
@@ -95,7 +98,7 @@ class Rounds:
             self._forward(pair, batch, self.fitter.run(batch, pair.inner), batch.env[-1])
 
     def _gradients(
-        self, pair: Pair, batches: Sequence[Batch]
+        self, pair: Pair, batches: Sequence[Batch], stride: int
     ) -> tuple[list[tuple[Batch, Tensor]], Residuals, Tensor, float] | None:
         """Add up the gradients of the outer error by the inner value.
 
@@ -105,9 +108,9 @@ class Rounds:
             no gradient comes through.
         """
         contraction, residuals, starts = pair.inner.layers[0].contraction, Residuals(), []
-        curvature, probes = torch.zeros((), dtype=torch.float64), 0
+        curvature, probes, lost = torch.zeros((), dtype=torch.float64), 0, False
         sizes = torch.zeros(2, dtype=torch.float64)
-        for number, batch in enumerate(batches):
+        for batch in batches:
             start = self.fitter.run(batch, pair.inner)
             with torch.enable_grad():
                 value = start.detach().requires_grad_()
@@ -115,19 +118,25 @@ class Rounds:
             residual = self.fitter.goals.residual(batch, pair.outer, has.detach())
             gradient = pulled_back(has, value, residual)
             if gradient is None:
-                return None
+                lost = True
+                break
             sizes += torch.stack([power(self.fitter.goals.wanted(batch, pair.outer)), power(start)]).cpu()
             add_residuals(residuals, pair.inner, batch, gradient)
-            if number % PROBED == 0:
+            if batch.place // stride % PROBED == 0:
                 starts.append((batch, start))
-                probe = torch.randint(2, has.shape, generator=self.fitter.generator).to(residual) * 2 - 1
+                probe = torch.randint(2, has.shape, generator=batch.generator).to(residual) * 2 - 1
                 probed = pulled_back(has, value, probe * (residual != 0))
                 assert probed is not None
-                rows = precise(contraction.rows(probed, self.fitter.draw(pair.inner, probed)))
+                rows = precise(contraction.rows(probed, self.fitter.draw(pair.inner, batch, probed)))
                 curvature = curvature + (rows @ rows.mT).double()
                 probes += rows.shape[2]
+        if any(self.fitter.lock.processes.numbers("gradients", lost)):
+            return None
+        curved_by = [curvature, torch.tensor(probes, dtype=torch.float64)] if probes else None
+        curvature, probed_at = self.fitter.lock.total("curvature", curved_by)
+        (sizes,) = self.fitter.lock.total("sizes", [sizes])
         least = float(SLIGHT**2 * sizes[0] / sizes[1].clamp(min=1e-300))
-        return starts, residuals, curvature / probes, least
+        return starts, self.fitter.shared(residuals), curvature / probed_at.to(curvature), least
 
     def _errors(self, pair: Pair, starts: Sequence[tuple[Batch, Tensor]]) -> dict[float, float]:
         """The outer error by the length of an inner step, that of 0 first: it wins where none is better."""
@@ -138,7 +147,8 @@ class Rounds:
                 has = self._forward(pair, batch, start + length * change)
                 residual = self.fitter.goals.residual(batch, pair.outer, has)
                 errors[length] += float(residual.double().square().sum())
-        return errors
+        totals = self.fitter.lock.processes.numbers("errors", *errors.values())
+        return dict(zip(errors, totals, strict=True))
 
     def _forward(self, pair: Pair, batch: Batch, value: Tensor, into: dict[str, Tensor] | None = None) -> Tensor:
         """The outer unit's value for an inner value; what lies between goes ``into`` a dict."""

@@ -148,7 +148,7 @@ def test_command_line_comes_before_the_recipe(place: Path, tmp_path: Path) -> No
 
 def test_every_option_of_the_function_is_one_of_the_command() -> None:
     command: Any = typer.main.get_command(cli.app)
-    given = {"models", "model", "loader", "progress", "name"}
+    given = {"models", "model", "loader", "progress", "name", "process_group"}
     for function in (fxzip.zip, fxzip.shrink):
         wanted = set(inspect.signature(function).parameters) - given
         assert wanted <= {param.name for param in command.commands[function.__name__].params}
@@ -310,6 +310,21 @@ def test_overwrite(place: Path, tmp_path: Path) -> None:
     done = run(*zip_arguments(place, tmp_path, "--overwrite"))
     assert done.exit_code == 0, done.output
     assert {"thesis.tex", "fxzip.json", "recipe.yaml"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_two_processes_write_what_one_writes(place: Path, tmp_path: Path) -> None:
+    arguments = [str(each) for each in zip_arguments(place, tmp_path / "out", "--batch-size", "5", "--no-refit")]
+    (place / "IMAGES" / "dogs" / "class0" / "broken.png").write_bytes(b"no image")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fxzip"]
+    ran = subprocess.run([sys.executable, *torchrun, *arguments], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("1 image was skipped") == 1
+    done = run(*zip_arguments(place, tmp_path / "one", "--batch-size", "5", "--no-refit"))
+    (place / "IMAGES" / "dogs" / "class0" / "broken.png").unlink()
+    assert done.exit_code == 0, done.output
+    mine, wanted = (fxzip.load(tmp_path / name).state_dict() for name in ("out", "one"))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", ["observe", "save"])

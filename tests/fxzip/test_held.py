@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxzip.data.batches import Given
-from fxzip.data.held import HeldBack, count_images, one_of, thinned, without
+from fxzip.data.calibration import Images
+from fxzip.data.held import HeldBack, count_images, one_of, without
 
 
 def batches(count: int, size: int) -> list[Tensor]:
@@ -81,9 +82,11 @@ def test_what_comes_in_turn_is_held_back_alike(turns: int) -> None:
 
 
 def test_some_of_many_are_of_all() -> None:
-    given = [Given((batch,), {}) for batch in batches(100, 30)]
-    found = torch.cat([batch.args[0] for batch in thinned(given, 40)]).flatten()
-    assert len(found) == len(found.unique()) == 40
+    given = tuple(Given((batch,), {}) for batch in batches(100, 30))
+    images = Images(given, tuple(len(batch.args[0]) for batch in given))
+    few = images.thinned(40)
+    found = torch.cat([batch.args[0] for batch in few.own]).flatten()
+    assert len(found) == len(found.unique()) == few.count == 40
     assert found.diff().min() > 0
     assert 10 < int((found % 2).sum()) < 30
-    assert thinned(given, 100) == given
+    assert images.thinned(100) is images

@@ -26,7 +26,8 @@ import fxzip
 from fxzip.data.groups import find_images
 from fxzip.data.images import ImageLoader
 from fxzip.errors import CalibrationError, OptionError, TraceError
-from fxzip.passes.refit.regression import Regression, Residuals, scale_and_shift
+from fxzip.passes.refit.norms import scale_and_shift
+from fxzip.passes.refit.regression import Regression, Residuals
 from tests.fxzip.served import zipped_small
 from tests.fxzip.test_images import pixels
 from tests.nets import Net, Residual, chain, conv, pair, untouched

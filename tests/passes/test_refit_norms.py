@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxzip
-from fxzip.passes.refit.regression import scale_and_shift
+from fxzip.passes.refit.norms import scale_and_shift
 from tests.nets import Net, pair, permuted_copy
 from tests.oracles import call, difference, randomise, recorded
 

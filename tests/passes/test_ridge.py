@@ -32,7 +32,7 @@ def trial(x: Tensor, residual: Tensor, batches: int = 2) -> Trial:
     for some in torch.arange(images).chunk(batches):
         here = slice(int(some[0]) * POSITIONS, int(some[-1] + 1) * POSITIONS)
         which = torch.arange(len(some)).repeat_interleave(POSITIONS)
-        for left_out, mine in found.parts(which, len(some)):
+        for left_out, mine in found.parts(which + int(some[0])):
             found.add(left_out, x[:, :, here][:, :, mine], residual[:, :, here][:, :, mine])
     return found
 
