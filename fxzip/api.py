@@ -7,10 +7,11 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxzip.channels import ChannelSpec
-from fxzip.checks import check_merge, check_models, models_and_loader, task_names
+from fxzip.checks import check_merge, check_models, models_and_loader, refit_options, task_names
 from fxzip.data.bars import bar_of
 from fxzip.data.batches import Inputs, to_device
 from fxzip.data.checks import check_order, first_batch, ready_example, ready_loader
@@ -21,6 +22,7 @@ from fxzip.information import gathered
 from fxzip.joining import inner_names, is_task, separated
 from fxzip.joint import Heads
 from fxzip.journal import Journal
+from fxzip.memory import bounded, parse_memory
 from fxzip.merged import ZippedModel
 from fxzip.originals import Originals
 from fxzip.passes.align import align
@@ -51,7 +53,8 @@ def zip(
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
     effort: str = "default", heads: Heads = EACH, hold_back: bool = True, verify: bool = True, progress: bool = True,
     labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None,
-    resume: str | PathLike[str] | None = None, **options: Any,
+    resume: str | PathLike[str] | None = None, memory: int | str | None = None,
+    stats_device: torch.device | str | None = None, **options: Any,
 ) -> ZippedModel:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
@@ -100,6 +103,10 @@ def zip(
         resume: A folder for what was done so far (sums of moments, images held back, solved layers). After an
             interruption the same call goes on from there, to the same bits if the loader gives the same images in the
             same order; at the end the files are taken away. None: nothing is kept.
+        memory: What the merge may take, as ``"4GB"`` or in bytes. What it needs at the least is estimated before the
+            work (`fxzip.memory`), and the rest is used for more images. None: as ``refit`` says.
+        stats_device: Where moments are kept, as ``"cpu"`` for networks that fill an accelerator. None: where the
+            networks are.
         **options: Options of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
             `fxzip.matching.settings_of` says what they do, and their ranges and defaults.
 
@@ -114,7 +121,7 @@ def zip(
     wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
     wanted |= {"verify": verify, "width": width, "budget": budget, "heads": heads, "effort": effort}
     check_merge(zip, len(each), points=points, hold_back=hold_back, **wanted, **options)
-    tasks = task_names(names, len(each))
+    tasks, allowed = task_names(names, len(each)), parse_memory(memory)
     processes = processes_of(process_group)
     processes.hush()
     ready = ready_loader(loader, tasks, each, processes)
@@ -128,8 +135,10 @@ def zip(
         prepared.journal = journal
         prepared.place(cut, start, width, budget)
         prepared.check_heads(heads)
-        prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=shown)
-        zipped = prepared.convert(**{**wanted, "progress": shown}, **options)
+        wanted |= {"progress": shown, "refit": bounded(prepared, allowed, refit_options(refit)) or False}
+        some: dict[str, Any] = {"points": points, "hold_back": hold_back and refit is not False}
+        prepared.observe(ready, progress=shown, stats_device=stats_device, **some)
+        zipped = prepared.convert(**wanted, **options)
     journal.close()
     return zipped
 

@@ -156,6 +156,22 @@ def check_progress(value: object) -> None:
         check_flag("progress", value)
 
 
+def device_named(given: torch.device | str | None) -> torch.device | None:
+    """The device of a name, which must be there; None where none is given.
+
+    Raises:
+        OptionError: There is no such device here.
+    """
+    if given is None:
+        return None
+    try:
+        torch.zeros(1, device=given, dtype=torch.float64).add_(1)
+        return torch.device(given)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"stats_device={str(given)!r} cannot keep sums in float64: {reason}") from error
+
+
 def check_models(models: Sequence[Any], least: int = 2) -> None:
     """Raise unless the models are so many modules or more, each of them on one device and all on the same."""
     for number, model in enumerate(models):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fxzip.checks import models_and_loader
@@ -84,7 +85,9 @@ class Observed:
             raise FileFormatError(f"{path} is not whole: {error}") from error
 
 
-def observe_networks(prepared: Prepared, loader: Any, points: Points, hold_back: bool, progress: Shown) -> None:
+def observe_networks(
+    prepared: Prepared, loader: Any, points: Points, hold_back: bool, progress: Shown, device: torch.device | None
+) -> Prepared:
     """As of `Prepared.observe`."""
     processes, modules = prepared.processes, prepared.alignment.modules
     processes.hush()
@@ -92,16 +95,17 @@ def observe_networks(prepared: Prepared, loader: Any, points: Points, hold_back:
     journal = prepared.journal
     if (before := journal.read(KIND)) is not None:
         take_up(prepared, Observed.of(*before), loader)
-        return
+        return prepared
     where = prepared.merge_points(points)
     held = HeldBack(loader, MOST if hold_back else 0, processes, size_of_batches(loader, processes))
-    shared: Any = {"held": held, "processes": processes, "journal": journal}
+    shared: Any = {"held": held, "processes": processes, "journal": journal, "stats_device": device}
     prepared.moments = observe(prepared.alignment, where, loader, progress=progress, **shared)
     prepared.points, prepared.loader, prepared.held, prepared.kind = where, loader, held.held, points
     counts = processes.numbers("images", held.given, count_images(held.held))
     prepared.observed, prepared.held_back = map(int, counts)
     if journal.folder is not None:
         journal.keep(KIND, *observed_of(prepared).as_store())
+    return prepared
 
 
 def observed_of(prepared: Prepared) -> Observed:

@@ -32,8 +32,10 @@ class Observer(nn.Module):
     # torch.fx removes call_module nodes without users, unless the module says that it has effects.
     _is_impure = True
 
-    def __init__(self, n_models: int, *points: MergePoint, name: str = "") -> None:
+    def __init__(self, n_models: int, *points: MergePoint, name: str = "", device: torch.device | None = None) -> None:
         """``points`` are the merge points pooled into these moments; ``name`` is the space's.
+
+        Sums are kept on ``device``; None: where the activations are.
 
         Raises:
             ValueError: no points, or points of different numbers of channels.
@@ -42,7 +44,7 @@ class Observer(nn.Module):
         sizes = {len(point.index) for point in points}
         if len(sizes) != 1:
             raise ValueError(f"merge points of one space must have the same number of channels, not {sorted(sizes)}")
-        self.name = name
+        self.name, self.device = name, device
         self.n_models = n_models
         self.size = n_models * sizes.pop()
         self._places = [_Place(point) for point in points]
@@ -121,7 +123,7 @@ class Observer(nn.Module):
         """Chan's update with a batch whose scatter is about ``shift``; ``drift`` is Σ (x - shift)."""
         if self._mean is None or self._scatter is None:
             # Metal has no float64.
-            home = torch.device("cpu") if shift.device.type == "mps" else shift.device
+            home = self.device or (torch.device("cpu") if shift.device.type == "mps" else shift.device)
             self._mean = torch.zeros(self.size, dtype=torch.float64, device=home)
             self._scatter = torch.zeros(self.size, self.size, dtype=torch.float64, device=home)
         home = self._mean.device

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fxzip.channels import ChannelSpec, MergePoint
-from fxzip.checks import check_flag, check_merge, check_progress
+from fxzip.checks import check_flag, check_merge, check_progress, device_named
 from fxzip.conversion import Conversion
 from fxzip.data.bars import Shown, bar_of
 from fxzip.data.batches import Given
@@ -103,8 +103,9 @@ class Prepared:
 
     @undisturbed
     def observe(
-        self, loader: Iterable[Any], *, points: Points = "last", hold_back: bool = True, progress: Shown = True
-    ) -> Prepared:
+        self, loader: Iterable[Any], *, points: Points = "last", hold_back: bool = True, progress: Shown = True,
+        stats_device: Any = None,
+    ) -> Prepared:  # fmt: skip
         """Record the moments of all models' channels over a loader; replaces what was observed before.
 
         Args:
@@ -113,14 +114,14 @@ class Prepared:
             hold_back: Hold back some of the images (`fxzip.data.held`), so that merges can be measured on what they
                 did not see. False: all are observed and fitted on, and `Report.fidelity` stays empty.
             progress: Show a bar.
+            stats_device: As for `fxzip.zip`.
 
         Raises:
             CalibrationError: The loader is empty, gives the wrong thing, or activations are not finite.
         """
         check_progress(progress)
         check_flag("hold_back", hold_back)
-        observe_networks(self, loader, points, hold_back, progress)
-        return self
+        return observe_networks(self, loader, points, hold_back, progress, device_named(stats_device))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write what was observed, for `load`: the moments, and the images that were held back; not the models.

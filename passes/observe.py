@@ -33,6 +33,7 @@ def observe(
     held: HeldBack | None = None,
     processes: Processes = ALONE,
     journal: Journal = NONE,
+    stats_device: torch.device | None = None,
 ) -> dict[str, Moments]:
     """The moments of each space over a loader: each model sees every batch, in eval mode, without gradients.
 
@@ -50,6 +51,7 @@ def observe(
         held: Holds back some images: they run through the models, too, but are not counted.
         processes: Those that read a share of the images each; the moments are of all of them.
         journal: Keeps sums on the way, and has those of a run that was interrupted.
+        stats_device: Where the moments are; None: where the activations are.
 
     Raises:
         CalibrationError: the loader is empty, a batch is of a wrong type or shape (the message has the shape
@@ -62,7 +64,7 @@ def observe(
                 f"model {number} is on the meta device and has no weights: load them first, by "
                 "model.to_empty(device='cpu') and load_state_dict"
             )
-    joint = insert_observers(alignment, points)
+    joint = insert_observers(alignment, points, stats_device)
     checked = _Checked(joint, alignment.modules[0], held, journal)
     shown: Any = {"progress": progress if processes.leads else False, "description": "observing"}
     with processes.together("observing"), evaluating(checked):
@@ -96,12 +98,14 @@ def _over_all(processes: Processes, own: dict[str, Moments]) -> dict[str, Moment
     return found
 
 
-def insert_observers(alignment: Alignment, points: Mapping[str, Sequence[MergePoint]]) -> fx.GraphModule:
+def insert_observers(
+    alignment: Alignment, points: Mapping[str, Sequence[MergePoint]], device: torch.device | None = None
+) -> fx.GraphModule:
     """One graph that runs all models in lock step, with an `Observer` call after each merge point.
 
     The models' submodules are in it as ``model_0``, ``model_1`` ...: the same objects, no copies. It takes
     model 0's inputs, gives nothing, and ends with the last merge point. The observers are ``observer_0``,
-    ``observer_1`` ... in the order of ``points``; their ``name`` is the space's.
+    ``observer_1`` ... in the order of ``points``; their ``name`` is the space's. ``device`` is where they keep sums.
 
     Raises:
         ValueError: a merge point is at a node that the models do not share.
@@ -111,7 +115,7 @@ def insert_observers(alignment: Alignment, points: Mapping[str, Sequence[MergePo
         root.add_module(f"model_{number}", module)
     calls: dict[str, list[tuple[str, int]]] = {}
     for number, (name, own) in enumerate(points.items()):
-        root.add_module(f"observer_{number}", Observer(len(alignment.modules), *own, name=name))
+        root.add_module(f"observer_{number}", Observer(len(alignment.modules), *own, name=name, device=device))
         for place, point in enumerate(own):
             calls.setdefault(point.node, []).append((f"observer_{number}", place))
     joint = fx.GraphModule(root, _joint_graph(alignment, calls), class_name="Observed")

@@ -110,7 +110,15 @@ def _in_units(key: str, value: Any) -> Any:
     return value / 2**20 if "bytes" in key and isinstance(value, int | float) else value
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"demo": demo}
+def by_section(rows: Sequence[Row]) -> str:
+    """A table for each section, which a row names."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["section"], []).append({key: row[key] for key in row if key != "section"})
+    return "\n\n".join(f"**{section}**\n\n{plain(mine)}" for section, mine in found.items())
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"demo": demo, "scale": by_section}
 """Tables of their own; the others have a column for each key."""
 
 

@@ -60,6 +60,8 @@ def zip_models(
     report: p.ReportPath = None,
     overwrite: p.Overwrite = False,
     resume: p.Resume = None,
+    memory: p.Memory = None,
+    stats_device: p.StatsDevice = None,
     recipe: p.Recipe = None,
     quiet: p.Quiet = False,
     debug: p.Debug = False,
@@ -97,6 +99,7 @@ class Merge:
             from fxzip.checks import task_names
             from fxzip.data.groups import find_images
             from fxzip.data.images import ImageLoader
+            from fxzip.memory import bounded
             from fxzip.zoo import transform
 
         given = self.given
@@ -116,8 +119,10 @@ class Merge:
             prepared.journal = journal
             prepared.place(self.cut, self.start, self.width, given["budget"])
             prepared.check_heads(given["heads"])
+            refit = bounded(prepared, self.memory, self.refit if given["refit"] else None) or False
         hold_back = given["hold_back"] and given["refit"]
-        prepared.observe(loader, points=given["points"], hold_back=hold_back, progress=not self.quiet)
+        some = {key: given[key] for key in ("points", "stats_device")}
+        prepared.observe(loader, hold_back=hold_back, progress=not self.quiet, **some)
         zipped = prepared.convert(
             cut=self.cut,
             start=self.start,
@@ -125,7 +130,7 @@ class Merge:
             budget=given["budget"],
             heads=given["heads"],
             method=self.method,
-            refit=self.refit if given["refit"] else False,
+            refit=refit,
             verify=given["verify"],
             progress=not self.quiet,
             **self.options,
@@ -151,7 +156,7 @@ class Merge:
         from fxzip.journal import Journal
         from fxzip.processes import processes_of
 
-        left = {*_NOT_KEPT, "checkpoints", "device", "workers"}
+        left = {*_NOT_KEPT, "stats_device", "checkpoints", "device", "workers"}
         settings = {key: value for key, value in self.given.items() if key not in left}
         return Journal.open(self.given["resume"], lambda: run_of(models, self.names, settings), processes_of())
 
@@ -186,9 +191,11 @@ class Merge:
         """Raise what can be known before the work; returns the tasks' names."""
         from fxzip.checks import check_method, check_widths, task_names
         from fxzip.joint import check_heads
+        from fxzip.memory import parse_memory
         from fxzip.passes.cut import check_span
 
         given, count = self.given, len(self.checkpoints)
+        self.memory = parse_memory(given["memory"])
         self.options = check_method(self.method, self.options, count)
         check_span(self.cut, self.start)
         check_heads(given["heads"])

@@ -209,6 +209,14 @@ ReportPath = Annotated[
 
 # ---- every command
 
+Memory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="What the merge may take, like 4GB: what it needs is estimated before the work."),
+]
+StatsDevice = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", help="Device that moments are kept on; default: that of the networks."),
+]
 Resume = Annotated[
     Path | None,
     typer.Option(
