@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         FileFormatError,
         FrozenSpaceWarning,
         FxzipError,
+        HubError,
         LowFidelityWarning,
         OptionError,
         PreparationWarning,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fxzip.matching import MergeMap
     from fxzip.merged import ZippedModel
     from fxzip.moments import Moments
+    from fxzip.origins import Origin
     from fxzip.parts import put_part, zip_part
     from fxzip.prepared import Prepared
     from fxzip.renormalising import renormalise
@@ -60,6 +62,7 @@ _HOMES = {
     "FileFormatError": "fxzip.errors",
     "FrozenSpaceWarning": "fxzip.errors",
     "FxzipError": "fxzip.errors",
+    "HubError": "fxzip.errors",
     "LowFidelityWarning": "fxzip.errors",
     "OptionError": "fxzip.errors",
     "PreparationWarning": "fxzip.errors",
@@ -74,6 +77,7 @@ _HOMES = {
     "Information": "fxzip.information",
     "Preparation": "fxzip.information",
     "Prepared": "fxzip.prepared",
+    "Origin": "fxzip.origins",
     "put_part": "fxzip.parts",
     "renormalise": "fxzip.renormalising",
     "zip_part": "fxzip.parts",
@@ -99,11 +103,13 @@ __all__ = [
     "FileFormatError",
     "FrozenSpaceWarning",
     "FxzipError",
+    "HubError",
     "Information",
     "LowFidelityWarning",
     "MergeMap",
     "Moments",
     "OptionError",
+    "Origin",
     "Preparation",
     "PreparationWarning",
     "Prepared",

@@ -41,6 +41,10 @@ class FileFormatError(FxzipError, ValueError):
     """A saved network is missing, cut short, altered, too new, or asks for what a saved network may not do."""
 
 
+class HubError(FxzipError, RuntimeError):
+    """A network on the hub cannot be had or sent: there is none of that name, or the hub cannot be reached."""
+
+
 class ExportError(FxzipError, RuntimeError):
     """The merged network could not be exported, or what was exported computes something else."""
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxzip.data.batches import Inputs
 from fxzip.errors import OptionError
+from fxzip.hub import OnHub
 from fxzip.information import Information
 from fxzip.names import bad_name
 from fxzip.report import Report
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from fxzip.prediction import Prediction
 
 
-class ZippedModel(nn.Module):
-    """One trunk, and a head for each task.
+class ZippedModel(nn.Module, OnHub):
+    """One trunk, and a head for each task; it can be pushed to the Hugging Face hub (`fxzip.hub.OnHub`).
 
     Attributes:
         trunk: The shared network up to the cut; gives a tuple of the tensors that cross it.

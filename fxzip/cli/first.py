@@ -16,13 +16,13 @@ LIBRARIES = ("timm", "torchvision")
 
 
 def check_network(folder: Path) -> None:
-    """Raise unless a folder may be a merged network.
+    """Raise unless a folder may be a merged network; one on the hub is only known when it is loaded.
 
     Raises:
         FileFormatError: It has no plan.
     """
-    if not (folder / PLAN).is_file():
-        raise FileFormatError(f"there is no {folder / PLAN}: give a folder that fxzip zip made")
+    if not str(folder).startswith(REMOTE) and not (folder / PLAN).is_file():
+        raise FileFormatError(f"there is no {folder / PLAN}: give a folder that fxzip zip made, or hf-hub:OWNER/NAME")
 
 
 def check_data(path: Path) -> None:

@@ -138,10 +138,14 @@ class Merge:
 
     def _inform(self, zipped: Any, config: dict[str, Any]) -> None:
         """Let what is known of images and classes travel with the network."""
-        from fxzip.information import Information, Preparation
+        from dataclasses import replace
+
+        from fxzip.information import Preparation
 
         labels = {**labels_of_folders(zipped, self.given["data"]), **zipped.labels}
-        zipped.information = Information(Preparation.of(config), labels, tuple(self.folded))
+        zipped.information = replace(
+            zipped.information, preparation=Preparation.of(config), labels=labels, folded=tuple(self.folded)
+        )
 
     def _check_first(self) -> None:
         """Raise what can be known without PyTorch."""

@@ -38,7 +38,10 @@ Checkpoint = Annotated[
         metavar="CHECKPOINT", help="One checkpoint: a .safetensors or .pth file, local-dir:FOLDER or hf-hub:REPO."
     ),
 ]
-Network = Annotated[Path, typer.Argument(metavar="FOLDER", help="A merged network that fxzip saved.")]
+Network = Annotated[
+    Path,
+    typer.Argument(metavar="FOLDER", help="A merged network that fxzip saved; or hf-hub:OWNER/NAME, from the hub."),
+]
 Data = Annotated[
     Path,
     typer.Option(

@@ -32,7 +32,7 @@ def export(
     first.check_writable(path.absolute().parent)
     import fxzip
 
-    zipped = fxzip.load(folder)
+    zipped = fxzip.load(str(folder))
     with shared.spinner(f"exporting and checking {path.name}", quiet):
         done = zipped.export(path, task=task, opset=opset)
     typer.echo(str(done))
@@ -55,6 +55,6 @@ def draw(
         raise OptionError(f"{path.name} cannot be drawn: {why}; {path.with_suffix('.mmd').name} is Mermaid text")
     import fxzip
 
-    fxzip.load(folder).draw(path)
+    fxzip.load(str(folder)).draw(path)
     if not quiet:
         typer.echo(str(path))
