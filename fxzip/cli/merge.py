@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ def zip_models(
     verify: p.Verify = True,
     ridge: p.Ridge = None,
     rounds: p.Rounds = None,
-    images: p.Images = None,
     limit: p.Limit = None,
     seed: p.Seed = 0,
     batch_size: p.BatchSize = 32,
@@ -84,10 +84,39 @@ class Merge:
         self.model_args = shared.pairs(given["model_args"], "--model-arg")
         self.cut, self.start = (shared.share_or_name(given[key]) for key in ("cut", "start"))
         self.width = shared.width(given["width"])
-        self.refit = RefitOptions(**{key: given[key] for key in shared.OF_REFIT if given[key] is not None})
+        self.hold_back = bool(given["hold_back"] and given["refit"])  # the paper's rule takes all images
+        settings = {**{key: given[key] for key in shared.OF_REFIT}, "images": given["limit"]}
+        self.refit = RefitOptions(**{key: value for key, value in settings.items() if value is not None})
 
     def run(self) -> None:
         """Check, load, merge, save."""
+        prepared, loader, config = self.observed()
+        given = self.given
+        zipped = prepared.convert(
+            cut=self.cut,
+            start=self.start,
+            width=self.width,
+            budget=given["budget"],
+            heads=given["heads"],
+            method=self.method,
+            refit=self.refit if given["refit"] else False,
+            verify=given["verify"],
+            progress=not self.quiet,
+            **self.options,
+        )
+        self._inform(zipped, config)
+        self._save(zipped, config)
+        if loader.skipped():
+            warn(str(loader.skipped()))
+        if not self.quiet:
+            typer.echo(f"{zipped.report}\nsaved to {given['out']}")
+
+    def observed(self) -> tuple[Any, Any, dict[str, Any]]:
+        """Check, load, analyse, and run the models over the images.
+
+        Returns:
+            The models, prepared and observed; the images' loader; how images are prepared.
+        """
         self._check_first()
         from fxzip.checks import task_names
         from fxzip.data.groups import find_images
@@ -109,26 +138,8 @@ class Merge:
             prepared = self._prepared(models, batch, names)
             prepared.place(self.cut, self.start, self.width, given["budget"])
             prepared.check_heads(given["heads"])
-        hold_back = given["hold_back"] and given["refit"]
-        prepared.observe(loader, points=given["points"], hold_back=hold_back, progress=not self.quiet)
-        zipped = prepared.convert(
-            cut=self.cut,
-            start=self.start,
-            width=self.width,
-            budget=given["budget"],
-            heads=given["heads"],
-            method=self.method,
-            refit=self.refit if given["refit"] else False,
-            verify=given["verify"],
-            progress=not self.quiet,
-            **self.options,
-        )
-        self._inform(zipped, config)
-        self._save(zipped, config)
-        if loader.skipped():
-            warn(str(loader.skipped()))
-        if not self.quiet:
-            typer.echo(f"{zipped.report}\nsaved to {given['out']}")
+        prepared.observe(loader, points=given["points"], hold_back=self.hold_back, progress=not self.quiet)
+        return prepared, loader, config
 
     def _prepared(self, models: list[Any], batch: Any, names: tuple[str, ...]) -> Any:
         import fxzip
@@ -150,16 +161,20 @@ class Merge:
     def _check_first(self) -> None:
         """Raise what can be known without PyTorch."""
         given = self.given
-        first.check_output(given["out"], overwrite=given["overwrite"])
+        self._check_places()
         first.check_checkpoints(self.checkpoints, given["model"], self.least)
         first.check_data(given["data"])
         first.check_matching(self.method, self.options)
         if given["names"] and len(given["names"]) != len(self.checkpoints):
             raise OptionError(f"names={given['names']}: give one name for each of the {len(self.checkpoints)} models")
         self.labels = read_labels(given["labels"])
+
+    def _check_places(self) -> None:
+        """Raise unless what is asked for can be written."""
+        given = self.given
+        first.check_output(given["out"], overwrite=given["overwrite"])
         if given["report"] is not None:
-            first.check_suffix(given["report"], (".html",), "a report")
-            first.check_writable(given["report"].absolute().parent)
+            first.check_page(given["report"])
 
     def _check(self) -> tuple[str, ...] | None:
         """Raise what can be known before the work; returns the tasks' names."""
@@ -212,6 +227,30 @@ class Merge:
             write_recipe(fresh / NAME, kept, beside=self.given["out"], command=self.command)
         if self.given["report"] is not None:
             zipped.report.to_html(self.given["report"])
+
+
+def like_zip(
+    command: Any,
+    *,
+    without: Iterable[str],
+    other: Mapping[str, Callable[[inspect.Parameter], inspect.Parameter]] = {},
+    more: Iterable[inspect.Parameter] = (),
+) -> None:
+    """Give a command the options of ``fxzip zip``.
+
+    Args:
+        command: A function of a context and keywords.
+        without: The options that it has not.
+        other: What makes some options of it from those of ``zip``, by name.
+        more: Options of its own.
+    """
+    own = dict(inspect.signature(zip_models, eval_str=True).parameters)
+    for name in without:
+        del own[name]
+    own |= {name: change(own[name]) for name, change in other.items()}
+    parameters = [*own.values(), *more]
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
 _NOT_KEPT = frozenset({"recipe", "debug", "quiet", "out", "overwrite", "report", "labels"})

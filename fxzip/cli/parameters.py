@@ -152,12 +152,18 @@ HoldBack = Annotated[
 ]
 Ridge = Annotated[float | None, _merging(help=f"For refit: {read.DECLARED['ridge']}.")]
 Rounds = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['rounds']}.")]
-Images = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['images']}.")]
 
 # ---- images
 
 Limit = Annotated[
-    int | None, _images(min=1, help="Largest number of images to use, spread evenly over the tasks; default: all.")
+    int | None,
+    _images(
+        "--images",
+        "--limit",
+        min=1,
+        metavar="NUMBER",
+        help="Most images to use, spread evenly over the tasks; default: all.",
+    ),
 ]
 Seed = Annotated[int, _images(min=0, help="Seed for the choice and the order of images.")]
 BatchSize = Annotated[int, _images(min=1, help="Number of images in a batch.")]
