@@ -44,6 +44,7 @@ def zip_models(
     verify: p.Verify = True,
     ridge: p.Ridge = None,
     rounds: p.Rounds = None,
+    keep_norms: p.KeepNorms = False,
     limit: p.Limit = None,
     seed: p.Seed = 0,
     batch_size: p.BatchSize = 32,
@@ -85,7 +86,7 @@ class Merge:
         self.cut, self.start = (shared.share_or_name(given[key]) for key in ("cut", "start"))
         self.width = shared.width(given["width"])
         self.hold_back = bool(given["hold_back"] and given["refit"])  # the paper's rule takes all images
-        settings = {**{key: given[key] for key in shared.OF_REFIT}, "images": given["limit"]}
+        settings = {**{key: given[key] for key in (*shared.OF_REFIT, "keep_norms")}, "images": given["limit"]}
         self.refit = RefitOptions(**{key: value for key, value in settings.items() if value is not None})
 
     def run(self) -> None:

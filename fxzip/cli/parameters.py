@@ -153,6 +153,13 @@ HoldBack = Annotated[
 Ridge = Annotated[float | None, _merging(help=f"For refit: {read.DECLARED['ridge']}.")]
 Rounds = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['rounds']}.")]
 
+KeepNorms = Annotated[
+    bool,
+    _merging(
+        "--keep-norms", help="Leave BatchNorms in the network, so that they train; default: fold them into layers."
+    ),
+]
+
 # ---- images
 
 Limit = Annotated[

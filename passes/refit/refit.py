@@ -34,6 +34,7 @@ from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.refit.fit import Fit
 from fxzip.passes.refit.fitting import Fitter
 from fxzip.passes.refit.goals import Target
+from fxzip.passes.refit.kept import Placed, find_norms, put_back, settle
 from fxzip.passes.refit.lockstep import LockStep, Step, Stream
 from fxzip.passes.refit.norms import Norm, find_norm
 from fxzip.passes.refit.pairs import Pair, find_pairs
@@ -67,7 +68,7 @@ def refit(
     inputs = read_images(loader, device_of(parts.trunk) or device_of(parts.heads[0]), options)
     trunk = _trunk_refitter(parts, plan, inputs, options)
     trunk.run(progress, "refitting the trunk")
-    solved, few = trunk.solved, trunk.few
+    solved, few, placed = trunk.solved, trunk.few, trunk.placed
     names = [plan.name(i) for i in plan.crossing]
     for model, head in enumerate(parts.heads):
         own = [plan.name(i, model) for i in plan.crossing]
@@ -82,6 +83,9 @@ def refit(
         run.run(progress, f"refitting head {model}")
         solved += run.solved
         few |= run.few
+        placed += run.placed
+    if placed:
+        settle(parts, placed, inputs)
     if few:
         _warn_of_few(sum(batch.images for batch in trunk.lock.batches), few)
     return solved
@@ -147,6 +151,7 @@ class _Refitter:
         solved: How many layers were solved for.
         few: The layers with fewer samples than inputs, and how many of both.
         units: What is solved: all, or with ``whole=False`` only what reads no other's result.
+        placed: The BatchNorms that were folded and put back; they do nothing until they are settled.
     """
 
     def __init__(
@@ -163,6 +168,8 @@ class _Refitter:
         self.merged, self.target, self.options = streams[-1].module, target, options
         self.solved = 0
         self.few: dict[str, tuple[int, int]] = {}
+        self.kept = find_norms(self.merged) if options.keep_norms else []
+        self.placed: list[Placed] = []
         self.before, self.unknown = before, unknown
         self.units = [unit for unit in find_units(self.merged, options.biases) if self._has_target(unit.root)]
         if not whole:
@@ -182,6 +189,7 @@ class _Refitter:
         count = sum(step.solve is not None for step in self.lock.steps)
         with counted(count, progress, description) as done:
             self.lock.run(self._enough, done)
+        self.placed = put_back(self.merged, self.kept)
         for unit in self.units:
             for layer in unit.layers:
                 layer.cut_out(self.merged)
