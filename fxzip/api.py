@@ -41,7 +41,7 @@ def zip(
     *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, width: Width = None,
     budget: str | None = None, method: str = "auto",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
-    heads: Heads = EACH, hold_back: bool = True, verify: bool = True, progress: bool = True,
+    effort: str = "default", heads: Heads = EACH, hold_back: bool = True, verify: bool = True, progress: bool = True,
     labels: Mapping[str, Iterable[str]] | None = None, **options: Any,
 ) -> ZippedModel:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
@@ -72,6 +72,8 @@ def zip(
         refit: Solve each merged layer in closed form, so that it gives what the parents give on the loader's images
             (`fxzip.passes.refit`). True: with default settings; `fxzip.RefitOptions`: with these settings; False: the
             weights are merged by ZipIt!'s rule alone, and BatchNorm statistics are reset.
+        effort: How much time refit takes, if no settings are given: ``fast``, ``default`` or ``thorough``
+            (`fxzip.settings.EFFORTS`).
         heads: ``each``: a head for each task. For networks of the same classes ``mean``: one head, ``joint``, with
             the mean of all outputs, as their ensemble gives; or ``product``: the mean of their log-probabilities; or a
             dict of how much each task weighs in the mean, by name.
@@ -93,7 +95,7 @@ def zip(
     check_models(given)
     each, names = separated(given, names)
     wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
-    wanted |= {"verify": verify, "width": width, "budget": budget, "heads": heads}
+    wanted |= {"verify": verify, "width": width, "budget": budget, "heads": heads, "effort": effort}
     check_merge(zip, len(each), points=points, hold_back=hold_back, **wanted, **options)
     tasks = task_names(names, len(each))
     ready = ready_loader(loader, tasks, each)

@@ -215,7 +215,8 @@ class Conversion:
             source = self.loader if short is None else self._few(short)
             recalibrated = recalibrate(_Whole(parts), source, progress=progress, skip=stems)
         prepared = self.prepared
-        fidelity = compare(parts, plan, prepared.names, prepared.points, prepared.held, seen)
+        points = prepared.points if short is None else {}  # a trial tells by its answers
+        fidelity = compare(parts, plan, prepared.names, points, prepared.held, seen)
         return Fitted(parts, refitted, recalibrated, fidelity)
 
     def _handed_out(

@@ -128,8 +128,8 @@ class Prepared:
     @undisturbed
     def convert(
         self, *, cut: Cut = None, start: Cut = None, width: Width = None, budget: str | None = None,
-        method: str = "auto", refit: bool | RefitOptions = True, heads: Heads = EACH, reset_batch_norm: bool = True,
-        verify: bool = True, progress: bool = True, **options: Any,
+        method: str = "auto", refit: bool | RefitOptions = True, effort: str = "default", heads: Heads = EACH,
+        reset_batch_norm: bool = True, verify: bool = True, progress: bool = True, **options: Any,
     ) -> ZippedModel:  # fmt: skip
         """Merge the networks, from what was observed.
 
@@ -140,6 +140,7 @@ class Prepared:
             budget: As for `fxzip.zip`.
             method: As for `fxzip.zip`.
             refit: As for `fxzip.zip`.
+            effort: As for `fxzip.zip`.
             heads: As for `fxzip.zip`.
             reset_batch_norm: Without refit: reset the merged network's BatchNorm statistics on the loader.
             verify: Check the merge before it is fitted (`fxzip.passes.verify`).
@@ -153,7 +154,8 @@ class Prepared:
         """
         choice = check_merge(
             Prepared.convert, len(self.names), cut=cut, start=start, width=width, budget=budget, method=method,
-            refit=refit, heads=heads, reset_batch_norm=reset_batch_norm, verify=verify, progress=progress, **options,
+            refit=refit, effort=effort, heads=heads, reset_batch_norm=reset_batch_norm,
+            verify=verify, progress=progress, **options,
         )  # fmt: skip
         self.check_heads(heads)
         self.places.span(cut, start)  # raises what is wrong with them

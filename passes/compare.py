@@ -99,14 +99,15 @@ class _Error:
 
     def add(self, wanted: Tensor, has: Tensor) -> None:
         """Add a batch, along axis 0."""
-        wanted, has = wanted.double(), has.double()
+        work = torch.promote_types(wanted.dtype, torch.float32)
+        wanted, has = wanted.to(work), has.to(work)
         if self._shift is None:
             self._shift = wanted.mean(0)
         moved = wanted - self._shift
         self.count += len(wanted)
-        self.error += float((wanted - has).square().sum())
-        self._sum = self._sum + moved.sum(0)
-        self._square = self._square + moved.square().sum()
+        self.error += float((wanted - has).square().sum(dtype=torch.float64))
+        self._sum = self._sum + moved.sum(0, dtype=torch.float64)
+        self._square = self._square + moved.square().sum(dtype=torch.float64)
         if self.classes is not None:
             target, given = (x.movedim(self.classes, -1).log_softmax(-1) for x in (wanted, has))
             self.positions += target[..., 0].numel()
@@ -176,8 +177,7 @@ class _Comparison:
         for space, axes, index in self.plan.spec.locate(node):
             found = self.plan.maps.get(space.name)
             if found is not None and axes:
-                mixing = Mixing(found.size, found.part(model, "contract").T)
-                value = mixed_along(value, axes, index.to(value.device), mixing)
+                value = mixed_along(value, axes, index.to(value.device), Mixing.back(found, model))
         return value
 
     def depths(self) -> list[Depth]:

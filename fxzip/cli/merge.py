@@ -15,7 +15,7 @@ from fxzip.cli import parameters as p
 from fxzip.cli.alike import labels_of_folders, prepared_alike, read_labels
 from fxzip.cli.errors import warn
 from fxzip.errors import OptionError
-from fxzip.settings import AUTO, EACH, MATCHING, RefitOptions
+from fxzip.settings import AUTO, EACH, EFFORTS, MATCHING, RefitOptions
 
 
 def zip_models(
@@ -42,6 +42,7 @@ def zip_models(
     refit: p.Refit = True,
     hold_back: p.HoldBack = True,
     verify: p.Verify = True,
+    effort: p.Effort = "default",
     ridge: p.Ridge = None,
     rounds: p.Rounds = None,
     keep_norms: p.KeepNorms = False,
@@ -87,7 +88,8 @@ class Merge:
         self.width = shared.width(given["width"])
         self.hold_back = bool(given["hold_back"] and given["refit"])  # the paper's rule takes all images
         settings = {**{key: given[key] for key in (*shared.OF_REFIT, "keep_norms")}, "images": given["limit"]}
-        self.refit = RefitOptions(**{key: value for key, value in settings.items() if value is not None})
+        own = {key: value for key, value in settings.items() if value is not None}
+        self.refit = RefitOptions(**{**EFFORTS[given["effort"]], **own})
 
     def run(self) -> None:
         """Check, load, merge, save."""

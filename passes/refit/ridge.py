@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fxzip.data.held import one_of
-from fxzip.passes.refit.regression import PRECISE, Regression, Residuals, damping
+from fxzip.passes.refit.regression import Regression, Residuals
+from fxzip.passes.refit.systems import PRECISE
 
 GRID = tuple(10.0**power for power in range(-4, 3))
 """The λs that are tried, as shares of the inputs' mean square."""
@@ -29,22 +30,31 @@ OUTPUTS = 64
 
 
 class Spread:
-    """The sum of squares of residuals about their means, output by output."""
+    """The sums of squares of values about their means, output by output."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self.count = 0
+        self._shift: Tensor | None = None
         self._sum = self._square = torch.zeros((), dtype=torch.float64)
 
-    def add(self, residual: Tensor) -> None:
-        """Add residuals (groups, o, samples)."""
-        self._count += residual.shape[2]
-        self._sum = self._sum + residual.sum(2, dtype=torch.float64)
-        self._square = self._square + residual.square().sum(2, dtype=torch.float64)
+    def add(self, values: Tensor) -> None:
+        """Add values (groups, o, samples)."""
+        if self._shift is None:
+            self._shift = values.mean(2, keepdim=True)
+        moved = values - self._shift
+        self.count += values.shape[2]
+        self._sum = self._sum + moved.sum(2, dtype=torch.float64)
+        self._square = self._square + moved.square().sum(2, dtype=torch.float64)
+
+    @property
+    def each(self) -> Tensor:
+        """Those of each output (groups, o), float64."""
+        return (self._square - self._sum.square() / max(self.count, 1)).clamp_min(0)
 
     @property
     def total(self) -> float:
         """The sum over all outputs."""
-        return float((self._square - self._sum.square() / max(self._count, 1)).sum())
+        return float(self.each.sum())
 
 
 class Trial:
@@ -57,6 +67,8 @@ class Trial:
     Attributes:
         rest: The Gram matrix of the images that a step is found from.
         held: The Gram matrix of those that it is tried on.
+        error: The residuals at W₀ of all samples, also of those that are not added: their spread is what a bias does
+            not make up for.
     """
 
     def __init__(self, intercept: bool, leave_out: bool = True) -> None:
@@ -65,16 +77,7 @@ class Trial:
         self._rest, self._held = Residuals(), Residuals()
         self._leave_out = leave_out
         self._images = 0
-        self._spread = Spread()
-
-    @property
-    def error(self) -> float:
-        """The sum of squares of the residuals at W₀, but for what a bias makes up for."""
-        return self._spread.total
-
-    def error_of(self, residual: Tensor) -> None:
-        """Count all residuals of a batch (groups, o, samples), of which some may be added as samples."""
-        self._spread.add(residual)
+        self.error = Spread()
 
     def parts(self, image: Tensor, images: int) -> Iterator[tuple[bool, Tensor]]:
         """Which samples of a batch to `add`, and whether as those left out.
@@ -125,27 +128,22 @@ class Trial:
         All is taken about the means of the other images, which the bias makes up for.
         """
         rest, held, mean = self._rest, self._held, self.rest.mean
-        gram, power = self.rest.centred()
         left = rest.residual / rest.count if self.rest.intercept else torch.zeros_like(rest.residual)
         some = slice(None, None, -(-left.shape[1] // OUTPUTS))
-        work = torch.float64 if gram.shape[1] <= PRECISE else torch.float32
         products, tried_on = (
             (
                 sums.products
                 - sums.residual[:, :, None] * mean[:, None, :]
                 - left[:, :, None] * (sums.inputs - sums.count * mean)[:, None, :]
-            )[:, some].to(work)
+            )[:, some]
             for sums in (rest, held)
         )
-        own, other = gram.to(work), self.held.about(mean).to(work)
 
         def error(ridge: float) -> float:
-            damped = own.clone()
-            damped.diagonal(dim1=1, dim2=2).add_(damping(gram, power, ridge, self.rest.noise).to(work))
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if bool(failed.any()):
+            try:
+                weights = self.rest.system(ridge, rough=products.shape[2] > PRECISE).solve(products)
+            except ArithmeticError:
                 return math.inf
-            weights = torch.cholesky_solve(products.mT, factor).mT
-            return float(((weights @ other - 2 * tried_on) * weights).sum(dtype=torch.float64))
+            return float(self.held.made_by(weights, mean).sum() - 2 * (tried_on * weights).sum())
 
         return error
