@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 from torch import fx, nn
 
@@ -18,6 +18,7 @@ from fxzip.joining import inner_names, is_task, separated
 from fxzip.joint import Heads
 from fxzip.merged import ZippedModel
 from fxzip.originals import Originals
+from fxzip.parts import ZippedParts, zip_part
 from fxzip.passes.align import align
 from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.canonicalise import canonicalise
@@ -36,14 +37,18 @@ from fxzip.widths import Width
 Loader = Iterable[Any]
 
 
+@overload
+def zip(*models: Any, part: str, **options: Any) -> ZippedParts: ...
+@overload
+def zip(*models: Any, part: None = None, **options: Any) -> ZippedModel: ...
 @undisturbed
 def zip(
     *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, width: Width = None,
     budget: str | None = None, method: str = "auto",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
     effort: str = "default", heads: Heads = EACH, hold_back: bool = True, verify: bool = True, progress: bool = True,
-    labels: Mapping[str, Iterable[str]] | None = None, **options: Any,
-) -> ZippedModel:  # fmt: skip
+    labels: Mapping[str, Iterable[str]] | None = None, part: str | None = None, **options: Any,
+) -> ZippedModel | ZippedParts:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
         zipped = fxzip.zip(model_a, model_b, loader)
@@ -84,18 +89,23 @@ def zip(
         progress: Show bars.
         labels: Names of the classes by task; default: those that the models know (timm's ``pretrained_cfg``,
             transformers' ``id2label``). They travel with the network: `ZippedModel.predict`.
+        part: Merge one module only (``"backbone"`` of detectors), as ``get_submodule`` names it: the whole models run
+            on the loader's batches up to it, and whole models are given back (`fxzip.zip_part`).
         **options: Options of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
             `fxzip.matching.settings_of` says what they do, and their ranges and defaults.
 
     Raises:
         TraceError, AlignmentError, CutError, CalibrationError, OptionError, VerificationError: see `fxzip.errors`.
     """
+    wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
+    wanted |= {"verify": verify, "width": width, "budget": budget, "heads": heads, "effort": effort}
+    if part is not None:
+        wanted |= {"points": points, "hold_back": hold_back, "labels": labels}
+        return zip_part(*models, loader=loader, part=part, names=names, **wanted, **options)
     given, loader = models_and_loader(models, loader)
     check_order(given)
     check_models(given)
     each, names = separated(given, names)
-    wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
-    wanted |= {"verify": verify, "width": width, "budget": budget, "heads": heads, "effort": effort}
     check_merge(zip, len(each), points=points, hold_back=hold_back, **wanted, **options)
     tasks = task_names(names, len(each))
     ready = ready_loader(loader, tasks, each)

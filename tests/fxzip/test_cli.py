@@ -148,7 +148,7 @@ def test_command_line_comes_before_the_recipe(place: Path, tmp_path: Path) -> No
 
 def test_every_option_of_the_function_is_one_of_the_command() -> None:
     command: Any = typer.main.get_command(cli.app)
-    given = {"models", "model", "loader", "progress", "name"}
+    given = {"models", "model", "loader", "progress", "name", "part"}
     for function in (fxzip.zip, fxzip.shrink):
         wanted = set(inspect.signature(function).parameters) - given
         assert wanted <= {param.name for param in command.commands[function.__name__].params}
