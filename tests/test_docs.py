@@ -124,6 +124,9 @@ def test_export_and_serve(ran: dict[str, Any]) -> None:
     assert ran["low"].shape == (7, 5)
     assert [tuple(x.shape) for x in ran["outputs"]] == [(3, 5), (3, 5)]
     assert (ran["folder"] / "low.onnx").exists()
+    for name in ("dynamic", "static"):
+        assert ran["kept"][name]["kB"] < ran["kept"]["merged"]["kB"] / 3
+        assert all(ran["kept"][name][task] > ran["kept"]["merged"][task] - 3 for task in ("low", "high"))
 
 
 @pytest.mark.example("report_and_drawing")

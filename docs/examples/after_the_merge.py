@@ -42,7 +42,8 @@ models[0].load_state_dict(own["low"].state_dict())
 # ## Train it further
 #
 # What your networks trained, the merged one does, too: biases that came from BatchNorms as well. Norms are folded, so a
-# small learning rate does.
+# small learning rate does. With `refit=fxzip.RefitOptions(keep_norms=True)` BatchNorms stay where they were: the same
+# in eval mode, and in train mode they normalise by the batch and learn, as when your networks were trained.
 
 # %%
 pixels, labels = digits().train.tensors
@@ -92,6 +93,16 @@ best = zipped.predict(image[0], top=1)
 print({task: (found[0].label, round(found[0].score, 3)) for task, found in best.items()})
 
 # %% [markdown]
+# ## The hub
+#
+# A merged network is pushed to the Hugging Face hub with a card: what it was merged from, licences, how faithful it is.
+# Whoever loads it reads two files, as from a folder; nothing that lies there can run code.
+#
+# ```python
+# zipped.push_to_hub("me/digits", licence="mit", base_models=["me/low", "me/high"], datasets=["sklearn/digits"])
+# zipped = fxzip.load("me/digits", revision="main")
+# ```
+#
 # On the command line:
 #
 # ```console

@@ -30,8 +30,8 @@ picture = zipped.draw("merged.svg")
 # %% [markdown]
 # ![The merged network](../pictures/merged.svg)
 #
-# Graphviz draws it, as `.svg`, `.png` or `.pdf`; where it is not installed, fxzip draws the `.svg` itself. For a name in
-# `.mmd` Mermaid text is written, which GitHub and most editors show as a picture.
+# Graphviz draws it, as `.svg`, `.png` or `.pdf`; where it is not installed, fxzip draws the `.svg` itself. For a name
+# in `.mmd` Mermaid text is written, which GitHub and most editors show as a picture.
 
 # %%
 text = zipped.draw("merged.mmd").read_text()
