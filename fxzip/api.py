@@ -12,6 +12,7 @@ from fxzip.checks import check_merge, check_models, models_and_loader, task_name
 from fxzip.data.batches import Inputs, to_device
 from fxzip.data.checks import check_order, first_batch, ready_example, ready_loader
 from fxzip.data.loops import device_of
+from fxzip.data.pixels import check_pixels
 from fxzip.errors import AlignmentError
 from fxzip.information import gathered
 from fxzip.joining import inner_names, is_task, separated
@@ -157,6 +158,7 @@ def prepared_of(
     alignment = align([fold(graph) for graph in graphs] if folded else graphs)
     if not alignment.shared_parameters():
         raise AlignmentError(f"the models share no layer: {alignment.parting}")
+    check_pixels(alignment.modules, tasks, (args, kwargs))
     example = to_device(args, kwargs, device_of(alignment.modules[0]))
     spec, verified = _analysed(alignment.modules[0], example, verify)
     originals = None if folded else Originals.of(each, alignment)

@@ -73,5 +73,9 @@ class PreparationWarning(UserWarning):
     """The models that are merged were trained on images that were prepared otherwise."""
 
 
+class PixelWarning(PreparationWarning):
+    """A network gets images of another scale than it was trained on, 0 to 255 for 0 to 1 for instance."""
+
+
 class DroppedInputWarning(UserWarning):
     """A loader's batches hold labels, which are not inputs of the models and are left out."""
