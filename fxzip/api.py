@@ -82,7 +82,8 @@ def zip(
             (`fxzip.settings.EFFORTS`).
         heads: ``each``: a head for each task. For networks of the same classes ``mean``: one head, ``joint``, with
             the mean of all outputs, as their ensemble gives; or ``product``: the mean of their log-probabilities; or a
-            dict of how much each task weighs in the mean, by name.
+            dict of how much each task weighs in the mean, by name. For any classes ``concat``: one head with all of
+            them in one list, task after task.
         hold_back: Hold back a tenth of the images, on which `Report.fidelity` is measured and methods are compared
             (`fxzip.data.held`). False: all are fitted on. Without refit all are used.
         verify: Check the merge before it is fitted: the first network, merged with a permuted copy of itself, must be

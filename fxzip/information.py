@@ -105,10 +105,16 @@ class Information:
         labels = {name: labels for name, labels in self.labels.items() if name in kept}
         return replace(self, labels=labels, folded=tuple(name for name in self.folded if name in kept))
 
-    def joined(self, name: str) -> Information:
-        """That of one head that answers for all tasks: their classes are the same."""
-        known = list(self.labels.values())[:1]
-        return replace(self, labels=dict.fromkeys([name], *known) if known else {}, folded=())
+    def joined(self, name: str, tasks: Sequence[str] | None = None) -> Information:
+        """That of one head that answers for all.
+
+        Args:
+            name: What it is called.
+            tasks: Those whose classes it has in one list, in their order; None: all have the same classes.
+        """
+        lists = list(self.labels.values())[:1] if tasks is None else [self.labels.get(task, ()) for task in tasks]
+        known = tuple(label for labels in lists for label in labels) if all(lists) else ()
+        return replace(self, labels={name: known} if known else {}, folded=())
 
     def checked(self, names: Sequence[str]) -> Information:
         """Itself, if a network with these tasks may have it.

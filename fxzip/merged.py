@@ -219,7 +219,7 @@ class ZippedModel(nn.Module, OnHub):
         self,
         folder: str | PathLike[str],
         *,
-        layout: Literal["fxzip", "models"] = "fxzip",
+        layout: Literal["fxzip", "models", "deltas"] = "fxzip",
         overwrite: bool = False,
     ) -> Path:
         """Save to a folder.
@@ -227,7 +227,8 @@ class ZippedModel(nn.Module, OnHub):
         Args:
             folder: Where to; it appears whole or not at all.
             layout: ``fxzip``: one network that `fxzip.load` reads, see `fxzip.io.save`. ``models``: a checkpoint for
-                each task in the keys of its own class, see `fxzip.checkpoint_folder.save_models`.
+                each task in the keys of its own class, see `fxzip.checkpoint_folder.save_models`; ``deltas``: the same
+                with the trunk's tensors in one file, and the others' in one for each task.
             overwrite: Write even into a folder that holds other files.
 
         Returns:
@@ -240,9 +241,11 @@ class ZippedModel(nn.Module, OnHub):
         from fxzip.checkpoint_folder import save_models
         from fxzip.io import save
 
-        if layout not in ("fxzip", "models"):
-            raise OptionError(f"layout={layout!r}: it must be 'fxzip' or 'models'")
-        return (save if layout == "fxzip" else save_models)(self, folder, overwrite=overwrite)
+        if layout not in ("fxzip", "models", "deltas"):
+            raise OptionError(f"layout={layout!r}: it must be 'fxzip', 'models' or 'deltas'")
+        if layout == "fxzip":
+            return save(self, folder, overwrite=overwrite)
+        return save_models(self, folder, overwrite=overwrite, once=layout == "deltas")
 
     def draw(self, path: str | PathLike[str]) -> Path:
         """Draw the trunk and the heads (``.svg``, ``.png``, ``.pdf``, ``.dot`` or ``.mmd``); see `fxzip.draw`."""

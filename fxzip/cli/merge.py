@@ -156,7 +156,7 @@ class Merge:
 
         from fxzip.information import Preparation
 
-        labels = {**labels_of_folders(zipped, self.given["data"]), **zipped.labels}
+        labels = {**labels_of_folders(zipped, self.given["data"], self.names), **zipped.labels}
         zipped.information = replace(
             zipped.information, preparation=Preparation.of(config), labels=labels, folded=tuple(self.folded)
         )

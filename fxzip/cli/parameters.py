@@ -126,7 +126,7 @@ Heads = Annotated[
     str,
     _merging(
         help="A head for 'each' task; or one answer from all, for networks of the same classes: the 'mean' of their "
-        "outputs, or the 'product' of their probabilities.",
+        "outputs, or the 'product' of their probabilities; or 'concat': all classes in one list.",
     ),
 ]
 Method = Annotated[

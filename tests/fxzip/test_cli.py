@@ -116,6 +116,11 @@ def test_one_answer_from_all(place: Path, tmp_path: Path) -> None:
     again = run("zip", "--recipe", tmp_path / "one" / "recipe.yaml", "--quiet", "--out", tmp_path / "again")
     assert again.exit_code == 0, again.output
     assert fxzip.load(tmp_path / "again").names == ("joint",)
+    both = ["--model", NAME, place / "dogs.safetensors", place / "birds.safetensors", "--data", place / "IMAGES", *SIZE]
+    done = run("zip", *both, "--heads", "concat", "--no-refit", "--quiet", "--out", tmp_path / "all")
+    assert done.exit_code == 0, done.output
+    classes = tuple(f"class{label}" for count in CLASSES.values() for label in range(count))
+    assert fxzip.load(tmp_path / "all").labels == {"joint": classes}
     assert "heads='sum'" in one_line(run("zip", *fixed, "--heads", "sum", "--out", tmp_path / "none"))
 
 

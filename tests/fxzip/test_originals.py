@@ -327,8 +327,23 @@ def test_a_checkpoint_for_each_task(models: list[nn.Module], tmp_path: Path) -> 
     with pytest.raises(fxzip.SaveError, match="overwrite=True"):
         zipped.save(folder, layout="models")
     zipped.save(folder, layout="models", overwrite=True)
-    with pytest.raises(fxzip.OptionError, match="'fxzip' or 'models'"):
+    with pytest.raises(fxzip.OptionError, match="'fxzip', 'models' or 'deltas'"):
         zipped.save(folder, layout="onnx")  # type: ignore[arg-type]
+
+
+def test_checkpoints_that_hold_the_trunk_once(models: list[nn.Module], tmp_path: Path) -> None:
+    zipped = merged(models, names=("dogs", "birds"))
+    folder = zipped.save(tmp_path / "out", layout="deltas")
+    shared = load_file(folder / "shared.safetensors")
+    for i, task in enumerate(zipped.names):
+        own = load_file(folder / f"{task}.safetensors")
+        assert not shared.keys() & own.keys()
+        fresh = Residual().double().eval()
+        fresh.load_state_dict({**shared, **own})
+        assert difference(call(zipped, X)[i], call(fresh, X)) < 1e-12
+    whole = zipped.save(tmp_path / "whole", layout="models")
+    sizes = [sum(path.stat().st_size for path in where.iterdir()) for where in (folder, whole)]
+    assert sizes[0] < 0.7 * sizes[1]
 
 
 @pytest.mark.filterwarnings("ignore::fxzip.FewImagesWarning")
