@@ -20,7 +20,7 @@ page = zipped.report.to_html("merged.html")
 # result lies in. Below, how well the matched channels of both networks correlate, by depth, and where the operations
 # are. It needs matplotlib: `pip install 'fxzip[report]'`.
 #
-# ![Matched correlation by depth](../pictures/correlation.svg)
+# ![Matched correlation by depth](../pictures/correlation.svg){ width="100%" }
 #
 # ## The drawing
 
