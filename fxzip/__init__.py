@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         RestoreError,
         SaveError,
         TraceError,
+        WidthWarning,
     )
     from fxzip.export import Export
     from fxzip.information import Information, Preparation
@@ -71,6 +72,7 @@ _HOMES = {
     "RestoreError": "fxzip.errors",
     "SaveError": "fxzip.errors",
     "TraceError": "fxzip.errors",
+    "WidthWarning": "fxzip.errors",
     "Export": "fxzip.export",
     "load": "fxzip.io",
     "MergeMap": "fxzip.matching",
@@ -122,6 +124,7 @@ __all__ = [
     "SaveError",
     "Sweep",
     "TraceError",
+    "WidthWarning",
     "ZippedModel",
     "analyse",
     "load",

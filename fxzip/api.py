@@ -24,11 +24,13 @@ from fxzip.passes.align import align
 from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.cut import Cut
+from fxzip.passes.deepen import deepen
 from fxzip.passes.fold import fold
 from fxzip.passes.points import Points
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
 from fxzip.passes.verify import Verifier
+from fxzip.passes.widen import widen
 from fxzip.prepared import Prepared
 from fxzip.report import Verified
 from fxzip.settings import EACH
@@ -156,13 +158,17 @@ def prepared_of(
     args, kwargs = ready_example(example_inputs, each)
     graphs = [canonicalise(_traced(model, args, kwargs)) for model in each]
     folded = any(map(is_task, each))
-    alignment = align([fold(graph) for graph in graphs] if folded else graphs)
+    if folded:
+        graphs = [fold(graph) for graph in graphs]
+    example = to_device(args, kwargs, device_of(graphs[0]))
+    alike = widen(deepen(graphs, example), example)
+    alignment = align(alike)
     if not alignment.shared_parameters():
         raise AlignmentError(f"the models share no layer: {alignment.parting}")
-    check_pixels(alignment.modules, tasks, (args, kwargs))
+    check_pixels(graphs, tasks, (args, kwargs))
     example = to_device(args, kwargs, device_of(alignment.modules[0]))
     spec, verified = _analysed(alignment.modules[0], example, verify)
-    originals = None if folded else Originals.of(each, alignment)
+    originals = Originals.of(each, alignment) if alike == graphs and not folded else None
     return Prepared(tasks, alignment, spec, verified, originals, gathered(each, tasks, labels, example))
 
 

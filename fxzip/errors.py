@@ -77,5 +77,9 @@ class PixelWarning(PreparationWarning):
     """A network gets images of another scale than it was trained on, 0 to 255 for 0 to 1 for instance."""
 
 
+class WidthWarning(UserWarning):
+    """Networks of different widths cannot be brought to the same ones, and are merged up to where they differ."""
+
+
 class DroppedInputWarning(UserWarning):
     """A loader's batches hold labels, which are not inputs of the models and are left out."""
