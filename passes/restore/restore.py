@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from fxzip.errors import RestoreError
 from fxzip.graphs import attribute, is_static, linear_of, named_call, nodes_by_name, run_call
 from fxzip.passes.restore.chains import Chain, find_chain, is_norm
-from fxzip.passes.restore.moves import moved_back
+from fxzip.passes.restore.moves import moved_back, scaled_back
 from fxzip.passes.restore.values import Values
 from fxzip.rules import target_of
 
@@ -181,6 +181,9 @@ class _Restorer:
     def _give_moved(self, what: str, run: Any, names: list[str], key: tuple[str, ...], tensor: Tensor) -> None:
         shapes = {name: self._shape(name) for name in names}
         found = moved_back(run, shapes, tensor)
+        scaled = scaled_back(run, shapes, tensor) if found is None else None
+        if scaled is not None:
+            found = scaled, True
         if found is None:
             raise RestoreError(
                 f"{what} is computed from {', '.join(names)}, and which of their values give the merged one fxzip "

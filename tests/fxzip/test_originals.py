@@ -238,10 +238,34 @@ def test_only_moved_tensors_are_moved_back() -> None:
 
 def test_what_is_computed_from_weights_is_refused_by_name() -> None:
     def make() -> nn.Module:
-        return Net(chain, conv1=nn.utils.parametrizations.weight_norm(conv(3, 6)), head=nn.Linear(6, 4))
+        return Net(chain, conv1=nn.utils.parametrizations.spectral_norm(conv(3, 6)), head=nn.Linear(6, 4))
 
     with pytest.raises(fxzip.RestoreError, match=r"task0 \(Net\): .*conv1"):
         merged(pair(make, X)).as_models()
+
+
+def test_normalised_weights_get_their_gains_again() -> None:
+    """Weight normalisation gives any weights."""
+
+    def make() -> nn.Module:
+        return Net(chain, conv1=nn.utils.parametrizations.weight_norm(conv(3, 6)), head=nn.Linear(6, 4))
+
+    zipped = merged(pair(make, X))
+    assert max(errors(zipped)) < 1e-10
+    a, b = zipped.as_models().values()
+    name = "conv1.parametrizations.weight.original0"
+    assert a.get_parameter(name) is b.get_parameter(name)
+
+
+def test_standardised_weights_go_back_where_their_mean_is_0() -> None:
+    """A mean of filters with a mean of 0 has one, too; what refit solves for has another."""
+    models: list[nn.Module] = [timm.create_model("test_nfnet", num_classes=n).double().eval() for n in (3, 4)]
+    x = images(8, 32)
+    options: dict[str, Any] = {"method": "permute", "hold_back": False, "verify": False, "progress": False}
+    zipped = fxzip.zip(*models, [x], refit=False, **options)
+    assert max(errors(zipped, x)) < 1e-6
+    with pytest.raises(fxzip.RestoreError, match=r"NormFreeNet.*not put back into its class"):
+        fxzip.zip(*models, [x], refit=QUICK, **options).as_models()
 
 
 # ---- cuts that no class can hold
