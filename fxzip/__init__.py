@@ -21,8 +21,10 @@ if TYPE_CHECKING:
         FileFormatError,
         FrozenSpaceWarning,
         FxzipError,
+        HubError,
         LowFidelityWarning,
         OptionError,
+        PixelWarning,
         PreparationWarning,
         ProcessError,
         RestoreError,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from fxzip.matching import MergeMap
     from fxzip.merged import ZippedModel
     from fxzip.moments import Moments
+    from fxzip.origins import Origin
     from fxzip.parts import put_part, zip_part
     from fxzip.prepared import Prepared
     from fxzip.renormalising import renormalise
@@ -62,8 +65,10 @@ _HOMES = {
     "FileFormatError": "fxzip.errors",
     "FrozenSpaceWarning": "fxzip.errors",
     "FxzipError": "fxzip.errors",
+    "HubError": "fxzip.errors",
     "LowFidelityWarning": "fxzip.errors",
     "OptionError": "fxzip.errors",
+    "PixelWarning": "fxzip.errors",
     "PreparationWarning": "fxzip.errors",
     "ProcessError": "fxzip.errors",
     "RestoreError": "fxzip.errors",
@@ -78,6 +83,7 @@ _HOMES = {
     "Information": "fxzip.information",
     "Preparation": "fxzip.information",
     "Prepared": "fxzip.prepared",
+    "Origin": "fxzip.origins",
     "put_part": "fxzip.parts",
     "renormalise": "fxzip.renormalising",
     "zip_part": "fxzip.parts",
@@ -103,11 +109,14 @@ __all__ = [
     "FileFormatError",
     "FrozenSpaceWarning",
     "FxzipError",
+    "HubError",
     "Information",
     "LowFidelityWarning",
     "MergeMap",
     "Moments",
     "OptionError",
+    "Origin",
+    "PixelWarning",
     "Preparation",
     "PreparationWarning",
     "Prepared",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import fx, nn
@@ -16,6 +16,7 @@ from fxzip.data.bars import bar_of
 from fxzip.data.batches import Inputs, to_device
 from fxzip.data.checks import check_order, first_batch, ready_example, ready_loader
 from fxzip.data.loops import device_of
+from fxzip.data.pixels import check_pixels
 from fxzip.errors import AlignmentError
 from fxzip.fingerprint import check_same, run_of
 from fxzip.information import gathered
@@ -25,6 +26,7 @@ from fxzip.journal import Journal
 from fxzip.memory import bounded, parse_memory
 from fxzip.merged import ZippedModel
 from fxzip.originals import Originals
+from fxzip.parts import ZippedParts, zip_part
 from fxzip.passes.align import align
 from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.canonicalise import canonicalise
@@ -46,6 +48,10 @@ from fxzip.widths import Width
 Loader = Iterable[Any]
 
 
+@overload
+def zip(*models: Any, part: str, **options: Any) -> ZippedParts: ...
+@overload
+def zip(*models: Any, part: None = None, **options: Any) -> ZippedModel: ...
 @undisturbed
 def zip(
     *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, width: Width = None,
@@ -54,8 +60,8 @@ def zip(
     effort: str = "default", heads: Heads = EACH, hold_back: bool = True, verify: bool = True, progress: bool = True,
     labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None,
     resume: str | PathLike[str] | None = None, memory: int | str | None = None,
-    stats_device: torch.device | str | None = None, **options: Any,
-) -> ZippedModel:  # fmt: skip
+    stats_device: torch.device | str | None = None, part: str | None = None, **options: Any,
+) -> ZippedModel | ZippedParts:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
         zipped = fxzip.zip(model_a, model_b, loader)
@@ -88,7 +94,8 @@ def zip(
             (`fxzip.settings.EFFORTS`).
         heads: ``each``: a head for each task. For networks of the same classes ``mean``: one head, ``joint``, with
             the mean of all outputs, as their ensemble gives; or ``product``: the mean of their log-probabilities; or a
-            dict of how much each task weighs in the mean, by name.
+            dict of how much each task weighs in the mean, by name. For any classes ``concat``: one head with all of
+            them in one list, task after task.
         hold_back: Hold back a tenth of the images, on which `Report.fidelity` is measured and methods are compared
             (`fxzip.data.held`). False: all are fitted on. Without refit all are used.
         verify: Check the merge before it is fitted: the first network, merged with a permuted copy of itself, must be
@@ -107,6 +114,8 @@ def zip(
             work (`fxzip.memory`), and the rest is used for more images. None: as ``refit`` says.
         stats_device: Where moments are kept, as ``"cpu"`` for networks that fill an accelerator. None: where the
             networks are.
+        part: Merge one module only (``"backbone"`` of detectors), as ``get_submodule`` names it: the whole models run
+            on the loader's batches up to it, and whole models are given back (`fxzip.zip_part`).
         **options: Options of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
             `fxzip.matching.settings_of` says what they do, and their ranges and defaults.
 
@@ -114,12 +123,15 @@ def zip(
         TraceError, AlignmentError, CutError, CalibrationError, OptionError, VerificationError, ProcessError: see
             `fxzip.errors`.
     """
+    wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
+    wanted |= {"verify": verify, "width": width, "budget": budget, "heads": heads, "effort": effort}
+    if part is not None:
+        wanted |= {"points": points, "hold_back": hold_back, "labels": labels}
+        return zip_part(*models, loader=loader, part=part, names=names, **wanted, **options)
     given, loader = models_and_loader(models, loader)
     check_order(given)
     check_models(given)
     each, names = separated(given, names)
-    wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
-    wanted |= {"verify": verify, "width": width, "budget": budget, "heads": heads, "effort": effort}
     check_merge(zip, len(each), points=points, hold_back=hold_back, **wanted, **options)
     tasks, allowed = task_names(names, len(each)), parse_memory(memory)
     processes = processes_of(process_group)
@@ -135,7 +147,8 @@ def zip(
         prepared.journal = journal
         prepared.place(cut, start, width, budget)
         prepared.check_heads(heads)
-        wanted |= {"progress": shown, "refit": bounded(prepared, allowed, refit_options(refit)) or False}
+        wanted |= {"progress": shown, "refit": bounded(prepared, allowed, refit_options(refit, effort)) or False}
+        wanted |= {"effort": "default"}  # it is in the settings of refit now
         some: dict[str, Any] = {"points": points, "hold_back": hold_back and refit is not False}
         prepared.observe(ready, progress=shown, stats_device=stats_device, **some)
         zipped = prepared.convert(**wanted, **options)
@@ -192,6 +205,7 @@ def prepared_of(
     alignment = align(alike)
     if not alignment.shared_parameters():
         raise AlignmentError(f"the models share no layer: {alignment.parting}")
+    check_pixels(graphs, tasks, (args, kwargs))
     example = to_device(args, kwargs, device_of(alignment.modules[0]))
     spec, verified = _analysed(alignment.modules[0], example, verify)
     originals = Originals.of(each, alignment) if alike == graphs and not folded else None

@@ -19,7 +19,7 @@ from fxzip.data.held import without
 from fxzip.data.loops import counted, device_of
 from fxzip.errors import CutError, FewImagesWarning, LowFidelityWarning
 from fxzip.fidelity import Fidelity
-from fxzip.joint import NAME, joint_of
+from fxzip.joint import CONCAT, NAME, joint_of
 from fxzip.learning import learn_as_parents
 from fxzip.matching import is_sized
 from fxzip.merged import ZippedModel
@@ -260,7 +260,7 @@ class Conversion:
         zipped = ZippedModel(parts.trunk, dict(zip(names, parts.heads, strict=True)), report, example).eval()
         zipped.originals, zipped.information = prepared.originals, prepared.information
         if names != prepared.names:
-            zipped.information = prepared.information.joined(NAME)
+            zipped.information = prepared.information.joined(NAME, prepared.names if choice.heads == CONCAT else None)
         for part in (parts.trunk, *parts.heads):
             reuse_memory(part)
         return zipped

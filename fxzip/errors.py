@@ -41,6 +41,10 @@ class FileFormatError(FxzipError, ValueError):
     """A saved network is missing, cut short, altered, too new, or asks for what a saved network may not do."""
 
 
+class HubError(FxzipError, RuntimeError):
+    """A network on the hub cannot be had or sent: there is none of that name, or the hub cannot be reached."""
+
+
 class ExportError(FxzipError, RuntimeError):
     """The merged network could not be exported, or what was exported computes something else."""
 
@@ -71,6 +75,10 @@ class LowFidelityWarning(UserWarning):
 
 class PreparationWarning(UserWarning):
     """The models that are merged were trained on images that were prepared otherwise."""
+
+
+class PixelWarning(PreparationWarning):
+    """A network gets images of another scale than it was trained on, 0 to 255 for 0 to 1 for instance."""
 
 
 class WidthWarning(UserWarning):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxzip.data.batches import Inputs
 from fxzip.errors import FileFormatError, FxzipError, OptionError, PreparationWarning
+from fxzip.origins import Origin, origin_of
 from fxzip.plan.records import read_record, write_record
 
 _LARGEST = 1 << 27
@@ -89,11 +90,14 @@ class Information:
         preparation: How images are prepared for the trunk.
         labels: The names of the classes of each task, in the order of its outputs.
         folded: The tasks whose models had images normalised otherwise: that is folded into their first layers.
+        origins: Where the networks came from that were merged, by the names of their tasks; also of those whose heads
+            were left out, as the trunk is made of them.
     """
 
     preparation: Preparation = field(default_factory=Preparation)
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     folded: tuple[str, ...] = ()
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
     def some(self, names: Iterable[str]) -> Information:
         """That of some tasks."""
@@ -101,10 +105,16 @@ class Information:
         labels = {name: labels for name, labels in self.labels.items() if name in kept}
         return replace(self, labels=labels, folded=tuple(name for name in self.folded if name in kept))
 
-    def joined(self, name: str) -> Information:
-        """That of one head that answers for all tasks: their classes are the same."""
-        known = list(self.labels.values())[:1]
-        return replace(self, labels=dict.fromkeys([name], *known) if known else {}, folded=())
+    def joined(self, name: str, tasks: Sequence[str] | None = None) -> Information:
+        """That of one head that answers for all.
+
+        Args:
+            name: What it is called.
+            tasks: Those whose classes it has in one list, in their order; None: all have the same classes.
+        """
+        lists = list(self.labels.values())[:1] if tasks is None else [self.labels.get(task, ()) for task in tasks]
+        known = tuple(label for labels in lists for label in labels) if all(lists) else ()
+        return replace(self, labels={name: known} if known else {}, folded=())
 
     def checked(self, names: Sequence[str]) -> Information:
         """Itself, if a network with these tasks may have it.
@@ -112,14 +122,15 @@ class Information:
         Raises:
             FileFormatError: It may not.
         """
-        wrong = self.preparation.problem()
+        wrongs = (self.preparation.problem(), *(origin.problem() for origin in self.origins.values()))
+        wrong = next(filter(None, wrongs), None)
         unknown = sorted({*self.labels, *self.folded} - set(names))
         if wrong is None and unknown:
             wrong = f"it names {unknown[0][:40]!r}, which is no task"
         if wrong is None and any(len(label) > _LONGEST for labels in self.labels.values() for label in labels):
             wrong = f"a class's name has more than {_LONGEST:,} characters"
         if wrong is not None:
-            raise FileFormatError(f"the information on the images: {wrong}")
+            raise FileFormatError(f"the information on images and models: {wrong}")
         return self
 
 
@@ -157,7 +168,12 @@ def gathered(
     image = next((leaf for leaf in example[0] if isinstance(leaf, Tensor) and leaf.dim() == 4), None)
     if image is not None and first.config:
         first = replace(first, input_size=tuple(image.shape[1:]))
-    return Information(first, {name: values for name, values in found.items() if values})
+    origins = {name: origin_of(model) for name, model in zip(names, models, strict=True)}
+    return Information(
+        first,
+        {name: values for name, values in found.items() if values},
+        origins={name: origin for name, origin in origins.items() if origin is not None},
+    )
 
 
 def _usable(preparation: Preparation) -> bool:

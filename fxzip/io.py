@@ -21,6 +21,7 @@ from torch import Tensor
 from fxzip.card import model_card
 from fxzip.errors import FileFormatError, OptionError, SaveError
 from fxzip.folders import PLAN, new_folder, open_regular, read_regular
+from fxzip.hub import located
 from fxzip.information import Information
 from fxzip.merged import ZippedModel
 from fxzip.names import bad_name
@@ -83,18 +84,23 @@ def save(zipped: ZippedModel, folder: str | PathLike[str], *, overwrite: bool = 
 
 
 @undisturbed
-def load(folder: str | PathLike[str], *, device: torch.device | str = "cpu") -> ZippedModel:
+def load(
+    folder: str | PathLike[str], *, device: torch.device | str = "cpu", revision: str | None = None
+) -> ZippedModel:
     """Load a network that `ZippedModel.save` saved: the same outputs, bit by bit.
 
     Args:
-        folder: The folder.
+        folder: The folder; or ``owner/name`` of the Hugging Face hub, of which its two files are downloaded
+            (`fxzip.hub`).
         device: Where the network goes.
+        revision: A branch, a tag or a commit of the hub's.
 
     Raises:
+        HubError: It cannot be had from the hub.
         FileFormatError: A file is missing, cut short, altered, of a newer format, or asks for something that
             a saved network may not.
     """
-    path = Path(folder)
+    path = located(folder, revision)
     plan = _read_plan(path / PLAN)
     tensors = _read_tensors(path / WEIGHTS, plan.get("weights"))
     with _as_format_error(path / PLAN):

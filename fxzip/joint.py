@@ -1,4 +1,4 @@
-"""`Joint`: one answer from all heads, for networks of the same classes (federated shares, ensembles, checkpoints)."""
+"""`Joint`: one answer from all heads: of the same classes (federated shares, ensembles), or all classes in one list."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,8 +16,8 @@ from fxzip.errors import OptionError
 from fxzip.settings import EACH
 
 Heads: TypeAlias = str | Mapping[str, float]
-"""``each``, ``mean``, ``product``, or how much each task weighs in the mean."""
-MEAN, PRODUCT = "mean", "product"
+"""``each``, ``mean``, ``product``, ``concat``, or how much each task weighs in the mean."""
+MEAN, PRODUCT, CONCAT = "mean", "product", "concat"
 NAME = "joint"
 """What the head is called that answers for all."""
 
@@ -27,7 +28,7 @@ class Joint:
 
     Attributes:
         how: ``mean`` of the outputs, or ``product`` of the class probabilities, of which it gives the logarithm but for
-            a constant: the mean of the log-probabilities.
+            a constant: the mean of the log-probabilities; or ``concat``: all classes, one task's after the other's.
         shares: How much each model counts, 1 in all.
     """
 
@@ -35,7 +36,9 @@ class Joint:
     shares: tuple[float, ...]
 
     def __call__(self, outputs: Sequence[Tensor]) -> Tensor:
-        """One output from all, of the same shape."""
+        """One output from all, of the same shape, or with the classes of all."""
+        if self.how == CONCAT:
+            return torch.cat(list(outputs), class_axis(outputs[0].dim()))
         if self.how == PRODUCT:
             outputs = [F.log_softmax(output, class_axis(output.dim())) for output in outputs]
         first, *others = (output * share for output, share in zip(outputs, self.shares, strict=True))
@@ -57,10 +60,10 @@ def check_heads(heads: object) -> None:
         for task, weight in heads.items():
             if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < float(weight) < math.inf:
                 raise OptionError(f"heads: the weight of {task!r} is {weight!r}; it must be a number above 0")
-    elif heads not in (EACH, MEAN, PRODUCT):
+    elif heads not in (EACH, MEAN, PRODUCT, CONCAT):
         raise OptionError(
-            f"heads={heads!r}: give 'each' (a head for each task), 'mean' or 'product' (one answer from all), or the "
-            "weight of each task in the mean, by name"
+            f"heads={heads!r}: give 'each' (a head for each task), 'mean' or 'product' (one answer from all), 'concat' "
+            "(all classes in one list), or the weight of each task in the mean, by name"
         )
 
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxzip.data.batches import Inputs
 from fxzip.errors import OptionError
+from fxzip.hub import OnHub
 from fxzip.information import Information
 from fxzip.names import bad_name
 from fxzip.report import Report
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from fxzip.prediction import Prediction
 
 
-class ZippedModel(nn.Module):
-    """One trunk, and a head for each task.
+class ZippedModel(nn.Module, OnHub):
+    """One trunk, and a head for each task; it can be pushed to the Hugging Face hub (`fxzip.hub.OnHub`).
 
     Attributes:
         trunk: The shared network up to the cut; gives a tuple of the tensors that cross it.
@@ -218,7 +219,7 @@ class ZippedModel(nn.Module):
         self,
         folder: str | PathLike[str],
         *,
-        layout: Literal["fxzip", "models"] = "fxzip",
+        layout: Literal["fxzip", "models", "deltas"] = "fxzip",
         overwrite: bool = False,
     ) -> Path:
         """Save to a folder.
@@ -226,7 +227,8 @@ class ZippedModel(nn.Module):
         Args:
             folder: Where to; it appears whole or not at all.
             layout: ``fxzip``: one network that `fxzip.load` reads, see `fxzip.io.save`. ``models``: a checkpoint for
-                each task in the keys of its own class, see `fxzip.checkpoint_folder.save_models`.
+                each task in the keys of its own class, see `fxzip.checkpoint_folder.save_models`; ``deltas``: the same
+                with the trunk's tensors in one file, and the others' in one for each task.
             overwrite: Write even into a folder that holds other files.
 
         Returns:
@@ -239,9 +241,11 @@ class ZippedModel(nn.Module):
         from fxzip.checkpoint_folder import save_models
         from fxzip.io import save
 
-        if layout not in ("fxzip", "models"):
-            raise OptionError(f"layout={layout!r}: it must be 'fxzip' or 'models'")
-        return (save if layout == "fxzip" else save_models)(self, folder, overwrite=overwrite)
+        if layout not in ("fxzip", "models", "deltas"):
+            raise OptionError(f"layout={layout!r}: it must be 'fxzip', 'models' or 'deltas'")
+        if layout == "fxzip":
+            return save(self, folder, overwrite=overwrite)
+        return save_models(self, folder, overwrite=overwrite, once=layout == "deltas")
 
     def draw(self, path: str | PathLike[str]) -> Path:
         """Draw the trunk and the heads (``.svg``, ``.png``, ``.pdf``, ``.dot`` or ``.mmd``); see `fxzip.draw`."""

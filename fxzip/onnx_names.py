@@ -40,8 +40,11 @@ def write_names(path: Path, said: Mapping[str, str]) -> None:
     graph = model.graph
     for tensor in graph.initializer:
         tensor.name = tensor.name.removeprefix(_PREFIX)
-    for info in graph.value_info:
-        info.name = info.name.removeprefix(_PREFIX)
+    # Weights say their shapes themselves: said twice, quantisers that transpose them leave the old ones behind.
+    own = {tensor.name for tensor in graph.initializer}
+    kept = [info for info in graph.value_info if info.name.removeprefix(_PREFIX) not in own]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
     symbols: dict[str, str] = {}
     for value in (*graph.input, *graph.output, *graph.value_info):
         for axis in value.type.tensor_type.shape.dim:

@@ -236,8 +236,9 @@ class Prepared:
         Raises:
             OptionError: One head is wanted of outputs that differ in shape, or weights are not for these tasks.
         """
-        if joint_of(heads, self.names) is not None:
-            check_joinable(self.names, self.alignment.modules)
+        joint = joint_of(heads, self.names)
+        if joint is not None:
+            check_joinable(self.names, self.alignment.modules, joint)
 
     def keep_to(self, spec: ChannelSpec) -> None:
         """From now on merge by these channel spaces, of which verification has frozen some."""

@@ -6,7 +6,8 @@
     cut: layer3
     options: {gamma: 0.5}
 
-The names are those of the command line's options, with ``_`` for ``-``. Paths are relative to the recipe's folder.
+The names are those of the command line's options, with ``_`` for ``-``; some of mergekit's are understood
+(`fxzip.mergekit`). Paths are relative to the recipe's folder.
 A recipe is read as plain YAML: no classes, no deep nesting, no anchors and aliases (a few lines can be gigabytes).
 """
 
@@ -23,9 +24,10 @@ import yaml
 
 from fxzip.errors import OptionError
 from fxzip.folders import read_regular
+from fxzip.mergekit import translated
 
 NAME = "recipe.yaml"
-PATHS = frozenset({"checkpoints", "data", "json_path", "out"})
+PATHS = frozenset({"checkpoints", "data", "json_path", "out", "plot", "report"})
 """The options that are paths, or may be."""
 
 _EXPONENT = re.compile(r"[-+]?\d+e[-+]?\d+", re.IGNORECASE)
@@ -108,6 +110,10 @@ def read_recipe(path: Path, known: Collection[str] | None = None) -> dict[str, A
         raise OptionError(f"the recipe {path} is not YAML of plain options: {error}") from error
     if not isinstance(found, dict):
         raise OptionError(f"the recipe {path} holds no options: write lines like 'cut: layer3'")
+    try:
+        found = translated(found)
+    except OptionError as error:
+        raise OptionError(f"the recipe {path}: {error}") from error
     for name in found:
         if known is not None and name not in known:
             near = difflib.get_close_matches(str(name), sorted(known), n=3) or sorted(known)

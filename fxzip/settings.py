@@ -122,12 +122,14 @@ class RefitOptions:
     least_images: int = _field(64, "least number of images for each layer, whatever memory they take", low=1)
     seed: int = _field(0, "seed for the random choice of positions", low=0)
     biases: bool = True
+    keep_norms: bool = False
 
     def __post_init__(self) -> None:
         for name, setting in refit_settings().items():
             object.__setattr__(self, name, setting.check(name, getattr(self, name)))
-        if not isinstance(self.biases, bool):
-            raise OptionError(f"biases={self.biases!r}: it must be True or False")
+        for name in ("biases", "keep_norms"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r}: it must be True or False")
 
 
 EFFORTS: Mapping[str, Mapping[str, Any]] = {

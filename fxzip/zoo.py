@@ -7,7 +7,6 @@ transform = fxzip.zoo.transform(config)  # from a PIL image to the tensor that t
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 
 from fxzip.checkpoints import State, load_state, read_checkpoint
 from fxzip.errors import CheckpointError, OptionError
+from fxzip.model_names import LIBRARIES, unknown_model
 
-LIBRARIES = ("timm", "torchvision")
 SOURCES = ("local-dir", "hf-hub")
 _PROBED = (2, 3)  # class counts; where the shapes of two models differ is the classifier
 
@@ -118,17 +117,9 @@ def _source(name: str) -> str | None:
 
 def _check_name(name: str) -> None:
     """Raise unless a library has a model of that name."""
-    source, _, rest = name.rpartition(":")
-    if source in LIBRARIES:
-        known = _models(source)
-        # A tag of pretrained weights ("resnet50.a1_in1k") chooses the data config.
-        if rest in known or (source == "timm" and rest.partition(".")[0] in known):
-            return
-        near = [f"{source}:{found}" for found in difflib.get_close_matches(rest, known, n=4)]
-    else:
-        near = [f"{library}:{rest}" for library in LIBRARIES if rest in _models(library)]
-    hint = f"did you mean {', '.join(near)}?" if near else "give timm:NAME, torchvision:NAME, local-dir: or hf-hub:"
-    raise OptionError(f"there is no model {name!r}; {hint}")
+    wrong = unknown_model(name, _models)
+    if wrong is not None:
+        raise OptionError(wrong)
 
 
 def _models(library: str) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Join: one head that answers for all, where networks have the same classes.
+"""Join: one head that answers for all, where networks have the same classes, or whose classes make one list.
 
 Heads that are one linear layer each become one: the mean of their weights gives the mean of their outputs, and as least
 squares are linear in what is fitted to, it is the layer that a refit to the mean of the parents' outputs would give.
@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from fxzip.errors import OptionError
 from fxzip.graphs import attribute, linear_of
-from fxzip.joint import PRODUCT, Joint, class_axis
+from fxzip.joint import CONCAT, MEAN, PRODUCT, Joint, class_axis
 from fxzip.passes.refit.slots import fill, slot
 
 
-def check_joinable(names: Sequence[str], models: Sequence[fx.GraphModule]) -> None:
-    """Raise unless all models give one tensor of the same shape.
+def check_joinable(names: Sequence[str], models: Sequence[fx.GraphModule], joint: Joint) -> None:
+    """Raise unless all models give one tensor, of the same shape but for the classes that are put in one list.
 
     Raises:
         OptionError: They do not; both shapes are named.
@@ -32,22 +32,31 @@ def check_joinable(names: Sequence[str], models: Sequence[fx.GraphModule]) -> No
     for name, shape in zip(names, shapes, strict=True):
         if shape is None:
             raise OptionError(f"one answer from all wants models that give one tensor; {name} gives several, or none")
-        if shape != shapes[0]:
+        if _compared(shape, joint) != _compared(shapes[0], joint):
             raise OptionError(
                 f"one answer from all wants outputs of one shape; {names[0]} gives {_shown(shapes[0])}, {name} gives "
                 f"{_shown(shape)}: leave out heads= for a head each"
             )
 
 
+def _compared(shape: tuple[str, ...] | None, joint: Joint) -> object:
+    """What must agree of the shape of an output, (classes,), (tokens, classes) or (classes, height, width)."""
+    if joint.how != CONCAT or not shape:
+        return shape
+    axis = class_axis(len(shape) + 1)
+    axis = axis - 1 if axis > 0 else len(shape) + axis
+    return (*shape[:axis], "", *shape[axis + 1 :])
+
+
 def join(heads: Sequence[fx.GraphModule], joint: Joint) -> fx.GraphModule:
     """One head from all.
 
     Args:
-        heads: Take the same tensors, and give one of the same shape each; they stay as they are.
+        heads: Take the same tensors, and give one each; they stay as they are.
         joint: How their outputs become one.
     """
     layers = [_only_layer(head) for head in heads]
-    if joint.how != PRODUCT and all(layer is not None for layer in layers):
+    if joint.how == MEAN and all(layer is not None for layer in layers):
         return _one_layer(heads, [layer for layer in layers if layer is not None], joint)
     return _side_by_side(heads, joint)
 
@@ -107,6 +116,9 @@ def _side_by_side(heads: Sequence[fx.GraphModule], joint: Joint) -> fx.GraphModu
     if joint.how == PRODUCT:
         axis = class_axis(outputs[0].meta["val"].dim())
         outputs = [_call(graph, F.log_softmax, output, axis) for output in outputs]
+    if joint.how == CONCAT:
+        graph.output(graph.call_function(torch.cat, (outputs, class_axis(outputs[0].meta["val"].dim()))))
+        return copy.deepcopy(fx.GraphModule(root, graph, class_name="Head")).eval()
     scaled = [_call(graph, operator.mul, o, share) for o, share in zip(outputs, joint.shares, strict=True)]
     total = scaled[0]
     for other in scaled[1:]:

@@ -117,6 +117,23 @@ def test_own_architecture(ran: dict[str, Any]) -> None:
     assert ran["own"].report.refitted == 3  # the stem, and the layer of each head
 
 
+@pytest.mark.example("fine_tunes")
+def test_fine_tunes(ran: dict[str, Any]) -> None:
+    assert any("average" in tried for tried in ran["zipped"].report.tried)
+    assert all(after > before - 5 for before, after in ran["kept"].values())
+    assert ran["one"] > min(ran["alone"]) - 3
+    assert ran["fused"].names == ("joint",)
+
+
+@pytest.mark.example("several_detectors")
+def test_several_detectors(ran: dict[str, Any], here: Path) -> None:
+    assert ran["shared"]
+    assert ran["same"]
+    assert sorted(ran["found"][0]) == ["boxes", "labels", "scores"]
+    assert ran["merged"].zipped.report.flops_after < 0.7 * ran["merged"].zipped.report.flops_before
+    assert (here / "backbone" / "fxzip.json").exists()
+
+
 @pytest.mark.example("export_and_serve")
 def test_export_and_serve(ran: dict[str, Any]) -> None:
     assert ran["same"]
@@ -124,6 +141,9 @@ def test_export_and_serve(ran: dict[str, Any]) -> None:
     assert ran["low"].shape == (7, 5)
     assert [tuple(x.shape) for x in ran["outputs"]] == [(3, 5), (3, 5)]
     assert (ran["folder"] / "low.onnx").exists()
+    for name in ("dynamic", "static"):
+        assert ran["kept"][name]["kB"] < ran["kept"]["merged"]["kB"] / 3
+        assert all(ran["kept"][name][task] > ran["kept"]["merged"][task] - 3 for task in ("low", "high"))
 
 
 @pytest.mark.example("report_and_drawing")

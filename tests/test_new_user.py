@@ -139,7 +139,7 @@ def test_readme_from_the_wheel_to_onnxruntime(home: Path) -> None:
     run(home, "python", "-c", MAKE, str(IMAGES_OF_A_CLASS))
     # Its classes are called otherwise than those of the README.
     told = {line.split()[1]: run(home, "bash", "-ec", line.replace("beagle", "class0")) for line in readme_commands()}
-    assert list(told) == ["inspect", "zip", "eval", "predict", "export", "draw"]
+    assert list(told) == ["inspect", "zip", "eval", "predict", "export", "draw", "report"]
     assert "valid cuts" in told["inspect"]
 
     label, score = run(home, "python", "-c", SERVE).split()

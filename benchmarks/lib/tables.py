@@ -154,7 +154,7 @@ def source(path: Path) -> str:
         facts += [found["setting"]] if "setting" in found else []
         facts += [f"{name} {version}" for name, version in found.get("versions", {}).items()]
         facts += [f"{found['threads']} thread{'s' if found['threads'] != 1 else ''}"] if "threads" in found else []
-    return ", ".join(facts)
+    return f"From {', '.join(facts)}."
 
 
 def fill(text: str, *, sources: bool = False) -> str:

@@ -36,13 +36,14 @@ models[0].load_state_dict(own["low"].state_dict())
 # %% [markdown]
 # A layer without a bias, and without a norm behind it, may get a bias by the fit, for which your class has no place;
 # that is an error that names the layer. `refit=fxzip.RefitOptions(biases=False)` fits without. What cannot go back:
-# weights that your class computes from others (weight standardisation), a `start`, and cuts behind which channels are
-# gathered.
+# weights that your class standardises, after a refit (weight normalisation can); a `start`, and cuts behind which
+# channels are gathered. `layout="deltas"` writes the trunk's tensors once, and those of the heads for each task.
 #
 # ## Train it further
 #
 # What your networks trained, the merged one does, too: biases that came from BatchNorms as well. Norms are folded, so a
-# small learning rate does.
+# small learning rate does. With `refit=fxzip.RefitOptions(keep_norms=True)` BatchNorms stay where they were: the same
+# in eval mode, and in train mode they normalise by the batch and learn, as when your networks were trained.
 
 # %%
 pixels, labels = digits().train.tensors
@@ -92,6 +93,16 @@ best = zipped.predict(image[0], top=1)
 print({task: (found[0].label, round(found[0].score, 3)) for task, found in best.items()})
 
 # %% [markdown]
+# ## The hub
+#
+# A merged network is pushed to the Hugging Face hub with a card: what it was merged from, licences, how faithful it is.
+# Whoever loads it reads two files, as from a folder; nothing that lies there can run code.
+#
+# ```python
+# zipped.push_to_hub("me/digits", licence="mit", base_models=["me/low", "me/high"], datasets=["sklearn/digits"])
+# zipped = fxzip.load("me/digits", revision="main")
+# ```
+#
 # On the command line:
 #
 # ```console

@@ -61,6 +61,45 @@ program = torch.export.load(folder / "merged.pt2").module()
 outputs = program(images[:3])
 
 # %% [markdown]
+# ## Eight bits
+#
+# An exported file can be quantised, by onnxruntime for instance: weights alone (dynamic), or activations too, whose
+# ranges are taken from some images (static). Both keep what the network answers here, in less than a third of the size.
+
+# %%
+import logging
+
+from digits import digits
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+
+logging.getLogger().setLevel(logging.ERROR)  # it asks for a step that this network does not need
+
+
+class Calibration(CalibrationDataReader):
+    def __init__(self) -> None:
+        self.batches = iter(digits().train.tensors[0][:256].split(32))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {"x": batch.numpy()}
+
+
+quantize_dynamic(folder / "merged.onnx", folder / "dynamic.onnx", weight_type=QuantType.QUInt8)
+quantize_static(folder / "merged.onnx", folder / "static.onnx", Calibration(), per_channel=True)
+
+kept = {}
+pixels, labels = digits().test.tensors
+for name in ("merged", "dynamic", "static"):
+    served = onnxruntime.InferenceSession(folder / f"{name}.onnx")
+    outputs_of = dict(zip(HALVES, served.run(list(HALVES), {"x": pixels.numpy()}), strict=True))
+    kept[name] = {"kB": (folder / f"{name}.onnx").stat().st_size // 1000}
+    for task, classes in HALVES.items():
+        mine = np.isin(labels, classes)
+        right = outputs_of[task][mine].argmax(1) + classes[0] == labels[mine].numpy()
+        kept[name][task] = round(100 * float(right.mean()), 1)
+    print(name, kept[name])
+
+# %% [markdown]
 # On the command line:
 #
 # ```console

@@ -38,7 +38,7 @@ print(sweep)
 # %% [markdown]
 # ## Choose
 #
-# ![Scores over operations](../pictures/sweep.svg)
+# ![Scores over operations](../pictures/sweep.svg){ width="100%" }
 #
 # The best row within a budget, in multiples of one network's FLOPs:
 

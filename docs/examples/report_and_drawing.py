@@ -20,7 +20,7 @@ page = zipped.report.to_html("merged.html")
 # result lies in. Below, how well the matched channels of both networks correlate, by depth, and where the operations
 # are. It needs matplotlib: `pip install 'fxzip[report]'`.
 #
-# ![Matched correlation by depth](../pictures/correlation.svg)
+# ![Matched correlation by depth](../pictures/correlation.svg){ width="100%" }
 #
 # ## The drawing
 
@@ -30,8 +30,8 @@ picture = zipped.draw("merged.svg")
 # %% [markdown]
 # ![The merged network](../pictures/merged.svg)
 #
-# Graphviz draws it, as `.svg`, `.png` or `.pdf`. Where it is not installed, or for a name in `.mmd`, Mermaid text is
-# written, which GitHub and most editors show as a picture.
+# Graphviz draws it, as `.svg`, `.png` or `.pdf`; where it is not installed, fxzip draws the `.svg` itself. For a name
+# in `.mmd` Mermaid text is written, which GitHub and most editors show as a picture.
 
 # %%
 text = zipped.draw("merged.mmd").read_text()

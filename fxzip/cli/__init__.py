@@ -1,4 +1,4 @@
-"""The command line: ``zip``, ``shrink``, ``inspect``, ``eval``, ``predict``, ``export``, ``draw``, ``demo``."""
+"""The command line: `zip`, `shrink`, `sweep`, `inspect`, `eval`, `predict`, `export`, `draw`, `report`, `demo`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from fxzip.cli import demo, evaluate, inspection, merge, predict, serve, shrink
+from fxzip.cli import demo, evaluate, inspection, merge, predict, serve, shrink, sweep
 from fxzip.cli.errors import Group
 
-app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _show_version(wanted: bool) -> None:
@@ -31,9 +31,11 @@ def _options(
 
 app.command("zip")(merge.zip_models)
 app.command("shrink")(shrink.shrink_model)
+app.command("sweep")(sweep.sweep_models)
 app.command("inspect")(inspection.inspect_model)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("export")(serve.export)
 app.command("draw")(serve.draw)
+app.command("report")(serve.report)
 app.command("demo")(demo.demo)

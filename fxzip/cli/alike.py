@@ -80,15 +80,21 @@ def read_labels(given: Sequence[str] | None) -> dict[str, list[str]]:
     return found
 
 
-def labels_of_folders(zipped: Any, data: Path) -> dict[str, tuple[str, ...]]:
+def labels_of_folders(zipped: Any, data: Path, tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The names of the folders of each task's images, where there are as many as its head has outputs.
 
     ImageFolder numbers classes so: by the alphabetical order of their folders.
+
+    Args:
+        zipped: The merged network.
+        data: The images.
+        tasks: What was merged; one head may have the classes of all (`fxzip.joint`).
     """
     import torch
 
     from fxzip.data.groups import find_images
     from fxzip.errors import CalibrationError
+    from fxzip.joint import NAME
 
     if not data.is_dir() or zipped.example is None:
         return {}
@@ -99,6 +105,8 @@ def labels_of_folders(zipped: Any, data: Path) -> dict[str, tuple[str, ...]]:
     with torch.no_grad():
         outputs = dict(zip(zipped.names, zipped(*zipped.example[0], **zipped.example[1]), strict=True))
     found = {name: groups[name].classes for name in zipped.names if name in groups}
+    if zipped.names == (NAME,) and all(task in groups and groups[task].classes for task in tasks):
+        found = {NAME: tuple(label for task in tasks for label in groups[task].classes or ())}
     return {
         name: classes
         for name, classes in found.items()

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from fxzip.errors import DroppedInputWarning, FewImagesWarning, FrozenSpaceWarning, FxzipError
+from fxzip.errors import DroppedInputWarning, FewImagesWarning, FrozenSpaceWarning, FxzipError, PixelWarning
 from fxzip.stopping import SAID, STOPPED
 
 
@@ -37,7 +37,7 @@ class Group(TyperGroup):
         with _reported(ctx), warnings.catch_warnings():
             if not ctx.params.get("debug"):
                 warnings.simplefilter("ignore")  # other libraries' talk
-            for kind in (FrozenSpaceWarning, FewImagesWarning, DroppedInputWarning):
+            for kind in (FrozenSpaceWarning, FewImagesWarning, DroppedInputWarning, PixelWarning):
                 warnings.simplefilter("always", kind)
             warnings.showwarning = _show_warning
             with _debugged(ctx):

@@ -54,7 +54,7 @@ def evaluate(
     from fxzip.data.groups import find_images
 
     place = shared.device_named(device)
-    zipped = fxzip.load(folder, device=place)
+    zipped = fxzip.load(str(folder), device=place)
     for name in task or ():
         zipped.head(name)
     tasks = tuple(task or zipped.names)

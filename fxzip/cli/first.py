@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fxzip.errors import CalibrationError, CheckpointError, FileFormatError, OptionError, SaveError
 from fxzip.folders import PLAN, scratch_folder
+from fxzip.model_names import LIBRARIES, unknown_model, written_models
 from fxzip.settings import AUTO, MATCHING
 
 REMOTE, LOCAL = "hf-hub:", "local-dir:"
-LIBRARIES = ("timm", "torchvision")
 
 
 def check_network(folder: Path) -> None:
-    """Raise unless a folder may be a merged network.
+    """Raise unless a folder may be a merged network; one on the hub is only known when it is loaded.
 
     Raises:
         FileFormatError: It has no plan.
     """
-    if not (folder / PLAN).is_file():
-        raise FileFormatError(f"there is no {folder / PLAN}: give a folder that fxzip zip made")
+    if not str(folder).startswith(REMOTE) and not (folder / PLAN).is_file():
+        raise FileFormatError(f"there is no {folder / PLAN}: give a folder that fxzip zip made, or hf-hub:OWNER/NAME")
 
 
 def check_data(path: Path) -> None:
@@ -62,6 +63,9 @@ def check_checkpoints(paths: Sequence[str], model: str | None, least: int = 2) -
     source, colon, _ = (model or "timm:").partition(":")
     if not colon or source.replace("_", "-").lower() not in (*LIBRARIES, REMOTE[:-1], LOCAL[:-1]):
         raise OptionError(f"--model {model}: give timm:NAME, torchvision:NAME, local-dir:FOLDER or hf-hub:REPO")
+    wrong = unknown_model(model, written_models) if model is not None and source in LIBRARIES else None
+    if wrong is not None and written_models(source):
+        raise OptionError(wrong)
 
 
 def check_matching(method: str, given: Mapping[str, Any]) -> None:
@@ -116,3 +120,25 @@ def check_suffix(path: Path, suffixes: Sequence[str], what: str) -> None:
         raise OptionError(f"{path.name}: {what} ends in {', '.join(suffixes)}")
     if path.is_dir():
         raise OptionError(f"{path} is a folder: give a file")
+
+
+def check_page(path: Path) -> None:
+    """Raise unless a report's page can be written there.
+
+    Raises:
+        OptionError: Its name has another ending, or matplotlib is not installed.
+        SaveError: Nothing can be written there.
+    """
+    check_suffix(path, (".html",), "a report")
+    check_writable(path.absolute().parent)
+    check_matplotlib(path.name)
+
+
+def check_matplotlib(what: str) -> None:
+    """Raise unless charts can be drawn.
+
+    Raises:
+        OptionError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OptionError(f"{what}: charts need matplotlib: pip install 'fxzip[report]'")

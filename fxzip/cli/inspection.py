@@ -46,7 +46,7 @@ def _saved(folder: Path) -> tuple[str, Any]:
     import fxzip
     from fxzip.plan import write_record
 
-    report = fxzip.load(folder).report
+    report = fxzip.load(str(folder)).report
     return str(report), write_record(report)
 
 

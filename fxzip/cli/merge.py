@@ -44,7 +44,7 @@ def zip_models(
     effort: p.Effort = "default",
     ridge: p.Ridge = None,
     rounds: p.Rounds = None,
-    images: p.Images = None,
+    keep_norms: p.KeepNorms = False,
     limit: p.Limit = None,
     seed: p.Seed = 0,
     batch_size: p.BatchSize = 32,
@@ -89,11 +89,39 @@ class Merge:
         self.model_args = shared.pairs(given["model_args"], "--model-arg")
         self.cut, self.start = (shared.share_or_name(given[key]) for key in ("cut", "start"))
         self.width = shared.width(given["width"])
-        own = {key: given[key] for key in shared.OF_REFIT if given[key] is not None}
+        self.hold_back = bool(given["hold_back"] and given["refit"])  # the paper's rule takes all images
+        settings = {**{key: given[key] for key in (*shared.OF_REFIT, "keep_norms")}, "images": given["limit"]}
+        own = {key: value for key, value in settings.items() if value is not None}
         self.refit = RefitOptions(**{**EFFORTS[given["effort"]], **own})
 
     def run(self) -> None:
         """Check, load, merge, save."""
+        prepared, loader, config = self.observed()
+        given = self.given
+        zipped = prepared.convert(
+            cut=self.cut,
+            start=self.start,
+            width=self.width,
+            budget=given["budget"],
+            heads=given["heads"],
+            method=self.method,
+            refit=self.fitting,
+            verify=given["verify"],
+            progress=not self.quiet,
+            **self.options,
+        )
+        for broken in prepared.processes.everywhere("broken images", loader.broken):
+            loader.broken |= broken
+        if shared.leads():
+            self._finish(zipped, config, loader.skipped())
+        prepared.journal.close()
+
+    def observed(self) -> tuple[Any, Any, dict[str, Any]]:
+        """Check, load, analyse, and run the models over the images.
+
+        Returns:
+            The models, prepared and observed; the images' loader; how images are prepared.
+        """
         self._check_first()
         with shared.spinner("starting PyTorch", self.quiet):
             from fxzip.checks import task_names
@@ -119,27 +147,10 @@ class Merge:
             prepared.journal = journal
             prepared.place(self.cut, self.start, self.width, given["budget"])
             prepared.check_heads(given["heads"])
-            refit = bounded(prepared, self.memory, self.refit if given["refit"] else None) or False
-        hold_back = given["hold_back"] and given["refit"]
+            self.fitting = bounded(prepared, self.memory, self.refit if given["refit"] else None) or False
         some = {key: given[key] for key in ("points", "stats_device")}
-        prepared.observe(loader, hold_back=hold_back, progress=not self.quiet, **some)
-        zipped = prepared.convert(
-            cut=self.cut,
-            start=self.start,
-            width=self.width,
-            budget=given["budget"],
-            heads=given["heads"],
-            method=self.method,
-            refit=refit,
-            verify=given["verify"],
-            progress=not self.quiet,
-            **self.options,
-        )
-        for broken in prepared.processes.everywhere("broken images", loader.broken):
-            loader.broken |= broken
-        if shared.leads():
-            self._finish(zipped, config, loader.skipped())
-        journal.close()
+        prepared.observe(loader, hold_back=self.hold_back, progress=not self.quiet, **some)
+        return prepared, loader, config
 
     def _finish(self, zipped: Any, config: dict[str, Any], skipped: str | None) -> None:
         """Save, and say what was done."""
@@ -168,24 +179,32 @@ class Merge:
 
     def _inform(self, zipped: Any, config: dict[str, Any]) -> None:
         """Let what is known of images and classes travel with the network."""
-        from fxzip.information import Information, Preparation
+        from dataclasses import replace
 
-        labels = {**labels_of_folders(zipped, self.given["data"]), **zipped.labels}
-        zipped.information = Information(Preparation.of(config), labels, tuple(self.folded))
+        from fxzip.information import Preparation
+
+        labels = {**labels_of_folders(zipped, self.given["data"], self.names), **zipped.labels}
+        zipped.information = replace(
+            zipped.information, preparation=Preparation.of(config), labels=labels, folded=tuple(self.folded)
+        )
 
     def _check_first(self) -> None:
         """Raise what can be known without PyTorch."""
         given = self.given
-        first.check_output(given["out"], overwrite=given["overwrite"])
+        self._check_places()
         first.check_checkpoints(self.checkpoints, given["model"], self.least)
         first.check_data(given["data"])
         first.check_matching(self.method, self.options)
         if given["names"] and len(given["names"]) != len(self.checkpoints):
             raise OptionError(f"names={given['names']}: give one name for each of the {len(self.checkpoints)} models")
         self.labels = read_labels(given["labels"])
+
+    def _check_places(self) -> None:
+        """Raise unless what is asked for can be written."""
+        given = self.given
+        first.check_output(given["out"], overwrite=given["overwrite"])
         if given["report"] is not None:
-            first.check_suffix(given["report"], (".html",), "a report")
-            first.check_writable(given["report"].absolute().parent)
+            first.check_page(given["report"])
 
     def _check(self) -> tuple[str, ...] | None:
         """Raise what can be known before the work; returns the tasks' names."""

@@ -15,11 +15,11 @@ import typer
 import yaml
 
 from fxzip.errors import OptionError
-from fxzip.folders import write_file
-from fxzip.recipe import as_number, read_recipe
+from fxzip.folders import read_regular, write_file
+from fxzip.recipe import MOST_BYTES, as_number, read_recipe
 from fxzip.settings import MATCHING, refit_settings
 
-OF_REFIT = ("ridge", "rounds", "images")
+OF_REFIT = ("ridge", "rounds")
 """The settings of refit that are options of a command."""
 DECLARED = {name: refit_settings()[name] for name in OF_REFIT} | dict(MATCHING["zip"])
 """The options of commands that are settings of refit or of the method zip."""
@@ -124,6 +124,18 @@ def set_debug(ctx: typer.Context, wanted: bool) -> bool:
 def write_json(path: Path, values: Any) -> None:
     """Write plain values as JSON."""
     write_file(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Plain values from a file of JSON.
+
+    Raises:
+        OptionError: It cannot be read.
+    """
+    try:
+        return json.loads(read_regular(path, MOST_BYTES))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{path} cannot be read: {error}") from error
 
 
 @contextmanager

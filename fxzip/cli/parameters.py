@@ -38,7 +38,10 @@ Checkpoint = Annotated[
         metavar="CHECKPOINT", help="One checkpoint: a .safetensors or .pth file, local-dir:FOLDER or hf-hub:REPO."
     ),
 ]
-Network = Annotated[Path, typer.Argument(metavar="FOLDER", help="A merged network that fxzip saved.")]
+Network = Annotated[
+    Path,
+    typer.Argument(metavar="FOLDER", help="A merged network that fxzip saved; or hf-hub:OWNER/NAME, from the hub."),
+]
 Data = Annotated[
     Path,
     typer.Option(
@@ -123,7 +126,7 @@ Heads = Annotated[
     str,
     _merging(
         help="A head for 'each' task; or one answer from all, for networks of the same classes: the 'mean' of their "
-        "outputs, or the 'product' of their probabilities.",
+        "outputs, or the 'product' of their probabilities; or 'concat': all classes in one list.",
     ),
 ]
 Method = Annotated[
@@ -152,12 +155,25 @@ Effort = Annotated[
 ]
 Ridge = Annotated[float | None, _merging(help=f"For refit: {read.DECLARED['ridge']}.")]
 Rounds = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['rounds']}.")]
-Images = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['images']}.")]
+
+KeepNorms = Annotated[
+    bool,
+    _merging(
+        "--keep-norms", help="Leave BatchNorms in the network, so that they train; default: fold them into layers."
+    ),
+]
 
 # ---- images
 
 Limit = Annotated[
-    int | None, _images(min=1, help="Largest number of images to use, spread evenly over the tasks; default: all.")
+    int | None,
+    _images(
+        "--images",
+        "--limit",
+        min=1,
+        metavar="NUMBER",
+        help="Most images to use, spread evenly over the tasks; default: all.",
+    ),
 ]
 Seed = Annotated[int, _images(min=0, help="Seed for the choice and the order of images.")]
 BatchSize = Annotated[int, _images(min=1, help="Number of images in a batch.")]

@@ -35,7 +35,7 @@ def predict(
         first.check_writable(json_path.absolute().parent)
     import fxzip
 
-    zipped = fxzip.load(folder, device=shared.device_named(device))
+    zipped = fxzip.load(str(folder), device=shared.device_named(device))
     rows = []
     for path in images:
         for name, found in zipped.predict(path, task=task, top=top).items():

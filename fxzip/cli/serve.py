@@ -1,4 +1,4 @@
-"""``fxzip export`` and ``fxzip draw``: a merged network for others."""
+"""``fxzip export``, ``fxzip draw`` and ``fxzip report``: a merged network for others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def export(
     first.check_writable(path.absolute().parent)
     import fxzip
 
-    zipped = fxzip.load(folder)
+    zipped = fxzip.load(str(folder))
     with shared.spinner(f"exporting and checking {path.name}", quiet):
         done = zipped.export(path, task=task, opset=opset)
     typer.echo(str(done))
@@ -44,7 +44,10 @@ def draw(
     quiet: p.Quiet = False,
     debug: p.Debug = False,
 ) -> None:
-    """Draw a merged network: trunk, heads, and what is shared. Pictures need Graphviz; Mermaid text needs nothing."""
+    """Draw a merged network: trunk, heads, and what is shared.
+
+    An .svg is drawn by Graphviz where it is installed; .png, .pdf and .dot need it; Mermaid text needs nothing.
+    """
     from fxzip.views.drawable import PICTURES, TEXTS, lacking
 
     first.check_network(folder)
@@ -55,6 +58,28 @@ def draw(
         raise OptionError(f"{path.name} cannot be drawn: {why}; {path.with_suffix('.mmd').name} is Mermaid text")
     import fxzip
 
-    fxzip.load(folder).draw(path)
+    fxzip.load(str(folder)).draw(path)
+    if not quiet:
+        typer.echo(str(path))
+
+
+def report(
+    folder: p.Network,
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="The page, a file that ends in .html.")],
+    sweep: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What fxzip sweep --json wrote: its curve is shown, too.")
+    ] = None,
+    quiet: p.Quiet = False,
+    debug: p.Debug = False,
+) -> None:
+    """Write a merged network's report as one HTML page: what was merged, how well, and what it costs."""
+    first.check_network(folder)
+    first.check_page(path)
+    curve = None if sweep is None else shared.read_json(sweep)
+    import fxzip
+    from fxzip.plan import read_record
+
+    found = fxzip.load(str(folder)).report
+    found.to_html(path, sweep=None if curve is None else read_record(fxzip.Sweep, curve))
     if not quiet:
         typer.echo(str(path))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import typer
 
 from fxzip.cli import parameters as p
-from fxzip.cli.merge import Merge, zip_models
+from fxzip.cli.derived import like_zip
+from fxzip.cli.merge import Merge
 from fxzip.errors import OptionError
 from fxzip.settings import EACH
 
@@ -21,18 +21,14 @@ def shrink_model(ctx: typer.Context, **_given: Any) -> None:
     _Shrink({param.name: ctx.params[param.name] for param in ctx.command.params if param.name in ctx.params}).run()
 
 
-def _like_zip(command: Any) -> None:
-    """Give a command the options of ``fxzip zip``, but for those that make sense of several networks only."""
-    own = dict(inspect.signature(zip_models, eval_str=True).parameters)
-    for name in ("start", "heads"):
-        del own[name]
-    own["checkpoints"] = own["checkpoints"].replace(annotation=p.Checkpoint)
-    own["method"] = own["method"].replace(default="select")
-    command.__signature__ = inspect.Signature(list(own.values()))
-    command.__annotations__ = {name: parameter.annotation for name, parameter in own.items()}
-
-
-_like_zip(shrink_model)
+like_zip(
+    shrink_model,
+    without=("start", "heads"),
+    other={
+        "checkpoints": lambda own: own.replace(annotation=p.Checkpoint),
+        "method": lambda own: own.replace(default="select"),
+    },
+)
 
 
 class _Shrink(Merge):

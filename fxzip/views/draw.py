@@ -1,4 +1,4 @@
-"""Draw: a merged network as a picture of its modules, by Graphviz, or as Mermaid text."""
+"""Draw: a merged network as a picture of its modules, by Graphviz or without it, or as Mermaid text."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 from fxzip.errors import OptionError, SaveError
 from fxzip.folders import write_file
 from fxzip.report import Report
-from fxzip.views.drawable import PICTURES, TEXTS, lacking
+from fxzip.views.drawable import PICTURES, TEXTS, graphviz_lacks, lacking
 from fxzip.views.outline import Block, blocks
 from fxzip.views.style import INK, PLAIN, Colour, colour_of, colours, flops_text, matched, merged_as, shape_text
+from fxzip.views.svg import FONT, svg
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from fxzip.merged import ZippedModel
-
-FONT = "Helvetica,Arial,sans-serif"
 
 
 def draw(zipped: ZippedModel | Report, path: str | PathLike[str]) -> Path:
@@ -29,11 +28,11 @@ def draw(zipped: ZippedModel | Report, path: str | PathLike[str]) -> Path:
 
     Args:
         zipped: The network, or its report.
-        path: The suffix says what is written: ``.svg``, ``.png`` or ``.pdf`` by Graphviz; ``.dot`` its source;
-            ``.mmd`` Mermaid text, which GitHub and most editors show as a picture.
+        path: The suffix says what is written: ``.svg``, by Graphviz where it is installed; ``.png`` or ``.pdf`` by
+            Graphviz; ``.dot`` its source; ``.mmd`` Mermaid text, which GitHub and most editors show as a picture.
 
     Returns:
-        The file. Without Graphviz or pydot a picture becomes Mermaid text beside it, with a warning.
+        The file. Without Graphviz or pydot a ``.png`` or ``.pdf`` becomes Mermaid text beside it, with a warning.
 
     Raises:
         OptionError: The suffix is another, or the network was saved by an fxzip that wrote no outline.
@@ -53,6 +52,8 @@ def draw(zipped: ZippedModel | Report, path: str | PathLike[str]) -> Path:
         kind = ".mmd"
     if kind in (".mmd", ".mermaid"):
         return write_file(target, mermaid(report).encode())
+    if kind == ".svg" and graphviz_lacks() is not None:
+        return write_file(target, _svg(report).encode())
     if lack is not None:
         raise OptionError(f"{target} cannot be drawn: {lack}; a name in .mmd gives Mermaid text")
     graph = _graphviz(report)
@@ -107,6 +108,13 @@ def mermaid(report: Report) -> str:
 def _escaped(text: str) -> str:
     """Text for a Mermaid label in quotes: what has a meaning there goes as an entity."""
     return "".join(c if c.isalnum() or c in " .,:·×%_-+/()" else f"#{ord(c)};" for c in text)
+
+
+def _svg(report: Report) -> str:
+    """The picture, without Graphviz."""
+    found = blocks(report.layers)
+    shades = colours(report, found)
+    return svg(found, _parts(report, found), lambda block: label(report, block), lambda block: colour_of(block, shades))
 
 
 # ---- Graphviz

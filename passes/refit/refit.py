@@ -34,6 +34,7 @@ from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.refit.fit import Fit
 from fxzip.passes.refit.fitting import Fitter
 from fxzip.passes.refit.goals import Target
+from fxzip.passes.refit.kept import Placed, find_norms, put_back, settle
 from fxzip.passes.refit.lockstep import LockStep, Step, Stream
 from fxzip.passes.refit.norms import Norm, find_norm
 from fxzip.passes.refit.pairs import Pair, find_pairs
@@ -73,7 +74,7 @@ def refit(
     progress = progress if images.processes.leads else False
     trunk = _trunk_refitter(parts, plan, images, options)
     trunk.run(progress, "refitting the trunk", Records(journal, "trunk"))
-    solved, few = trunk.solved, trunk.few
+    solved, few, placed = trunk.solved, trunk.few, trunk.placed
     crossing = [plan.name(i) for i in plan.crossing]
     for model, head in enumerate(parts.heads):
         own = [plan.name(i, model) for i in plan.crossing]
@@ -90,6 +91,9 @@ def refit(
         run.run(progress, f"refitting {which}", Records(journal, f"head{model}"))
         solved += run.solved
         few |= run.few
+        placed += run.placed
+    if placed:
+        settle(parts, placed, images)
     if few:
         _warn_of_few(images.count, few)
     return solved
@@ -133,6 +137,7 @@ class _Refitter:
         solved: How many layers were solved for.
         few: The layers with fewer samples than inputs, and how many of both.
         units: What is solved: all, or with ``whole=False`` only what reads no other's result.
+        placed: The BatchNorms that were folded and put back; they do nothing until they are settled.
     """
 
     def __init__(
@@ -150,6 +155,8 @@ class _Refitter:
         self.merged, self.target, self.options = streams[-1].module, target, options
         self.solved = 0
         self.few: dict[str, tuple[int, int]] = {}
+        self.kept = find_norms(self.merged) if options.keep_norms else []
+        self.placed: list[Placed] = []
         self.before, self.unknown = before, unknown
         self.units = [unit for unit in find_units(self.merged, options.biases) if self._has_target(unit.root)]
         if not whole:
@@ -170,6 +177,7 @@ class _Refitter:
         count = sum(step.solve is not None for step in self.lock.steps)
         with counted(count, progress, description) as done:
             self.lock.run(self._wanted, done)
+        self.placed = put_back(self.merged, self.kept)
         for unit in self.units:
             for layer in unit.layers:
                 layer.cut_out(self.merged)

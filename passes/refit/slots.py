@@ -39,6 +39,20 @@ def fill(module: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> Non
         node.update_kwarg(name, source)
 
 
+def empty(module: fx.GraphModule, node: fx.Node, name: str) -> None:
+    """Take a node's parameter of that name away, which it can do without."""
+    if node.op == "call_module":
+        module.get_submodule(str(node.target)).register_parameter(name, None)
+        return
+    call = named_call(module, node)
+    assert call is not None
+    place = call.names.index(name)
+    if place < len(node.args):
+        node.update_arg(place, None)
+    else:
+        node.update_kwarg(name, None)
+
+
 def own_parameter(module: fx.GraphModule, node: fx.Node, name: str, value: Tensor, given: Any) -> fx.Node:
     """A parameter that only this node uses: what it was given, if that was made here, with a new value; or a new one.
 

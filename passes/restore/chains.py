@@ -189,9 +189,15 @@ def _changed(node: fx.Node, merged: fx.Node | None) -> bool:
     if merged is None:
         return True
     if node.op == "call_module" or merged.op == "call_module":
-        return node.op != merged.op
+        return node.op != merged.op and not is_norm(merged)
     names = [{n.name for n in each.all_input_nodes if n.op == "get_attr"} for each in (node, merged)]
     return key_of(node.target) != key_of(merged.target) or names[0] != names[1]
+
+
+def is_norm(merged: fx.Node) -> bool:
+    """Whether a merged node calls a norm that was left in place."""
+    owner = merged.graph.owning_module
+    return merged.op == "call_module" and owner is not None and norm_of(owner, merged) is not None
 
 
 def _bias_of(module: fx.GraphModule, merged: fx.Node, linear: Linear, behind: fx.Node | None) -> Tensor | None:

@@ -1,7 +1,10 @@
-"""Tensors that a model only moves about before it uses them, found again from what they become.
+"""Tensors that a model moves about, or scales, before it uses them, found again from what they become.
 
 A table of position biases that is looked up, a bias that is put together from parts: where every element of the result
 is one element of a parameter, or a constant, running the very operations on the elements' numbers says which.
+
+A weight that is normalised and scaled by a gain for each filter (weight normalisation, weight standardisation) is taken
+as it is merged, with the gains that give it back; whether they do is seen by running the operations.
 """
 
 from __future__ import annotations
@@ -54,3 +57,34 @@ def _numbered(shapes: Mapping[str, torch.Size], start: int) -> dict[str, Tensor]
         found[name] = torch.arange(start, start + shape.numel(), dtype=torch.float64).reshape(shape)
         start += shape.numel()
     return found
+
+
+def scaled_back(run: Run, shapes: Mapping[str, torch.Size], value: Tensor) -> dict[str, Tensor] | None:
+    """A weight and the gains of its filters from which operations make a value; None where they cannot.
+
+    A standardised weight has a mean of 0 in each filter: it gives no others.
+
+    Args:
+        run: The operations, on tensors by name.
+        shapes: Of these tensors.
+        value: What they should give.
+    """
+    weights = [name for name, shape in shapes.items() if shape.numel() == value.numel()]
+    gains = [name for name in shapes if name not in weights]
+    if len(weights) != 1 or len(gains) != 1:
+        return None
+    (weight,), (gain,) = weights, gains
+    wanted = value.double()
+    for axis in (a for a, size in enumerate(value.shape) if size == shapes[gain].numel()):
+        rest = [a for a in range(value.dim()) if a != axis]
+        given = {weight: wanted.reshape(shapes[weight]), gain: torch.ones(shapes[gain], dtype=torch.float64)}
+        try:
+            plain = run(given).double()
+            ratio = (plain * wanted).sum(rest) / plain.square().sum(rest).clamp(min=1e-30)
+            given[gain] = ratio.reshape(shapes[gain])
+            found = run(given).double()
+        except Exception:  # the operations are the user's own, and may refuse other types
+            return None
+        if found.shape == value.shape and float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max()):
+            return {name: tensor.to(value.dtype) for name, tensor in given.items()}
+    return None

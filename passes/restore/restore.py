@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 
 from fxzip.errors import RestoreError
 from fxzip.graphs import attribute, is_static, linear_of, named_call, nodes_by_name, run_call
-from fxzip.passes.restore.chains import Chain, find_chain
-from fxzip.passes.restore.moves import moved_back
+from fxzip.passes.restore.chains import Chain, find_chain, is_norm
+from fxzip.passes.restore.moves import moved_back, scaled_back
 from fxzip.passes.restore.values import Values
 from fxzip.rules import target_of
 
@@ -121,6 +121,8 @@ class _Restorer:
     def _read(self, node: fx.Node, part: str, merged: fx.Node) -> None:
         if node.op == "call_module":
             self._read_module(node, part, merged)
+        elif is_norm(merged):
+            self._read_norm(node, part, merged)
         elif node.op in ("call_function", "call_method"):
             self._read_arguments(node, part, merged)
 
@@ -132,6 +134,14 @@ class _Restorer:
                 self.values.set(f"{node.target}.{key}", (part, f"{merged.target}.{key}"), tensor)
             else:
                 self.values.refuse_unless(float(key == "weight"), tensor, f"refit gave {node.target} a {key}")
+
+    def _read_norm(self, node: fx.Node, part: str, merged: fx.Node) -> None:
+        """A norm that is a module in the merged network and a function in the parent's."""
+        call = named_call(self.parent, node)
+        for key, tensor in _tensors(self.parts[part].get_submodule(str(merged.target))).items():
+            name = None if call is None else call.parameter(key)
+            if name is not None:
+                self.values.set(name, (part, f"{merged.target}.{key}"), tensor)
 
     def _read_arguments(self, node: fx.Node, part: str, merged: fx.Node) -> None:
         module = self.parts[part]
@@ -171,6 +181,9 @@ class _Restorer:
     def _give_moved(self, what: str, run: Any, names: list[str], key: tuple[str, ...], tensor: Tensor) -> None:
         shapes = {name: self._shape(name) for name in names}
         found = moved_back(run, shapes, tensor)
+        scaled = scaled_back(run, shapes, tensor) if found is None else None
+        if scaled is not None:
+            found = scaled, True
         if found is None:
             raise RestoreError(
                 f"{what} is computed from {', '.join(names)}, and which of their values give the merged one fxzip "

@@ -448,6 +448,8 @@ def test_settings_of_refit_that_cannot_be(name: str, value: Any) -> None:
 def test_whether_to_add_biases_is_a_flag(value: Any) -> None:
     with refused(OptionError, "biases=.*: it must be True or False"):
         fxzip.RefitOptions(biases=value)
+    with refused(OptionError, "keep_norms=.*: it must be True or False"):
+        fxzip.RefitOptions(keep_norms=value)
 
 
 def test_settings_of_refit_are_numbers_of_pythons_own() -> None:

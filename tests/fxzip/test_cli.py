@@ -116,6 +116,11 @@ def test_one_answer_from_all(place: Path, tmp_path: Path) -> None:
     again = run("zip", "--recipe", tmp_path / "one" / "recipe.yaml", "--quiet", "--out", tmp_path / "again")
     assert again.exit_code == 0, again.output
     assert fxzip.load(tmp_path / "again").names == ("joint",)
+    both = ["--model", NAME, place / "dogs.safetensors", place / "birds.safetensors", "--data", place / "IMAGES", *SIZE]
+    done = run("zip", *both, "--heads", "concat", "--no-refit", "--quiet", "--out", tmp_path / "all")
+    assert done.exit_code == 0, done.output
+    classes = tuple(f"class{label}" for count in CLASSES.values() for label in range(count))
+    assert fxzip.load(tmp_path / "all").labels == {"joint": classes}
     assert "heads='sum'" in one_line(run("zip", *fixed, "--heads", "sum", "--out", tmp_path / "none"))
 
 
@@ -148,7 +153,7 @@ def test_command_line_comes_before_the_recipe(place: Path, tmp_path: Path) -> No
 
 def test_every_option_of_the_function_is_one_of_the_command() -> None:
     command: Any = typer.main.get_command(cli.app)
-    given = {"models", "model", "loader", "progress", "name", "process_group"}
+    given = {"models", "model", "loader", "progress", "name", "process_group", "part"}
     for function in (fxzip.zip, fxzip.shrink):
         wanted = set(inspect.signature(function).parameters) - given
         assert wanted <= {param.name for param in command.commands[function.__name__].params}
@@ -184,6 +189,97 @@ def test_shrink(place: Path, tmp_path: Path) -> None:
     assert "2 checkpoints given: shrink takes one" in one_line(run(*two))
     wrong = ["shrink", *fixed, "--width", "layer1:0.5", "--out", tmp_path / "none"]
     assert "write a factor like 1.15" in one_line(run(*wrong))
+
+
+def test_sweep_and_report(place: Path, tmp_path: Path) -> None:
+    files = [place / f"{task}.safetensors" for task in CLASSES]
+    fixed = ["--model", NAME, *files, "--data", place / "IMAGES", *SIZE, "--quiet", "--no-refit"]
+    more = ["--cut", "layer3", "--cut", "0.3", "--method", "zip", "--method", "select", "--json", tmp_path / "s.json"]
+    done = run("sweep", *fixed, *more, "--plot", tmp_path / "s.svg")
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["zip", "zip", "select", "select"]
+    assert rows[0]["cut"] == "layer3"
+    assert rows[0]["flops"] < rows[1]["flops"]
+    assert all(set(row["scores"]) == {"agreement", "explained"} for row in rows)
+    assert f"{rows[0]['scores']['explained']:.2f}" in done.stdout
+    assert (tmp_path / "s.svg").read_text().count("<svg") == 1
+
+    models = [load(NAME, path) for path in files]
+    loader = ImageLoader(
+        find_images(place / "IMAGES").values(), transform(data_config(models[0], input_size=(3, 32, 32)))
+    )
+    ready = fxzip.prepare(*models, example_inputs=next(iter(loader))[0], names=tuple(CLASSES))
+    ready.observe(loader, progress=False)
+    ours = ready.sweep(["layer3"], [{"method": "zip", "refit": False}], progress=False)
+    assert rows[0]["scores"] == pytest.approx(ours.rows[0].scores)
+
+    done = run("report", place / "merged", tmp_path / "r.html", "--sweep", tmp_path / "s.json")
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "r.html").read_text()
+    assert "dogs" in page
+    assert page != fxzip.load(place / "merged").report.to_html(tmp_path / "without.html").read_text()
+    (tmp_path / "wrong.json").write_text('{"rows": 3}')
+    wrong = run("report", place / "merged", tmp_path / "r.html", "--sweep", tmp_path / "wrong.json")
+    assert "Sweep.rows cannot be 3" in one_line(wrong)
+
+
+def test_zip_tells_fidelity_and_writes_the_page(place: Path, tmp_path: Path) -> None:
+    files = [place / f"{task}.safetensors" for task in CLASSES]
+    fixed = ["--model", NAME, *files, "--data", place / "IMAGES", *SIZE, "--method", "zip", "--rounds", 0]
+    done = run("zip", *fixed, "--out", tmp_path / "out", "--report", tmp_path / "r.html")
+    assert done.exit_code == 0, done.output
+    fidelity = fxzip.load(tmp_path / "out").report.fidelity
+    assert fidelity is not None
+    assert f"fidelity: {fidelity}" in done.stdout
+    assert "<svg" in (tmp_path / "r.html").read_text()
+
+
+def test_limit_and_images_are_one(place: Path, tmp_path: Path) -> None:
+    for name in ("--limit", "--images"):
+        done = run(*zip_arguments(place, tmp_path / name, "--no-refit", name, "6"))
+        assert done.exit_code == 0, done.output
+    first, second = ((tmp_path / name / "recipe.yaml").read_text() for name in ("--limit", "--images"))
+    assert first == second
+    assert yaml.safe_load(first)["limit"] == 6
+    (tmp_path / "r.yaml").write_text("images: 5\nlimit: 4\n")
+    assert "images and limit mean the same" in one_line(run("zip", "--recipe", tmp_path / "r.yaml"))
+
+
+def test_a_recipe_in_the_words_of_mergekit(place: Path, tmp_path: Path) -> None:
+    files = [str(place / f"{task}.safetensors") for task in CLASSES]
+    own = {
+        "models": [
+            {"model": files[0], "parameters": {"weight": 0.5}},
+            {"model": files[1], "parameters": {"weight": 0.5}},
+        ],
+        "merge_method": "linear",
+        "parameters": {"normalize": True},
+        **{"model": NAME, "data": str(place / "IMAGES"), "input_size": [3, 32, 32], "cut": "layer3"},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(own))
+    done = run("zip", "--recipe", tmp_path / "r.yaml", "--quiet", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    zipped = fxzip.load(tmp_path / "out")
+    assert (zipped.report.method, zipped.report.refitted) == ("average", 0)
+    models = [load(NAME, path) for path in files]
+    mean = (models[0].conv1[0].weight + models[1].conv1[0].weight) / 2
+    merged = zipped.state_dict()["trunk.conv1.0.weight"]
+    scale = (merged.flatten(1) / mean.flatten(1)).mean(1)  # BatchNorm is folded in
+    assert torch.allclose(merged, mean * scale[:, None, None, None], atol=1e-4)
+
+
+def test_completion_and_help() -> None:
+    environment = {
+        **os.environ,
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "true",
+        "_FXZIP_COMPLETE": "complete_bash",
+    }
+    asked = {**environment, "COMP_WORDS": "fxzip s", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv[0] = 'fxzip'; from fxzip.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=asked, check=False)
+    assert done.stdout.split() == ["shrink", "sweep"]
+    assert "--install-completion" in run("--help").stdout
 
 
 def test_eval_counts_what_the_network_gets_right(place: Path, tmp_path: Path) -> None:
@@ -393,7 +489,6 @@ def test_a_real_ctrl_c(place: Path, tmp_path: Path) -> None:
         (["--mean", "0.5"], "images of 3 channels need 3 values"),
         (["--ridge", "-1"], "ridge=-1.0: it must be a number, 0 or more"),
         (["--rounds", "-1"], "a whole number, 0 or more"),
-        (["--images", "0"], "a whole number, 1 or more"),
         (["--data", "/nowhere"], "there is no /nowhere"),
         (["--recipe", "/nowhere.yaml"], "the recipe /nowhere.yaml cannot be read"),
     ],
@@ -453,7 +548,7 @@ def test_the_help_is_that_of_the_settings_and_needs_no_torch() -> None:
     environment = {**os.environ, "COLUMNS": "800"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.startswith("False")
-    shown = [*MATCHING["zip"].values(), *MATCHING["cca"].values(), *(refit_settings()[k] for k in ("ridge", "images"))]
+    shown = [*MATCHING["zip"].values(), *MATCHING["cca"].values(), *(refit_settings()[k] for k in ("ridge", "rounds"))]
     assert [setting for setting in shown if str(setting) not in done.stdout] == []
 
 
@@ -510,6 +605,13 @@ print(done.exit_code, "torch" in sys.modules, done.stderr, end="")
         (["zip", "--model", NAME, "a.pth", "b.pth", "--data", ".", "--out", "out", "--method", "zipp"], "'zip'"),
         (["zip", "--model", NAME, "a.pth", "b.pth", "--data", ".", "--out", "out", "--alpha", "2"], "from 0 to 1"),
         (["zip", "--model", NAME, "a.pth", "b.pth", "--data", ".", "--out", "old"], "old holds a merged network"),
+        (["zip", "--model", "timm:resnet51", "a.pth", "b.pth", "--data", ".", "--out", "out"], "mean timm:resnet5"),
+        (["zip", "--model", "torchvision:vgg", "a.pth", "b.pth", "--data", ".", "--out", "out"], "torchvision:vgg1"),
+        (["sweep", "--model", NAME, "a.pth", "b.pth", "--data", ".", "--method", "zipp"], "'zip'"),
+        (["sweep", "--model", NAME, "a.pth", "b.pth", "--data", ".", "--plot", "p.gif"], "a plot ends in .svg"),
+        (["report", "none", "r.html"], "there is no none/fxzip.json"),
+        (["report", "old", "r.pdf"], "a report ends in .html"),
+        (["report", "old", "r.html", "--sweep", "none.json"], "none.json cannot be read"),
         (["export", "none", "m.onnx"], "there is no none/fxzip.json"),
         (["export", "old", "m.tflite"], "an export ends in .onnx, .pt2"),
         (["draw", "old", "m.gif"], "a drawing ends in .svg"),
@@ -547,8 +649,8 @@ def test_a_picture_that_cannot_be_drawn_is_an_error(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drawable.shutil, "which", lambda _: None)
-    text = one_line(run("draw", place / "merged", tmp_path / "m.svg"))
-    assert "m.svg cannot be drawn" in text
+    text = one_line(run("draw", place / "merged", tmp_path / "m.png"))
+    assert "m.png cannot be drawn" in text
     assert "m.mmd is Mermaid text" in text
     assert list(tmp_path.iterdir()) == []
 

@@ -109,6 +109,68 @@ def test_dot_needs_no_graphviz(zipped: fxzip.ZippedModel, tmp_path: Path, monkey
     assert text.count("->") >= 12
 
 
+# ---- SVG without Graphviz
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawable.shutil, "which", lambda _: None)
+
+
+def drawn(path: Path) -> tuple[ElementTree.Element, dict[str, ElementTree.Element]]:
+    """The picture, and its boxes by their first line."""
+    root = ElementTree.parse(path).getroot()
+    boxes = [g for g in root.iter(f"{SVG}g") if g.get("class") == "node"]
+    return root, {g.find(f"{SVG}text").text or "": g for g in boxes}
+
+
+@pytest.mark.usefixtures("own")
+def test_svg_is_drawn_without_graphviz(zipped: fxzip.ZippedModel, tmp_path: Path) -> None:
+    path = zipped.draw(tmp_path / "m.svg")
+    assert path == tmp_path / "m.svg"
+    found = texts(path)
+    for wanted in ("trunk", "head: dogs", "head: birds", "conv1", "layer1.0", "layer3.1", "layer4.0", "fc", "dogs"):
+        assert wanted in found, wanted
+    root, boxes = drawn(path)
+    edges = re.findall(r"n\d+ --> n\d+", mermaid(zipped.report))
+    assert len([p for p in root.iter(f"{SVG}path") if p.get("marker-end")]) == len(edges)
+    fills = {name: box.find(f"{SVG}rect").get("fill") for name, box in boxes.items()}
+    assert fills["conv1"] == fills["layer1.0"] == fills["layer1.1"]
+    assert fills["layer4.0"] == fills["fc"] == PLAIN.tint
+    assert (float(root.get("width")), float(root.get("height"))) < (800.0, 1200.0)
+
+
+@pytest.mark.usefixtures("own")
+def test_boxes_do_not_overlap_and_lie_in_their_frames(tmp_path: Path) -> None:
+    """Also where branches lie side by side, and where lines pass rows by."""
+    rows = [LayerRow("x", "input", "", False, (), (), (3, 8, 8), 0, 0)]
+    for i, inputs in enumerate([(0,), (0,), (0,), (1, 2), (3, 4), (0, 5), (1, 6)]):
+        rows.append(LayerRow(f"b{i}", "Conv2d", "", True, inputs, (), (4, 8, 8), 10, 100))
+    for task in ("dogs", "birds"):
+        rows.append(LayerRow("fc", "Linear", task, True, (7, 4), (), (5,), 10, 100))
+        rows.append(LayerRow("output", "output", task, False, (len(rows) - 1,), (), (5,), 0, 0))
+    report = replace(hand_made(nn.Sequential(nn.Linear(2, 2))).report, names=("dogs", "birds"), layers=tuple(rows))
+    root, _ = drawn(draw(report, tmp_path / "m.svg"))
+
+    def places(kind: str) -> list[tuple[float, float, float, float]]:
+        groups = [g.find(f"{SVG}rect") for g in root.iter(f"{SVG}g") if g.get("class") == kind]
+        sides = [[float(rect.get(key)) for key in ("x", "y", "width", "height")] for rect in groups]
+        return [(x, y, x + width, y + height) for x, y, width, height in sides]
+
+    boxes, frames = places("node"), places("cluster")
+    assert (len(boxes), len(frames)) == (12, 3)
+    for number, (left, top, right, bottom) in enumerate(boxes):
+        for other in boxes[number + 1 :]:
+            assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
+        assert sum(f[0] < left and f[1] < top and right < f[2] and bottom < f[3] for f in frames) == 1
+
+
+@pytest.mark.usefixtures("own")
+def test_names_are_shown_as_they_are_without_graphviz(zipped: fxzip.ZippedModel, tmp_path: Path) -> None:
+    odd = 'a"b\\n<i>&"]--x#;%{'
+    assert odd in texts(draw(renamed(zipped.report, odd), tmp_path / "odd.svg"))
+
+
 # ---- Mermaid
 
 
@@ -117,7 +179,7 @@ def test_without_graphviz_a_picture_becomes_mermaid_text(
 ) -> None:
     monkeypatch.setattr(drawable.shutil, "which", lambda _: None)
     with pytest.warns(UserWarning, match="Graphviz") as caught:
-        path = zipped.draw(tmp_path / "m.svg")
+        path = zipped.draw(tmp_path / "m.png")
     assert path == tmp_path / "m.mmd"
     assert path.read_text() == mermaid(zipped.report)
     assert [p.name for p in tmp_path.iterdir()] == ["m.mmd"]

@@ -69,6 +69,21 @@ def test_outputs_of_a_structure_are_named_by_their_place(tmp_path: Path) -> None
     torch.testing.assert_close(program(x)["parts"][0], zipped(x)[0]["parts"][0])
 
 
+def test_an_exported_file_can_be_quantised(tmp_path: Path) -> None:
+    """Weights are described once: a quantiser transposes them."""
+    import onnxruntime
+    from onnxruntime.quantization import quantize_dynamic
+
+    zipped = zipped_small(5, 7)
+    zipped.export(tmp_path / "m.onnx")
+    quantize_dynamic(tmp_path / "m.onnx", tmp_path / "q.onnx")
+    x = torch.randn(3, 3, 12, 12)
+    found = onnxruntime.InferenceSession(tmp_path / "q.onnx").run(list(zipped.names), {"x": x.numpy()})
+    with torch.no_grad():
+        for expected, value in zip(zipped(x), found, strict=True):
+            assert (expected - torch.from_numpy(value)).abs().max() < 0.1 * expected.abs().max()
+
+
 def test_one_task_and_an_opset(tmp_path: Path) -> None:
     import onnx
 

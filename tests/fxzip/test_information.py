@@ -15,9 +15,10 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 import fxzip
-from fxzip.errors import PreparationWarning
+from fxzip.errors import PixelWarning, PreparationWarning
 from fxzip.information import Information, Preparation, labels_of
 from fxzip.io import plan_hash
 from fxzip.zoo import transform
@@ -251,3 +252,48 @@ def test_an_onnx_file_says_what_it_is(zipped: fxzip.ZippedModel, tmp_path: Path)
     assert "served" not in str(written)
     assert str(Path(fxzip.__file__).parent) not in str(written)  # no paths of this machine
     onnx.checker.check_model(written)
+
+
+# ---- pixels of another scale
+
+
+class Colours(nn.Module):
+    """Learned on pixels of 0 to 1: its BatchNorm's statistics are of these."""
+
+    def __init__(self, classes: int, function: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = conv(3, 6), nn.BatchNorm2d(6), nn.Linear(6, classes)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, n = self.conv(x), self.norm
+        if self.function:
+            return self.head(F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias).relu().mean((2, 3)))
+        return self.head(n(x).relu().mean((2, 3)))
+
+
+def trained(classes: int, scale: float, function: bool = False) -> nn.Module:
+    network = Colours(classes, function).double()
+    network.norm.momentum = None
+    network.norm.train()
+    network.norm(network.conv(scale * torch.rand(32, 3, 12, 12).double()))
+    return network.eval()
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_pixels_of_another_scale_are_noticed(function: bool) -> None:
+    pixels = torch.rand(8, 3, 12, 12).double()
+    options: dict[str, Any] = {"refit": False, "verify": False, "progress": False, "names": ("dogs", "birds")}
+    ones, large = [[trained(n, scale, function) for n in (3, 4)] for scale in (1.0, 255.0)]
+    with pytest.warns(PixelWarning, match=r"dogs seems to get pixels of 0 to 255 where it was trained on 0 to 1.*norm"):
+        fxzip.zip(*ones, [(255 * pixels)], **options)
+    with pytest.warns(PixelWarning, match=r"birds seems to get pixels of 0 to 1 where it was trained on 0 to 255"):
+        fxzip.zip(*large, [pixels], **options)
+    with pytest.warns(PixelWarning, match="another scale"):
+        fxzip.prepare(*ones, example_inputs=20 * pixels, names=("dogs", "birds"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PixelWarning)
+        fxzip.zip(*ones, [pixels], **options)
+        fxzip.zip(*large, [255 * pixels], **options)
+        fxzip.zip(Colours(3).double().eval(), Colours(4).double().eval(), [255 * pixels], **options)  # not trained yet
+        fxzip.zip(*ones, [(pixels - 0.45) / 0.22], **options)  # normalised otherwise: not wrong by so much

@@ -883,9 +883,10 @@ def test_a_card_keeps_text_as_text(zipped: fxzip.ZippedModel) -> None:
     assert "<script>" not in prose
     assert r"\[a\]\(http" in prose
     assert len(re.findall(r"^---$", prose, re.MULTILINE)) == 2
-    fence = block.split("text\n")[0].strip()
-    assert len(fence) >= 4
-    assert block.count(fence) == 2
+    for part, kind in zip(block.split("## Recipe"), ("text", "yaml"), strict=True):
+        fence = part.split(f"{kind}\n")[0].strip()
+        assert len(fence) >= 4
+        assert part.count(fence) == 2
     assert "\u202e" not in text
 
 

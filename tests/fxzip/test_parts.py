@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxzip
+from fxzip.parts import ZippedParts
 from tests.nets import conv, untouched
 from tests.oracles import difference, images, randomise
 
@@ -88,6 +89,18 @@ def test_whole_models_with_a_merged_part(detectors: list[nn.Module], tmp_path: P
     loaded = fxzip.load(merged.zipped.save(tmp_path / "part"))
     again = fxzip.put_part(loaded, dict(zip(("a", "b"), detectors, strict=True)), "backbone")
     assert difference(scores(merged.models["b"]), scores(again.models["b"])) == 0
+
+
+def test_zip_takes_a_part(detectors: list[nn.Module]) -> None:
+    with untouched(*detectors):
+        merged = fxzip.zip(*detectors, LOADER, part="backbone", names=("a", "b"), **OPTIONS)
+    assert isinstance(merged, ZippedParts)
+    same = fxzip.zip_part(*detectors, loader=LOADER, part="backbone", names=("a", "b"), **OPTIONS)
+    assert difference(scores(merged.models["a"]), scores(same.models["a"])) == 0
+    with pytest.raises(fxzip.OptionError, match="unknown argument 'ctu'"):
+        fxzip.zip(*detectors, LOADER, part="backbone", ctu=0.5, **OPTIONS)
+    with pytest.raises(fxzip.OptionError, match="no loader: call"):
+        fxzip.zip(*detectors, part="backbone")
 
 
 def test_an_ensemble_of_parts_is_the_models(detectors: list[nn.Module]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,33 @@ def test_only_small_regular_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("cut: layer3")
     (tmp_path / "link").symlink_to(tmp_path / "r.yaml")
     assert read_recipe(tmp_path / "link", KNOWN) == {"cut": "layer3"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("merge_method: ties", "fxzip has no 'ties'; it has linear, auto, zip"),
+        ("merge_method: linear\nmethod: zip", "merge_method and method mean the same"),
+        ("models: [a.pth, {model: b.pth, parameters: {weight: 0.3}}]", "the weights differ"),
+        ("models: [{model: a.pth, parameters: {density: 0.5}}]", "density of a.pth means nothing in fxzip"),
+        ("models: a.pth", "give a list of checkpoints"),
+        ("models: [a.pth]\ncheckpoints: [a.pth]", "models and checkpoints mean the same"),
+        ("models: [a.pth]\ndtype: bfloat16", "dtype: fxzip merges in the precision of the checkpoints"),
+        ("models: [a.pth]\nbase_model: c.pth", "starts from no base"),
+        ("models: [a.pth]\nparameters: {t: 0.5}", "fxzip knows `normalize: true` only"),
+    ],
+)
+def test_what_of_mergekit_means_nothing_here(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(OptionError, match=re.escape(says)):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_models_of_mergekit_are_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("models: [a.pth, {model: hf-hub:me/b}]\nmerge_method: select\n")
+    assert read_recipe(tmp_path / "r.yaml") == {
+        "checkpoints": [str(tmp_path / "a.pth"), "hf-hub:me/b"],
+        "method": "select",
+    }
+    (tmp_path / "r.yaml").write_text("models: [a.pth, b.pth]\nmerge_method: linear\nrefit: true")
+    assert read_recipe(tmp_path / "r.yaml")["refit"] is True

@@ -18,6 +18,7 @@ from torch import nn
 
 from fxzip import zoo
 from fxzip.errors import CheckpointError, FxzipError, OptionError
+from fxzip.model_names import written_models
 
 NAME = "timm:test_resnet"
 
@@ -229,3 +230,10 @@ def test_bad_checkpoints(
 def test_other_mistakes_are_our_errors(call: Callable[[Path], Any], tmp_path: Path) -> None:
     with pytest.raises(FxzipError):
         call(tmp_path)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_names_are_known_without_their_library(library: str) -> None:
+    known = set(timm.list_models() if library == "timm" else torchvision.models.list_models())
+    assert len(known) > 50
+    assert known <= written_models(library)

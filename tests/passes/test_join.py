@@ -105,3 +105,37 @@ def test_what_cannot_be_is_said_before_the_work(make: type[nn.Module], heads: ob
     models = [*networks(count=1), *networks(make, 1)]
     with pytest.raises(OptionError, match=message):
         fxzip.zip(*models, [X[:4]], heads=heads, progress=False)
+
+
+@pytest.mark.parametrize("cut", [None, "layer2"])
+def test_all_classes_in_one_list(cut: str | None, tmp_path: Path) -> None:
+    models = [DigitNet(classes=5).eval(), DigitNet(classes=3).eval()]
+    labels = {"low": list("01234"), "high": list("567")}
+    options = {"names": ("low", "high"), "labels": labels, "cut": cut}
+    each, one = merged(models, **options), merged(models, heads="concat", **options)
+    assert one.names == ("joint",)
+    assert torch.allclose(one(X, task="joint"), torch.cat(each(X), 1), atol=1e-5)
+    assert one.labels == {"joint": tuple("01234567")}
+    (answer,) = one.report.fidelity.answers
+    assert answer.task == "joint"
+    assert answer.agreement is not None
+    again = fxzip.load(one.save(tmp_path / "m"))
+    assert torch.equal(again(X)[0], one(X)[0])
+    (found,) = again.predict(X[0], top=8).values()
+    assert sorted(each.label for each in found) == list("01234567")
+    assert merged(models, heads="concat", names=("low", "high"), labels={"low": labels["low"]}).labels == {}
+
+
+def test_one_list_wants_maps_of_one_size() -> None:
+    class Map(nn.Module):
+        def __init__(self, classes: int, stride: int) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 4, 3), nn.Conv2d(4, classes, 3, stride)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).relu())
+
+    one = merged([Map(3, 1), Map(5, 1)], heads="concat")
+    assert one(X)[0].shape == (48, 8, 12, 12)
+    with pytest.raises(OptionError, match="outputs of one shape; task0 gives"):
+        merged([Map(3, 1), Map(5, 2)], heads="concat")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,3 +71,58 @@ def test_a_merge_of_language_models_by_their_own_names() -> None:
     ensemble = fxzip.zip(*models, [batch], cut=0.0, progress=False)
     expected = tuple(call(model, batch).logits for model in models)
     assert difference(expected, tuple(out["logits"] for out in call(ensemble, batch))) < TOLERANCE
+
+
+# ---- back into their own classes
+
+
+QUICK: dict[str, Any] = {
+    "method": "select",
+    "refit": fxzip.RefitOptions(rounds=0, ridge=1e-2, biases=False),
+    "progress": False,
+}
+
+
+def merged(name: str) -> tuple[list[nn.Module], fxzip.ZippedModel, dict[str, Any]]:
+    batch = {"pixel_values": images(8, 16).float()} if name == "vit" else {"input_ids": TOKENS}
+    if name == "gpt2":
+        batch = {**batch, "use_cache": False}
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(make(name).eval())
+    return models, fxzip.zip(*models, [batch], names=("a", "b"), hold_back=False, **QUICK), batch
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "vit"])
+@pytest.mark.parametrize("layout", ["models", "deltas"])
+def test_folders_that_from_pretrained_reads(name: str, layout: Any, tmp_path: Path) -> None:
+    models, zipped, batch = merged(name)
+    folder = zipped.save(tmp_path / "out", layout=layout)
+    kinds = {
+        "gpt2": transformers.AutoModelForCausalLM,
+        "bert": transformers.AutoModelForSequenceClassification,
+        "vit": transformers.AutoModelForImageClassification,
+    }
+    for task, model, own in zip(zipped.names, zipped.as_models().values(), models, strict=True):
+        assert model.state_dict().keys() == own.state_dict().keys()
+        again = kinds[name].from_pretrained(folder / task).eval()
+        assert type(again) is type(own)
+        expected = call(zipped, batch)[list(zipped.names).index(task)]["logits"]
+        assert difference(expected, call(model, batch).logits) < 1e-4
+        assert difference(call(model, batch).logits, call(again, batch).logits) < 1e-6
+
+
+def test_generate_gives_what_the_graph_gives() -> None:
+    """The graph takes as many tokens as it was merged on: what comes behind a token changes nothing."""
+    _, zipped, _ = merged("gpt2")
+    for task, model in zipped.as_models().items():
+        for start in TOKENS[:3, :3]:
+            found = model.generate(start[None], max_new_tokens=3, do_sample=False, pad_token_id=0)[0]
+            tokens = torch.zeros(1, 6, dtype=torch.long)
+            tokens[0, :3] = start
+            for place in range(3, 6):
+                with torch.no_grad():
+                    logits = zipped(input_ids=tokens, use_cache=False, task=task)["logits"]
+                tokens[0, place] = logits[0, place - 1].argmax()
+            assert found.tolist() == tokens[0].tolist()
