@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fxzip.channels import ChannelSpec
@@ -26,6 +27,7 @@ from fxzip.passes.compare import compare, compare_joint
 from fxzip.passes.cut import Cut, MergePlan, Span, parse_fidelity
 from fxzip.passes.join import join
 from fxzip.passes.maps import find_maps
+from fxzip.passes.polish import polish
 from fxzip.passes.recalibrate import recalibrate
 from fxzip.passes.refit import RefitOptions, read_images
 from fxzip.passes.refit import refit as refit_parts
@@ -209,6 +211,7 @@ class Conversion:
             seen = count_images(few)
         elif refit is not None:
             refitted = refit_parts(parts, plan, self._images, refit, progress)
+            self._polish(parts, plan, refit, progress)
             seen = count_images(self._images)
         elif self.reset_batch_norm:
             stems = [f"trunk.{name}" for name in parts.stems]
@@ -217,6 +220,22 @@ class Conversion:
         prepared = self.prepared
         fidelity = compare(parts, plan, prepared.names, prepared.points, prepared.held, seen)
         return Fitted(parts, refitted, recalibrated, fidelity)
+
+    def _polish(self, parts: Split, plan: MergePlan, refit: RefitOptions, progress: bool) -> None:
+        """Polish what was fitted; it stays as it was where that is worse on the images held back."""
+        if not refit.polish:
+            return
+        prepared, modules = self.prepared, nn.ModuleList([parts.trunk, *parts.heads])
+        before = compare(parts, plan, prepared.names, {}, prepared.held, 0)
+        kept = [(p, p.detach().clone()) for p in modules.parameters()]
+        polish(parts, plan, self._images, refit, progress)
+        after = compare(parts, plan, prepared.names, {}, prepared.held, 0)
+        if before is None or after is None or after.score > before.score:
+            return
+        if before.clearly_better_than(after):
+            with torch.no_grad():
+                for p, value in kept:
+                    p.copy_(value)
 
     def _handed_out(
         self, plan: MergePlan, choice: Choice, fitted: Fitted, verified: Verified | None, tried: tuple[Tried, ...]

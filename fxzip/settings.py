@@ -93,6 +93,9 @@ class RefitOptions:
             images that its fit leaves out (`fxzip.passes.refit.ridge`).
         rounds: How often at most an inner layer (of a residual branch, of an MLP) and the layer that uses it are
             solved in turn, in the trunk; in the heads it is once. 0: each layer is solved once.
+        polish: How many steps all layers take together towards the parents' outputs, after they were solved one by
+            one (`fxzip.passes.polish`); 0: none. A step takes some eight passes over the images, and 2,048 of these
+            at most. If the merge explains less of the images held back then, it is left as it was.
         images: Most images to use from the loader; fewer where ``memory`` does not hold them.
         samples: Least number of positions that a layer is fitted on, if there are as many. Layers with large feature
             maps take fewer images, so that memory is bounded by this number.
@@ -111,6 +114,7 @@ class RefitOptions:
         None, "how strongly weights are pulled to ZipIt!'s rule, as a share of the inputs' power", low=0
     )
     rounds: int = _field(5, "how often the layers of a branch are solved in turn (0: each only once)", low=0)
+    polish: int = _field(0, "how many steps all layers take together on the outputs, after they are solved", low=0)
     images: int = _field(
         10_000, "most images to use; more are slower and bring the result closer to the parents", low=1
     )

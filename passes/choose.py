@@ -54,7 +54,7 @@ class Short:
         if refit is None:
             return None
         ridge = TRIED_RIDGE if refit.ridge is None else refit.ridge
-        return replace(refit, rounds=0, ridge=ridge, samples=min(refit.samples, self.samples))
+        return replace(refit, rounds=0, polish=0, ridge=ridge, samples=min(refit.samples, self.samples))
 
 
 OF_METHODS = Short(8, 64, 500, 2**14, whole_heads=False)

@@ -43,6 +43,7 @@ def zip_models(
     verify: p.Verify = True,
     ridge: p.Ridge = None,
     rounds: p.Rounds = None,
+    polish: p.Polish = None,
     images: p.Images = None,
     limit: p.Limit = None,
     seed: p.Seed = 0,

@@ -148,6 +148,7 @@ HoldBack = Annotated[
     bool, _merging(help="Hold back a tenth of the images, to measure the merge on what it did not see.")
 ]
 Ridge = Annotated[float | None, _merging(help=f"For refit: {read.DECLARED['ridge']}.")]
+Polish = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['polish']}.")]
 Rounds = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['rounds']}.")]
 Images = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['images']}.")]
 
