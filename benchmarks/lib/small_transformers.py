@@ -117,6 +117,12 @@ def gpt(data: Path) -> Setting:
     return Setting(GPT, tasks, steps=1500, batch=48, cuts=(None, "blocks.2", "blocks.1"), calibration=500)
 
 
+def gpt_other(data: Path) -> Setting:
+    """Two other texts that come with Python, on which nothing was tuned."""
+    tasks = _language("docstrings", docstrings()), _language("packages", packages())
+    return Setting(GPT, tasks, steps=1500, batch=48, cuts=(None, "blocks.2", "blocks.1"), calibration=500)
+
+
 def prose() -> str:
     """The topics of Python's help: English about Python."""
     from pydoc_data.topics import topics

@@ -51,7 +51,8 @@ class Factors:
     def solved(self, gradient: Tensor, damping: float) -> Tensor:
         """The step (groups, o, d) that a gradient asks for."""
         outputs, inputs = self.damped(damping)
-        return -torch.linalg.solve(inputs, torch.linalg.solve(outputs, gradient.double()).mT).mT
+        found: Tensor = -torch.linalg.solve(inputs, torch.linalg.solve(outputs, gradient.double()).mT).mT
+        return found
 
 
 @dataclass(eq=False)
