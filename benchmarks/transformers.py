@@ -29,8 +29,8 @@ import fxzip
 from benchmarks.lib.command import CommandLine
 from benchmarks.lib.machine import facts
 from benchmarks.lib.merges import timed_merge
-from benchmarks.lib.runs import CHECKPOINTS, Kept, Row
-from benchmarks.lib.small_transformers import Setting, Task, gpt, gpt_other, trained, vit
+from benchmarks.lib.runs import Kept, Row
+from benchmarks.lib.small_transformers import Setting, Task, gpt, gpt_other, networks, vit
 from benchmarks.lib.tables import printed
 
 POLISH = 12
@@ -122,11 +122,7 @@ def _row(pair: str, merge: Merge, images: int, found: list[dict[str, float]], **
 def measure(name: str, data: Path, kept: Kept) -> Iterator[Row]:
     """The rows of a pair that are not there yet: the networks alone, and one for each merge."""
     pair = PAIRS[name]
-    setting = pair.make(data)
-    models = [
-        trained(setting, task, pair.seed + n, CHECKPOINTS / f"transformers_{pair.checkpoints}_{pair.seed + n}.pt")
-        for n, task in enumerate(setting.tasks)
-    ]
+    setting, models = networks(pair.make, pair.seed, pair.checkpoints, data)
     alone = Merge("alone", "none")
     if (name, "alone", "none", "full", 1.0, 0) not in kept:
         found = [scores(model, task) for model, task in zip(models, setting.tasks, strict=True)]
@@ -137,7 +133,7 @@ def measure(name: str, data: Path, kept: Kept) -> Iterator[Row]:
         if (name, merge.method, merge.fit, merge.cut or "full", merge.width or 1.0, images) in kept:
             continue
         if images not in observed:
-            loader = _drawn(setting, images, pair.seed)
+            loader = drawn(setting, images, pair.seed)
             observed[images] = fxzip.prepare(*models, example_inputs=loader[0][:2]).observe(loader, progress=False)
         zipped, ratio, seconds = timed_merge(observed[images], **merge.options)
         heads = zip(zipped.heads, setting.tasks, strict=True)
@@ -147,7 +143,7 @@ def measure(name: str, data: Path, kept: Kept) -> Iterator[Row]:
         yield _row(name, merge, images, found, flops=ratio, seconds=seconds, unexplained=depths)
 
 
-def _drawn(setting: Setting, images: int, seed: int) -> list[Tensor]:
+def drawn(setting: Setting, images: int, seed: int) -> list[Tensor]:
     """Batches of so many inputs of each task, in a random order."""
     g = Generator().manual_seed(seed)
     drawn = [t.train[0][torch.randperm(len(t.train[0]), generator=g)[:images]] for t in setting.tasks]

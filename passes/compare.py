@@ -152,11 +152,11 @@ class _Comparison:
     def add(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Add a batch."""
         nodes = {node for node, _ in self.points}
-        crossing, merged = _run(self.parts.trunk, bind_inputs(self.parts.trunk, args, kwargs).values(), nodes)
+        crossing, merged = run_watched(self.parts.trunk, bind_inputs(self.parts.trunk, args, kwargs).values(), nodes)
         tokens = of_tokens(args, kwargs)
         for model, module in enumerate(self.plan.alignment.modules):
             own = {self.plan.name(self.plan.places(0)[node], model): node for node in nodes}
-            output, seen = _run(module, bind_inputs(module, args, kwargs).values(), own)
+            output, seen = run_watched(module, bind_inputs(module, args, kwargs).values(), own)
             self._add_outputs(model, output, self.parts.heads[model](*crossing), tokens)
             for name, value in seen.items():
                 found = self._unmerged(own[name], merged[own[name]], model)
@@ -205,7 +205,7 @@ class _Watched(fx.Interpreter):
         return value
 
 
-def _run(module: fx.GraphModule, inputs: Any, names: Collection[str]) -> tuple[Any, dict[str, Any]]:
+def run_watched(module: fx.GraphModule, inputs: Any, names: Collection[str]) -> tuple[Any, dict[str, Any]]:
     """What a graph gives, and the values of some nodes on the way."""
     watched = _Watched(module, names)
     return watched.run(*inputs), watched.seen

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from benchmarks.lib.data import read_mnist
 from benchmarks.lib.machine import Stopwatch
+from benchmarks.lib.runs import CHECKPOINTS
 
 CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"
 LENGTH = 48
@@ -173,6 +174,17 @@ def _language(name: str, text: str) -> Task:
     end = len(rows) * 9 // 10
     shifted = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in (rows[:end], rows[end:][:500])]
     return Task(name, shifted[0], shifted[1])
+
+
+def networks(
+    make: Callable[[Path], Setting], seed: int, checkpoints: str, data: Path
+) -> tuple[Setting, list[nn.Module]]:
+    """The tasks of a pair, and a network for each, trained from the seed and from the next or read."""
+    setting = make(data)
+    pairs = enumerate(setting.tasks)
+    return setting, [
+        trained(setting, task, seed + n, CHECKPOINTS / f"transformers_{checkpoints}_{seed + n}.pt") for n, task in pairs
+    ]
 
 
 def trained(setting: Setting, task: Task, seed: int, checkpoint: Path) -> nn.Module:
