@@ -2,19 +2,18 @@
 
     python -m benchmarks.transformers --data ../shared/data [--threads 1] [--only vit gpt]
 
-``vit``: two vision transformers on the MNIST digits 0-4 and 5-9 (28×28, patches of 7×7).
+``vit``, ``vit other``: two vision transformers on the MNIST digits 0-4 and 5-9 (28×28, patches of 7×7).
 ``gpt``: two language models of characters, one on English prose (the topics of Python's own help), the other on
 Python code (its standard library, without comments and docstrings). Both texts come with every Python.
+``gpt other``: the same on the library's docstrings, and on packages of it.
 
-Each network is trained from its own seed, for some two minutes, or read from benchmarks/checkpoints. The merges see
-unlabelled training inputs of both tasks. Writes benchmarks/results/transformers.json.
+Nothing was tuned on the pairs that are called other. Each network is trained from its own seed, for some two minutes,
+or read from benchmarks/checkpoints. The merges see unlabelled training inputs of both tasks. Writes
+benchmarks/results/transformers.json, row by row, so that a run can be taken up again.
 """
 
 from __future__ import annotations
 
-import ast
-import json
-import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,177 +22,83 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
 import fxzip
 from benchmarks.lib.command import CommandLine
-from benchmarks.lib.data import read_mnist
-from benchmarks.lib.machine import Stopwatch, facts
+from benchmarks.lib.machine import facts
 from benchmarks.lib.merges import timed_merge
-from benchmarks.lib.runs import CHECKPOINTS, write
+from benchmarks.lib.runs import Kept, Row
+from benchmarks.lib.small_transformers import Setting, Task, gpt, gpt_other, networks, vit
 from benchmarks.lib.tables import printed
 
-CHARACTERS = "".join(map(chr, range(32, 127))) + "\n"
-LENGTH = 48
+POLISH = 12
 METHODS = ("average", "permute", "zip", "select")
 
 
 @dataclass(frozen=True)
-class Task:
-    """Inputs and labels of one task; labels are (n,) or, one for each position, (n, length)."""
+class Pair:
+    """A pair of networks.
 
-    name: str
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
+    Attributes:
+        make: The tasks and how networks are trained on them.
+        seed: Of the first network; the second one's is the next.
+        checkpoints: What the checkpoints are called.
+    """
+
+    make: Callable[[Path], Setting]
+    seed: int
+    checkpoints: str
+
+
+PAIRS = {
+    "vit": Pair(vit, 0, "vit"),
+    "vit other": Pair(vit, 2, "vit"),
+    "gpt": Pair(gpt, 0, "gpt"),
+    "gpt other": Pair(gpt_other, 2, "gpt_other"),
+}
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A pair of tasks and how networks are trained on them.
+class Merge:
+    """One way to merge.
 
     Attributes:
-        make: A network from the current seed.
-        tasks: The two tasks.
-        steps: Batches of training.
-        batch: Inputs in a batch.
-        cuts: Where the merges are cut; None for full.
-        calibration: Inputs of each task that the merges see.
+        method: The matcher.
+        fit: ``none``, ``refit`` or ``polish``.
+        cut: Where the heads begin; None: full.
+        width: As of `fxzip.zip`.
+        images: Calibration images of each task; None: the setting's own.
     """
 
-    make: Callable[[], nn.Module]
-    tasks: tuple[Task, Task]
-    steps: int
-    batch: int
-    cuts: tuple[str | None, ...]
-    calibration: int
+    method: str
+    fit: str
+    cut: str | None = None
+    width: float | None = None
+    images: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `convert`."""
+        refit = {"none": False, "refit": True, "polish": fxzip.RefitOptions(polish=POLISH)}[self.fit]
+        return {"method": self.method, "cut": self.cut, "width": self.width, "refit": refit}
 
 
-class Block(nn.Module):
-    """Causal attention and an MLP, each after a norm and beside the residual stream."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, c = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(mixed.transpose(1, 2).reshape(b, n, c))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    """A language model of characters (Radford et al., 2019) whose embedding is its read-out too."""
-
-    def __init__(self, width: int = 64, heads: int = 4, depth: int = 3) -> None:
-        super().__init__()
-        self.wte = nn.Embedding(len(CHARACTERS), width)
-        self.wpe = nn.Embedding(LENGTH, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, len(CHARACTERS), bias=False)
-        nn.init.normal_(self.wte.weight, std=0.1)
-        nn.init.normal_(self.wpe.weight, std=0.1)
-        self.head.weight = self.wte.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
-
-
-def make_vit() -> nn.Module:
-    """A vision transformer of some 200,000 parameters for 16 patches and a class token."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(
-        img_size=28, patch_size=7, in_chans=1, embed_dim=64, depth=4, num_heads=4, num_classes=5, class_token=True
-    )
-
-
-def vit(data: Path) -> Setting:
-    """MNIST in two halves of five classes."""
-    parts = [
-        ((torch.from_numpy(images)[:, None].float() / 255 - 0.1307) / 0.3081, torch.from_numpy(labels).long())
-        for images, labels in read_mnist(data)
-    ]
-
-    def half(name: str, first: int) -> Task:
-        chosen = [(x[mine], y[mine] - first) for x, y in parts for mine in [(y // 5) == first // 5]]
-        return Task(name, chosen[0], chosen[1])
-
-    tasks = half("0-4", 0), half("5-9", 5)
-    return Setting(make_vit, tasks, steps=700, batch=128, cuts=(None, "blocks.3", "blocks.2"), calibration=500)
-
-
-def gpt(data: Path) -> Setting:
-    """Two texts that come with Python."""
-    tasks = _language("prose", prose()), _language("code", code())
-    return Setting(GPT, tasks, steps=1500, batch=48, cuts=(None, "blocks.2", "blocks.1"), calibration=500)
-
-
-def prose() -> str:
-    """The topics of Python's help: English about Python."""
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[key] for key in sorted(topics))
-
-
-def code() -> str:
-    """Modules of the standard library without comments and docstrings."""
-    found = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:80]:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                first = body[0].value
-                if isinstance(first, ast.Constant) and isinstance(first.value, str):
-                    body[0] = ast.Pass()
-        found.append(ast.unparse(tree))
-    return "\n".join(found)
-
-
-def _language(name: str, text: str) -> Task:
-    """Next-character prediction; the last tenth of the text is the test."""
-    place = {character: i for i, character in enumerate(CHARACTERS)}
-    tokens = torch.tensor([place[c] for c in text if c in place])
-    rows = tokens[: len(tokens) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)
-    end = len(rows) * 9 // 10
-    shifted = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in (rows[:end], rows[end:][:500])]
-    return Task(name, shifted[0], shifted[1])
-
-
-def trained(setting: Setting, task: Task, seed: int, checkpoint: Path) -> nn.Module:
-    """A network trained by AdamW with a one-cycle schedule; read from its checkpoint if there is one."""
-    torch.manual_seed(seed)
-    model = setting.make()
-    if checkpoint.exists():
-        model.load_state_dict(torch.load(checkpoint, weights_only=True))
-        return model.eval()
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=setting.steps, pct_start=0.1)
-    inputs, labels = task.train
-    watch = Stopwatch()
-    for step in range(setting.steps):
-        here = torch.randint(len(inputs), (setting.batch,))
-        loss = F.cross_entropy(model(inputs[here]).flatten(0, -2), labels[here].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 99:
-            print(f"{task.name}: step {step + 1}, loss {loss.item():.3f}, {watch()[0]:.0f} s", flush=True)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), checkpoint)
-    return model.eval()
+def merges(name: str, setting: Setting) -> Iterator[Merge]:
+    """The ways in which a pair is merged."""
+    for fit in ("none", "refit"):
+        for method in METHODS:
+            yield Merge(method, fit)
+    yield Merge("select", "polish")
+    yield Merge("select", "refit", width=1.2)
+    yield Merge("select", "polish", width=1.2)
+    for cut in setting.cuts[1:]:
+        yield Merge("select", "refit", cut=cut)
+    if name.endswith("other"):
+        yield Merge("average", "polish")
+        yield Merge("select", "refit", images=2_500)
+        yield Merge("select", "polish", images=2_500)
 
 
 @torch.no_grad()
@@ -208,58 +113,70 @@ def scores(network: Callable[[Tensor], Tensor], task: Task) -> dict[str, float]:
     return {"accuracy": 100 * right / labels.numel(), "loss": loss / labels.numel()}
 
 
-def _row(
-    name: str, cut: str | None, found: list[dict[str, float]], flops: float | None, seconds: float
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"method": name, "cut": cut, "flops": flops, "seconds": seconds, "tasks": found}
+def _row(pair: str, merge: Merge, images: int, found: list[dict[str, float]], **more: Any) -> Row:
+    row: Row = {"pair": pair, "method": merge.method, "fit": merge.fit, "cut": merge.cut or "full"}
+    row |= {"width": merge.width or 1.0, "images": images, "tasks": found, **more}
     return row | {key: sum(f[key] for f in found) / len(found) for key in ("accuracy", "loss")}
 
 
-def measure(name: str, setting: Setting, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """A row for the networks alone, and one for each merge."""
-    models = [
-        trained(setting, task, seed + n, CHECKPOINTS / f"transformers_{name}_{seed + n}.pt")
-        for n, task in enumerate(setting.tasks)
-    ]
-    yield _row("alone", None, [scores(m, t) for m, t in zip(models, setting.tasks, strict=True)], None, 0.0)
+def measure(name: str, data: Path, kept: Kept) -> Iterator[Row]:
+    """The rows of a pair that are not there yet: the networks alone, and one for each merge."""
+    pair = PAIRS[name]
+    setting, models = networks(pair.make, pair.seed, pair.checkpoints, data)
+    alone = Merge("alone", "none")
+    if (name, "alone", "none", "full", 1.0, 0) not in kept:
+        found = [scores(model, task) for model, task in zip(models, setting.tasks, strict=True)]
+        yield _row(name, alone, 0, found, flops=2.0, seconds=0.0)
+    observed: dict[int, fxzip.Prepared] = {}
+    for merge in merges(name, setting):
+        images = merge.images or setting.calibration
+        if (name, merge.method, merge.fit, merge.cut or "full", merge.width or 1.0, images) in kept:
+            continue
+        if images not in observed:
+            loader = drawn(setting, images, pair.seed)
+            observed[images] = fxzip.prepare(*models, example_inputs=loader[0][:2]).observe(loader, progress=False)
+        zipped, ratio, seconds = timed_merge(observed[images], **merge.options)
+        heads = zip(zipped.heads, setting.tasks, strict=True)
+        found = [scores(partial(zipped, task=key), task) for key, task in heads]
+        fidelity = zipped.report.fidelity
+        depths = {} if fidelity is None else {depth.name: depth.unexplained for depth in fidelity.depths}
+        yield _row(name, merge, images, found, flops=ratio, seconds=seconds, unexplained=depths)
+
+
+def drawn(setting: Setting, images: int, seed: int) -> list[Tensor]:
+    """Batches of so many inputs of each task, in a random order."""
     g = Generator().manual_seed(seed)
-    drawn = [t.train[0][torch.randperm(len(t.train[0]), generator=g)[: setting.calibration]] for t in setting.tasks]
-    mixed = torch.cat(drawn)[torch.randperm(2 * setting.calibration, generator=g)]
-    loader = list(mixed.split(125))
-    prepared = fxzip.prepare(*models, example_inputs=loader[0][:2]).observe(loader, progress=False)
-    for cut in setting.cuts:
-        for refit in (False, True):
-            for method in METHODS:
-                zipped, ratio, seconds = timed_merge(prepared, cut=cut, method=method, refit=refit)
-                found = [
-                    scores(partial(zipped, task=key), task)
-                    for key, task in zip(zipped.heads, setting.tasks, strict=True)
-                ]
-                yield _row(f"{method} + refit" if refit else method, cut, found, ratio, seconds)
+    drawn = [t.train[0][torch.randperm(len(t.train[0]), generator=g)[:images]] for t in setting.tasks]
+    return list(torch.cat(drawn)[torch.randperm(2 * images, generator=g)].split(125))
 
 
-def table(name: str, setting: Setting, rows: list[dict[str, Any]]) -> Table:
-    """The rows, to print."""
-    header = ("method", "cut", "FLOPs", *(task.name for task in setting.tasks), "average", "loss", "seconds")
-    cells = []
+def lines(rows: list[Row]) -> Iterator[list[str]]:
+    """The rows of one pair, for a table: how far behind the networks alone each is, too."""
+    alone = next(row for row in rows if row["method"] == "alone")
     for row in rows:
-        cost = "2.00" if row["flops"] is None else f"{row['flops']:.2f}"
-        accuracy = [f"{found['accuracy']:.1f}" for found in row["tasks"]] + [f"{row['accuracy']:.1f}"]
-        cut = "full" if row["cut"] is None else row["cut"]
-        cells.append([row["method"], cut, cost, *accuracy, f"{row['loss']:.3f}", f"{row['seconds']:.1f}"])
-    return printed(name, header, cells, left=(0, 1))
+        fit = {"none": "", "refit": " + refit", "polish": " + refit + polish"}[row["fit"]]
+        behind = "" if row is alone else f"{alone['accuracy'] - row['accuracy']:.1f}"
+        cells = [f"{row['method']}{fit}", row["cut"], f"{row['width']:g}", str(row["images"] or "")]
+        cells += [f"{row['flops']:.2f}"]
+        cells += [f"{found['accuracy']:.1f}" for found in row["tasks"]]
+        yield [*cells, f"{row['accuracy']:.1f}", behind, f"{row['loss']:.3f}", f"{row['seconds']:.0f}"]
+
+
+HEADER = (
+    "method", "cut", "width", "images of each", "FLOPs", "first", "second", "average", "behind", "loss", "seconds",
+)  # fmt: skip
 
 
 def main() -> None:
     """Train what is missing, merge, print and write."""
     line = CommandLine(__doc__).data("a folder with mnist.npz").numbers(threads=1).results("transformers")
-    options = line.several("only", ("vit", "gpt")).read()
-    known: dict[str, Any] = json.loads(options.json.read_text())["pairs"] if options.json.exists() else {}
+    options = line.several("only", PAIRS).read()
+    keys = ("pair", "method", "fit", "cut", "width", "images")
+    kept = Kept(options.json, facts("transformers", options.threads), keys)
     for name in options.only:
-        setting = {"vit": vit, "gpt": gpt}[name](options.data)
-        known[name] = list(measure(name, setting))
-        Console().print(table(name, setting, known[name]))
-        write(options.json, {**facts("transformers", options.threads), "pairs": known})
+        kept.extend(measure(name, options.data, kept))
+        rows = [row for row in kept.rows if row["pair"] == name]
+        Console().print(printed(name, HEADER, list(lines(rows)), left=(0, 1)))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from fxzip.channels import ChannelSpec
 from fxzip.checks import Choice, check_method
 from fxzip.data.bars import Bar, Shown
@@ -17,8 +15,9 @@ from fxzip.data.batches import to_device, with_batch_size
 from fxzip.data.calibration import Images, read_images
 from fxzip.data.held import without
 from fxzip.data.loops import counted, device_of
-from fxzip.errors import CutError, FewImagesWarning, LowFidelityWarning
+from fxzip.errors import CutError, FewImagesWarning, LowFidelityWarning, OptionError
 from fxzip.fidelity import Fidelity
+from fxzip.fitted import Fitted, Whole, polished
 from fxzip.joint import CONCAT, NAME, joint_of
 from fxzip.learning import learn_as_parents
 from fxzip.matching import is_sized
@@ -32,7 +31,7 @@ from fxzip.passes.recalibrate import recalibrate
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.refit import refit as refit_parts
 from fxzip.passes.reuse import reuse_memory
-from fxzip.passes.split import Split, split
+from fxzip.passes.split import split
 from fxzip.report import Verified
 from fxzip.report_builder import build_report
 from fxzip.settings import AUTO
@@ -41,23 +40,6 @@ from fxzip.widths import Widths
 
 if TYPE_CHECKING:
     from fxzip.prepared import Prepared
-
-
-@dataclass(frozen=True, eq=False)
-class Fitted:
-    """A merged network before it is handed out.
-
-    Attributes:
-        parts: Trunk and heads.
-        refitted: How many layers were solved for.
-        recalibrated: How many BatchNorms were reset.
-        fidelity: How well it answers; None where no image was held back.
-    """
-
-    parts: Split
-    refitted: int
-    recalibrated: int
-    fidelity: Fidelity | None
 
 
 @dataclass(eq=False)
@@ -88,8 +70,11 @@ class Conversion:
         """Merge, fit, and measure.
 
         Raises:
+            OptionError: Polishing is asked for in several processes.
             VerificationError: The merge would be wrong.
         """
+        if self.choice.refit is not None and self.choice.refit.polish and self.prepared.processes.count > 1:
+            raise OptionError("polish moves all layers together in one process: start one, or leave polish out")
         choice, tried = self.settled()
         self._phase("checking the merge" if verify else "matching")
         plan, verified = self._checked_plan(choice) if verify else (self.plan(choice), None)
@@ -231,11 +216,13 @@ class Conversion:
         elif refit is not None:
             kept: Any = {"journal": prepared.journal, "names": prepared.names}
             refitted = refit_parts(parts, plan, self._images, refit, progress, **kept)
+            if refit.polish:
+                polished(prepared, parts, plan, self._images, refit, progress)
             seen = self._images.count
         elif self.reset_batch_norm:
             shared: Any = {"skip": [f"trunk.{name}" for name in parts.stems], "processes": prepared.processes}
             source = self.loader if short is None else self._few(short).own
-            recalibrated = recalibrate(_Whole(parts), source, progress=progress, **shared)
+            recalibrated = recalibrate(Whole(parts), source, progress=progress, **shared)
         points: Any = {}  # a trial tells by its answers
         if short is None:
             self._phase("comparing")
@@ -277,16 +264,3 @@ class Conversion:
             modules = prepared.alignment.modules
             fidelity = compare_joint(parts, modules, joint, prepared.held, fidelity, prepared.processes)
         return (NAME,), replace(fitted, parts=parts, fidelity=fidelity)
-
-
-class _Whole(nn.Module):
-    """Trunk and heads as one module."""
-
-    def __init__(self, parts: Split) -> None:
-        super().__init__()
-        self.trunk, self.heads = parts.trunk, nn.ModuleList(parts.heads)
-
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        crossing = self.trunk(*args, **kwargs)
-        for head in self.heads:
-            head(*crossing)

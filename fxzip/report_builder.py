@@ -18,7 +18,7 @@ from fxzip.views.outline import outline
 
 if TYPE_CHECKING:
     from fxzip.checks import Choice
-    from fxzip.conversion import Fitted
+    from fxzip.fitted import Fitted
     from fxzip.prepared import Prepared
 
 

@@ -95,6 +95,9 @@ class RefitOptions:
             solved in turn, in the trunk; in the heads it is once. 0: each layer is solved once.
         steps: How often a layer before a ReLU is solved again, each time with what the last solution gives below 0 let
             be; 0: its targets are the parents' values before their ReLUs.
+        polish: How many steps all layers take together towards the parents' outputs, after they were solved one by
+            one (`fxzip.passes.polish`); 0: none. A step takes some eight passes over the images, and 2,048 of these
+            at most. If the merge explains less of the images held back then, it is left as it was.
         images: Most images to use from the loader; fewer where ``memory`` does not hold them.
         samples: Least number of positions that a layer is fitted on, if there are as many. Layers with large feature
             maps take fewer images, so that memory is bounded by this number.
@@ -114,6 +117,7 @@ class RefitOptions:
     )
     rounds: int = _field(5, "how often the layers of a branch are solved in turn (0: each only once)", low=0)
     steps: int = _field(2, "how often a layer before a ReLU is solved again, for what the ReLU gives", low=0)
+    polish: int = _field(0, "how many steps all layers take together on the outputs, after they are solved", low=0)
     images: int = _field(
         10_000, "most images to use; more are slower and bring the result closer to the parents", low=1
     )

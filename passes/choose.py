@@ -57,7 +57,7 @@ class Short:
             return None
         ridge = TRIED_RIDGE if refit.ridge is None else refit.ridge
         samples, steps = min(refit.samples, self.samples), min(refit.steps, self.steps)
-        return replace(refit, rounds=0, ridge=ridge, samples=samples, steps=steps, keep_norms=False)
+        return replace(refit, rounds=0, polish=0, ridge=ridge, samples=samples, steps=steps, keep_norms=False)
 
 
 OF_METHODS = Short(8, 32, 500, 2**14, steps=0, whole_heads=False)

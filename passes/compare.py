@@ -86,7 +86,7 @@ def compare_joint(
         for args, kwargs in held:
             wanted = joint([model(*bind_inputs(model, args, kwargs).values()) for model in models])
             has = parts.heads[0](*parts.trunk(*bind_inputs(parts.trunk, args, kwargs).values()))
-            error = error or Errors(_class_axis("", wanted, _of_tokens(args, kwargs)))
+            error = error or Errors(class_axis_of("", wanted, of_tokens(args, kwargs)))
             error.add(wanted, has)
     error = over_all(processes, {} if error is None else {NAME: error}).get(NAME)
     answers = (Answer(NAME, "", *error.figures()),) if error is not None and error.varies else ()
@@ -114,21 +114,21 @@ class _Comparison:
     def add(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Add a batch."""
         nodes = {node for node, _ in self.points}
-        crossing, merged = _run(self.parts.trunk, bind_inputs(self.parts.trunk, args, kwargs).values(), nodes)
-        tokens = _of_tokens(args, kwargs)
+        crossing, merged = run_watched(self.parts.trunk, bind_inputs(self.parts.trunk, args, kwargs).values(), nodes)
+        tokens = of_tokens(args, kwargs)
         for model, module in enumerate(self.plan.alignment.modules):
             own = {self.plan.name(self.plan.places(0)[node], model): node for node in nodes}
-            output, seen = _run(module, bind_inputs(module, args, kwargs).values(), own)
+            output, seen = run_watched(module, bind_inputs(module, args, kwargs).values(), own)
             self._add_outputs(model, output, self.parts.heads[model](*crossing), tokens)
             for name, value in seen.items():
                 found = self._unmerged(own[name], merged[own[name]], model)
                 self.features[own[name], model].add(value, found)
 
     def _add_outputs(self, model: int, wanted: Any, has: Any, tokens: bool) -> None:
-        pairs = zip(_leaves(wanted).items(), _leaves(has).values(), strict=True)
+        pairs = zip(leaves(wanted).items(), leaves(has).values(), strict=True)
         for (name, leaf), given in pairs:
             if (model, name) not in self.outputs:
-                self.outputs[model, name] = Errors(_class_axis(name, leaf, tokens))
+                self.outputs[model, name] = Errors(class_axis_of(name, leaf, tokens))
             self.outputs[model, name].add(leaf, given)
 
     def _unmerged(self, node: str, value: Tensor, model: int) -> Tensor:
@@ -166,18 +166,18 @@ class _Watched(fx.Interpreter):
         return value
 
 
-def _run(module: fx.GraphModule, inputs: Any, names: Collection[str]) -> tuple[Any, dict[str, Any]]:
+def run_watched(module: fx.GraphModule, inputs: Any, names: Collection[str]) -> tuple[Any, dict[str, Any]]:
     """What a graph gives, and the values of some nodes on the way."""
     watched = _Watched(module, names)
     return watched.run(*inputs), watched.seen
 
 
-def _of_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def of_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether inputs are whole numbers."""
     return not any(x.is_floating_point() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
 
 
-def _leaves(output: Any) -> dict[str, Tensor]:
+def leaves(output: Any) -> dict[str, Tensor]:
     """The tensors of floats in an output, by where they are; a single one has no name."""
     found: list[tuple[Any, Any]] = pytree.tree_flatten_with_path(output)[0]
     show: Callable[[Any], str] = pytree.keystr
@@ -185,7 +185,7 @@ def _leaves(output: Any) -> dict[str, Tensor]:
     return {show(path): leaf for path, leaf in tensors if leaf.is_floating_point()}
 
 
-def _class_axis(name: str, leaf: Tensor, tokens: bool) -> int | None:
+def class_axis_of(name: str, leaf: Tensor, tokens: bool) -> int | None:
     """The axis of an output's classes; None where it has none.
 
     A matrix is taken for logits, and so is what a network of integer tokens gives for each of them. Classes come last,

@@ -71,6 +71,28 @@ def demo(rows: Sequence[Row]) -> str:
     return markdown(("", "MFLOPs", "params", "joint", "0-4", "5-9", "average", "agree"), found)
 
 
+def transformers(rows: Sequence[Row]) -> str:
+    """Pairs of transformers, and how far behind the networks alone each merge is."""
+    alone = {row["pair"]: row["accuracy"] for row in rows if row["method"] == "alone"}
+    fits = {"none": "", "refit": " + refit", "polish": " + refit + polish"}
+    found = [
+        [
+            r["pair"],
+            f"{r['method']}{fits[r['fit']]}",
+            r["cut"],
+            f"{r['width']:g}",
+            str(r["images"] or "-"),
+            f"{r['flops']:.2f}",
+            f"{r['accuracy']:.1f}",
+            "-" if r["method"] == "alone" else f"{alone[r['pair']] - r['accuracy']:.1f}",
+            f"{r['loss']:.2f}",
+        ]
+        for r in rows
+    ]
+    header = ("pair", "method", "cut", "width", "inputs of each", "FLOPs", "accuracy", "behind", "loss")
+    return markdown(header, found, left=(0, 1, 2))
+
+
 def cell(value: Any) -> str:
     """Any value of a row: numbers in three digits, sizes in MiB."""
     if value is None:
@@ -118,7 +140,7 @@ def by_section(rows: Sequence[Row]) -> str:
     return "\n\n".join(f"**{section}**\n\n{plain(mine)}" for section, mine in found.items())
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"demo": demo, "scale": by_section}
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"demo": demo, "scale": by_section, "transformers": transformers}
 """Tables of their own; the others have a column for each key."""
 
 

@@ -44,6 +44,7 @@ def zip_models(
     effort: p.Effort = "default",
     ridge: p.Ridge = None,
     rounds: p.Rounds = None,
+    polish: p.Polish = None,
     keep_norms: p.KeepNorms = False,
     limit: p.Limit = None,
     seed: p.Seed = 0,

@@ -19,7 +19,7 @@ from fxzip.folders import read_regular, write_file
 from fxzip.recipe import MOST_BYTES, as_number, read_recipe
 from fxzip.settings import MATCHING, refit_settings
 
-OF_REFIT = ("ridge", "rounds")
+OF_REFIT = ("ridge", "rounds", "polish")
 """The settings of refit that are options of a command."""
 DECLARED = {name: refit_settings()[name] for name in OF_REFIT} | dict(MATCHING["zip"])
 """The options of commands that are settings of refit or of the method zip."""

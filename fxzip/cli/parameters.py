@@ -154,6 +154,7 @@ Effort = Annotated[
     Literal["fast", "default", "thorough"], _merging(help="How much time refit takes; the three below are set by it.")
 ]
 Ridge = Annotated[float | None, _merging(help=f"For refit: {read.DECLARED['ridge']}.")]
+Polish = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['polish']}.")]
 Rounds = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['rounds']}.")]
 
 KeepNorms = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -158,15 +159,36 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return reversed(found)
 
 
+_PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype,
+          torch.device, type(None), type(Ellipsis))  # fmt: skip
+
+
 def _plain(value: Any) -> Any:
-    """A model's output made of tuples, lists and dicts only."""
+    """A model's output made of tuples, lists and dicts only, without those parts by name that no graph can give."""
     if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
+        return _plain_parts(value)
     if isinstance(value, tuple):
         parts = [_plain(part) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, list):
         return [_plain(part) for part in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return _plain_parts({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     return value
+
+
+def _plain_parts(parts: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The parts that are tensors, plain values or made of these: a language model's cache is an object of its own."""
+    left_out = [key for key, part in parts.items() if _is_opaque(part)]
+    for key in left_out:
+        warnings.warn(
+            f"the output {key!r} is a {type(parts[key]).__name__}, which a graph cannot give: the merged network's "
+            "output has no such part (`as_models()` gives models that have)",
+            stacklevel=2,
+        )
+    return {key: _plain(part) for key, part in parts.items() if key not in left_out}
+
+
+def _is_opaque(value: Any) -> bool:
+    structured = isinstance(value, (Mapping, tuple, list)) or dataclasses.is_dataclass(value)
+    return not structured and not isinstance(value, _PLAIN)

@@ -511,3 +511,31 @@ def test_a_graph_that_computes_something_else_is_refused() -> None:
 
     with pytest.raises(TraceError, match="something else than the model: output differs by"):
         trace(Wrapped(fickle), (ROWS,))
+
+
+class Cache:
+    """What a language model gives beside its logits: an object of its own, with tensors in it."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+
+
+class Caching(nn.Module):
+    """A layer and a cache, by name or by place."""
+
+    def __init__(self, by_name: bool) -> None:
+        super().__init__()
+        self.layer, self.by_name = nn.Linear(3, 3), by_name
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.layer(x)
+        return {"logits": y, "cache": Cache(y)} if self.by_name else (y, Cache(y))
+
+
+def test_an_output_that_no_graph_can_give_is_left_out_where_it_has_a_name() -> None:
+    x = torch.randn(2, 3)
+    with pytest.warns(UserWarning, match="the output 'cache' is a Cache, which a graph cannot give"):
+        graph = trace(Caching(by_name=True), (x,))
+    assert list(graph(x)) == ["logits"]
+    with pytest.raises(TraceError):
+        trace(Caching(by_name=False), (x,))

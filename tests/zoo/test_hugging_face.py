@@ -73,6 +73,45 @@ def test_a_merge_of_language_models_by_their_own_names() -> None:
     assert difference(expected, tuple(out["logits"] for out in call(ensemble, batch))) < TOLERANCE
 
 
+def causal(name: str) -> nn.Module:
+    """A small language model of a family, with random weights; its layers have no more biases than the family has."""
+    if name == "gpt2":
+        return make("gpt2")
+    sizes = {**SIZES, "vocab_size": WORDS, "num_key_value_heads": 2, "max_position_embeddings": 16}
+    if name == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    if name == "mistral":
+        return transformers.MistralForCausalLM(transformers.MistralConfig(**sizes))
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "qwen2"])
+def test_language_models_as_users_have_them(name: str) -> None:
+    """As they come, with their cache: padded batches go in, and what comes out generates."""
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(causal(name).eval())
+    mask = torch.ones_like(TOKENS)
+    mask[::3, 4:] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    loader = [{"input_ids": TOKENS, "attention_mask": mask, "position_ids": places, "labels": TOKENS}]
+    refit = fxzip.RefitOptions(biases=False, rounds=0, ridge=0.1)
+    with pytest.warns(UserWarning, match="is a DynamicCache, which a graph cannot give"):
+        zipped = fxzip.zip(*models, loader, names=("prose", "code"), method="permute", refit=refit, progress=False)
+    found = zipped(input_ids=TOKENS, attention_mask=mask, position_ids=places, task="code")
+    assert list(found) == ["logits"]
+    (code,) = (model for task, model in zipped.as_models().items() if task == "code")
+    prompt = TOKENS[:2, :4]
+    generated = code.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2, do_sample=False, use_cache=True,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    whole = torch.ones_like(generated)  # as long as the examples: a traced network takes no other length
+    given = {"input_ids": generated, "attention_mask": whole, "position_ids": whole.cumsum(1) - 1}
+    assert torch.equal(zipped(**given, task="code")["logits"][:, 3:5].argmax(-1), generated[:, 4:])
+
+
 # ---- back into their own classes
 
 
