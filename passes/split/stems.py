@@ -121,11 +121,15 @@ class Stems:
         stacked = self._joined(graph, node, torch.cat, moved, -1)
         how = graph.create_node("get_attr", name, name=self._free_node(name))
         mixed = self._joined(graph, node, F.linear, stacked, how, last=behind)
-        return mixed if behind else self._joined(graph, node, torch.movedim, mixed, -1, axis, last=True)
+        if behind:
+            return mixed
+        laid = self._joined(graph, node, torch.movedim, mixed, -1, axis)  # a view may follow, which wants rows in order
+        return self._joined(graph, node, "contiguous", laid, last=True)
 
     def _joined(self, graph: fx.Graph, node: fx.Node, function: Any, *args: Any, last: bool = False) -> fx.Node:
-        """A step of a join; the last one has the name of the first model's node."""
-        name = node.name if last else self._free_node(f"join_{node.name}_{function.__name__}")
-        new = graph.create_node("call_function", function, args, name=name)
+        """A step of a join, a function or a method by its name; the last has the name of the first model's node."""
+        called = function if isinstance(function, str) else function.__name__
+        name = node.name if last else self._free_node(f"join_{node.name}_{called}")
+        new = graph.create_node("call_method" if called is function else "call_function", function, args, name=name)
         new.meta = {STEM: JOINED} | ({"val": node.meta["val"]} if last else {})
         return new

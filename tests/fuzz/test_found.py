@@ -275,3 +275,14 @@ def test_a_layer_that_is_filled_many_times_has_one_parameter_for_it() -> None:
     options = RefitOptions(rounds=2)
     zipped = fxzip.zip(build(program), build(program, 1), [x], refit=options, progress=False)
     assert [name for name, _ in zipped.named_parameters() if name.endswith("_bias")] == ["trunk.linear_bias"]
+
+
+def test_a_view_behind_the_place_where_merging_starts() -> None:
+    """What both stems give is joined along the channels, and lies in order then."""
+    text = "x: (5, 3)\nm.a = nn.Conv1d(5, 12, 3, padding=1)\nm.b = nn.Conv1d(5, 12, 3, padding=2, dilation=2)\n"
+    text += "m.c = nn.Linear(36, 6)\nm.d = nn.Linear(6, 2)\n"
+    program = Program.parse(text + "return m.d(m.c((m.a(x) * m.b(x)).view(x.shape[0], -1)).tanh())")
+    (x,) = inputs_of(program, 16)
+    models = build(program), build(program, 1)
+    zipped = fxzip.zip(*models, [x], start="b", refit=False, progress=False)
+    assert [tuple(out.shape) for out in zipped(x)] == [(16, 2), (16, 2)]
