@@ -36,8 +36,8 @@ models[0].load_state_dict(own["low"].state_dict())
 # %% [markdown]
 # A layer without a bias, and without a norm behind it, may get a bias by the fit, for which your class has no place;
 # that is an error that names the layer. `refit=fxzip.RefitOptions(biases=False)` fits without. What cannot go back:
-# weights that your class standardises, after a refit (weight normalisation can); a `start`, and cuts behind which channels are
-# gathered. `layout="deltas"` writes the trunk's tensors once, and those of the heads for each task.
+# weights that your class standardises, after a refit (weight normalisation can); a `start`, and cuts behind which
+# channels are gathered. `layout="deltas"` writes the trunk's tensors once, and those of the heads for each task.
 #
 # ## Train it further
 #
