@@ -80,7 +80,8 @@ def main() -> None:
     line = CommandLine(__doc__)
     line.parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL", help="default: all")
     options = line.results("own_classes").read()
-    kept = Kept(options.json, {"versions": {"torch": torch.__version__}}, ("model",))
+    about = {"command": "python -m benchmarks.own_classes", "versions": {"torch": torch.__version__}}
+    kept = Kept(options.json, about, ("model",))
     kept.extend(check(name) for name in options.models if (name,) not in kept)
 
 
