@@ -13,8 +13,10 @@ learning rate.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import Generator
 
 from fxzip.data.bars import Shown
@@ -45,7 +47,15 @@ def polish(
     run = Run(network, goal, Generator().manual_seed(options.seed))
     with learning(network), counted(options.polish, progress, "polishing") as done:
         for number in range(options.polish):
-            if not run.step(turn(goal.places, number)):
+            try:
+                gained = run.step(turn(goal.places, number))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # an operator without a backward; the step had changed nothing
+                reason = str(error).splitlines()[0]
+                warnings.warn(f"polish ends, as the network cannot be differentiated: {reason}", stacklevel=2)
+                return number
+            if not gained:
                 return number
             done()
     return options.polish

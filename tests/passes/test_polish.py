@@ -176,3 +176,30 @@ def test_an_output_that_does_not_vary_does_not_count() -> None:
     variation = Variation(None)
     variation.add(torch.full((5, 3), 0.3))
     assert variation.distance(1.0) is None
+
+
+def test_what_cannot_be_differentiated_is_said_and_stays_refitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = fxzip.prepare(*seeded(Words, 0, 1), example_inputs=TOKENS[:2])
+    prepared.observe(list(TOKENS.split(50)), progress=False)
+
+    def without_backward(*_: Any) -> Any:
+        raise RuntimeError("derivative for own::step is not implemented")
+
+    monkeypatch.setattr(torch.autograd, "grad", without_backward)
+    options = fxzip.RefitOptions(polish=2, rounds=0)
+    with pytest.warns(UserWarning, match="polish ends, as the network cannot be differentiated: .*own::step"):
+        polished = prepared.convert(method="permute", refit=options, progress=False)
+    monkeypatch.undo()
+    plain = prepared.convert(method="permute", refit=fxzip.RefitOptions(rounds=0), progress=False)
+    for one, other in zip(plain(TOKENS), polished(TOKENS), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_stems_stay_as_the_models_have_them() -> None:
+    models = seeded(convolutional, 0, 1)
+    options = fxzip.RefitOptions(polish=2, rounds=0)
+    prepared = fxzip.prepare(*models, example_inputs=IMAGES[:2]).observe([IMAGES[:200]], progress=False)
+    zipped = prepared.convert(start="2", method="permute", refit=options, progress=False)
+    state = zipped.trunk.state_dict()
+    for number, model in enumerate(models):
+        assert torch.equal(state[f"stem{number}.0.weight"], model.get_parameter("0.weight"))
