@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         RestoreError,
         SaveError,
         TraceError,
+        WidthWarning,
     )
     from fxzip.export import Export
     from fxzip.information import Information, Preparation
@@ -68,6 +69,7 @@ _HOMES = {
     "RestoreError": "fxzip.errors",
     "SaveError": "fxzip.errors",
     "TraceError": "fxzip.errors",
+    "WidthWarning": "fxzip.errors",
     "Export": "fxzip.export",
     "load": "fxzip.io",
     "MergeMap": "fxzip.matching",
@@ -116,6 +118,7 @@ __all__ = [
     "SaveError",
     "Sweep",
     "TraceError",
+    "WidthWarning",
     "ZippedModel",
     "analyse",
     "load",

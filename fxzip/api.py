@@ -29,11 +29,13 @@ from fxzip.passes.align import align
 from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.cut import Cut
+from fxzip.passes.deepen import deepen
 from fxzip.passes.fold import fold
 from fxzip.passes.points import Points
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
 from fxzip.passes.verify import Verifier
+from fxzip.passes.widen import widen
 from fxzip.prepared import Prepared
 from fxzip.processes import ALONE, Processes, processes_of
 from fxzip.report import Verified
@@ -49,7 +51,7 @@ def zip(
     *models: Any, loader: Loader | None = None, cut: Cut = None, start: Cut = None, width: Width = None,
     budget: str | None = None, method: str = "auto",
     names: Iterable[str] | None = None, points: Points = "last", refit: bool | RefitOptions = True,
-    heads: Heads = EACH, hold_back: bool = True, verify: bool = True, progress: bool = True,
+    effort: str = "default", heads: Heads = EACH, hold_back: bool = True, verify: bool = True, progress: bool = True,
     labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None,
     resume: str | PathLike[str] | None = None, memory: int | str | None = None,
     stats_device: torch.device | str | None = None, **options: Any,
@@ -82,6 +84,8 @@ def zip(
         refit: Solve each merged layer in closed form, so that it gives what the parents give on the loader's images
             (`fxzip.passes.refit`). True: with default settings; `fxzip.RefitOptions`: with these settings; False: the
             weights are merged by ZipIt!'s rule alone, and BatchNorm statistics are reset.
+        effort: How much time refit takes, if no settings are given: ``fast``, ``default`` or ``thorough``
+            (`fxzip.settings.EFFORTS`).
         heads: ``each``: a head for each task. For networks of the same classes ``mean``: one head, ``joint``, with
             the mean of all outputs, as their ensemble gives; or ``product``: the mean of their log-probabilities; or a
             dict of how much each task weighs in the mean, by name.
@@ -115,7 +119,7 @@ def zip(
     check_models(given)
     each, names = separated(given, names)
     wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
-    wanted |= {"verify": verify, "width": width, "budget": budget, "heads": heads}
+    wanted |= {"verify": verify, "width": width, "budget": budget, "heads": heads, "effort": effort}
     check_merge(zip, len(each), points=points, hold_back=hold_back, **wanted, **options)
     tasks, allowed = task_names(names, len(each)), parse_memory(memory)
     processes = processes_of(process_group)
@@ -131,7 +135,8 @@ def zip(
         prepared.journal = journal
         prepared.place(cut, start, width, budget)
         prepared.check_heads(heads)
-        wanted |= {"progress": shown, "refit": bounded(prepared, allowed, refit_options(refit)) or False}
+        fit = bounded(prepared, allowed, refit_options(refit, effort))
+        wanted |= {"progress": shown, "refit": fit or False, "effort": "default"}  # the fit has what the effort says
         some: dict[str, Any] = {"points": points, "hold_back": hold_back and refit is not False}
         prepared.observe(ready, progress=shown, stats_device=stats_device, **some)
         zipped = prepared.convert(**wanted, **options)
@@ -181,12 +186,16 @@ def prepared_of(
     args, kwargs = ready_example(example_inputs, each)
     graphs = [canonicalise(_traced(model, args, kwargs)) for model in each]
     folded = any(map(is_task, each))
-    alignment = align([fold(graph) for graph in graphs] if folded else graphs)
+    if folded:
+        graphs = [fold(graph) for graph in graphs]
+    example = to_device(args, kwargs, device_of(graphs[0]))
+    alike = widen(deepen(graphs, example), example)
+    alignment = align(alike)
     if not alignment.shared_parameters():
         raise AlignmentError(f"the models share no layer: {alignment.parting}")
     example = to_device(args, kwargs, device_of(alignment.modules[0]))
     spec, verified = _analysed(alignment.modules[0], example, verify)
-    originals = None if folded else Originals.of(each, alignment)
+    originals = Originals.of(each, alignment) if alike == graphs and not folded else None
     return Prepared(tasks, alignment, spec, verified, originals, gathered(each, tasks, labels, example), processes)
 
 

@@ -19,7 +19,7 @@ from fxzip.matching import chosen_options, is_sized, match, settings_of
 from fxzip.names import bad_name
 from fxzip.passes.cut import check_span, parse_budget, parse_fidelity
 from fxzip.passes.points import check_points
-from fxzip.settings import AUTO, EACH, MATCHING, RefitOptions, refit_settings
+from fxzip.settings import AUTO, EACH, EFFORTS, MATCHING, RefitOptions, refit_settings
 from fxzip.widths import parse_widths
 
 
@@ -71,7 +71,8 @@ def check_merge(call: Callable[..., Any], n_models: int, /, **given: Any) -> Cho
     for name, value in options.items():
         _check_known(name, value, call.__name__, list(own), values["method"])
     method = values["method"]
-    return Choice(method, check_method(method, options, n_models), refit_options(values["refit"]), heads)
+    refit = refit_options(values["refit"], values["effort"])
+    return Choice(method, check_method(method, options, n_models), refit, heads)
 
 
 def check_widths(values: Mapping[str, Any]) -> None:
@@ -126,17 +127,21 @@ def check_method(method: str, given: Mapping[str, Any], n_models: int) -> dict[s
     return chosen
 
 
-def refit_options(refit: object) -> RefitOptions | None:
+def refit_options(refit: object, effort: object = "default") -> RefitOptions | None:
     """How to refit, from what a user gave; None: not at all.
 
     Raises:
-        OptionError: It is neither a bool nor `RefitOptions`.
+        OptionError: It is neither a bool nor `RefitOptions`, the effort is unknown, or both are given.
     """
+    if not isinstance(effort, str) or effort not in EFFORTS:
+        raise OptionError(f"effort={effort!r}: it must be one of {', '.join(map(repr, EFFORTS))}")
     if isinstance(refit, RefitOptions):
+        if EFFORTS[effort]:
+            raise OptionError(f"effort={effort!r} sets what refit=fxzip.RefitOptions(...) does: give one of them")
         return refit
     if not isinstance(refit, bool):
         raise OptionError(f"refit={refit!r}: give True, False, or fxzip.RefitOptions(...) for other settings")
-    return RefitOptions() if refit else None
+    return RefitOptions(**EFFORTS[effort]) if refit else None
 
 
 def check_flag(name: str, value: object) -> None:

@@ -102,9 +102,9 @@ class Conversion:
             warnings.warn(fitted.fidelity.advice, LowFidelityWarning, stacklevel=4)
         return self._handed_out(plan, choice, fitted, verified, tried)
 
-    def _phase(self, description: str) -> None:
-        """Say what goes on."""
-        if isinstance(self.progress, Bar):
+    def _phase(self, description: str, short: Short | None = None) -> None:
+        """Say what goes on; short fits say nothing."""
+        if isinstance(self.progress, Bar) and short is None:
             self.progress.phase(description)
 
     def settled(self) -> tuple[Choice, tuple[Tried, ...]]:
@@ -236,9 +236,9 @@ class Conversion:
             shared: Any = {"skip": [f"trunk.{name}" for name in parts.stems], "processes": prepared.processes}
             source = self.loader if short is None else self._few(short).own
             recalibrated = recalibrate(_Whole(parts), source, progress=progress, **shared)
-        if short is None:
-            self._phase("comparing")
-        fidelity = compare(parts, plan, prepared.names, prepared.points, prepared.held, seen, prepared.processes)
+        points = prepared.points if short is None else {}  # a trial tells by its answers
+        self._phase("comparing", short)
+        fidelity = compare(parts, plan, prepared.names, points, prepared.held, seen, prepared.processes)
         return Fitted(parts, refitted, recalibrated, fidelity)
 
     def _handed_out(

@@ -34,14 +34,15 @@ class Errors:
 
     def add(self, wanted: Tensor, has: Tensor) -> None:
         """Add a batch, along axis 0."""
-        wanted, has = wanted.double(), has.double()
+        work = torch.promote_types(wanted.dtype, torch.float32)
+        wanted, has = wanted.to(work), has.to(work)
         if self._shift is None:
             self._shift = wanted.mean(0)
         moved = wanted - self._shift
         self.count += len(wanted)
-        self.error += float((wanted - has).square().sum())
-        self._sum = self._sum + moved.sum(0)
-        self._square = self._square + moved.square().sum()
+        self.error += float((wanted - has).square().sum(dtype=torch.float64))
+        self._sum = self._sum + moved.sum(0, dtype=torch.float64)
+        self._square = self._square + moved.square().sum(dtype=torch.float64)
         if self.classes is not None:
             target, given = (x.movedim(self.classes, -1).log_softmax(-1) for x in (wanted, has))
             self.positions += target[..., 0].numel()
@@ -62,7 +63,7 @@ class Errors:
     def mean(self) -> Tensor:
         """The mean over the images, of the shape of one."""
         assert self._shift is not None
-        return self._shift + self._sum / self.count
+        return self._shift.double() + self._sum / self.count
 
     def figures(self) -> tuple[float, float | None, float | None]:
         """Unexplained share, agreement and mean KL."""
@@ -74,7 +75,7 @@ class Errors:
     def shifted(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """The sums of what lies beyond some place, and of its squares."""
         assert self._shift is not None
-        gap = self._shift - place.to(self._shift)
+        gap = self._shift.double() - place.to(self._sum.device)
         square = self._square + 2 * (gap * self._sum).sum() + self.count * gap.square().sum()
         return self._sum + self.count * gap, square
 

@@ -73,5 +73,9 @@ class PreparationWarning(UserWarning):
     """The models that are merged were trained on images that were prepared otherwise."""
 
 
+class WidthWarning(UserWarning):
+    """Networks of different widths cannot be brought to the same ones, and are merged up to where they differ."""
+
+
 class DroppedInputWarning(UserWarning):
     """A loader's batches hold labels, which are not inputs of the models and are left out."""

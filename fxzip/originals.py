@@ -110,9 +110,9 @@ def _originals(zipped: ZippedModel, models: Any) -> Originals:
     if models is None:
         if zipped.originals is None:
             raise RestoreError(
-                "this merged network does not know the models' own classes, as it was loaded, unpickled or "
-                "merged from a merged one: give models of these classes, with any weights: "
-                "zipped.as_models([model_a, model_b])"
+                "this merged network does not know the models' own classes, as it was loaded, unpickled, "
+                "merged from a merged one or from networks of different widths: give models of these classes, with any "
+                "weights: zipped.as_models([model_a, model_b])"
             )
         return zipped.originals
     given = [models[name] for name in zipped.names if name in models] if isinstance(models, Mapping) else list(models)

@@ -93,6 +93,8 @@ class RefitOptions:
             images that its fit leaves out (`fxzip.passes.refit.ridge`).
         rounds: How often at most an inner layer (of a residual branch, of an MLP) and the layer that uses it are
             solved in turn, in the trunk; in the heads it is once. 0: each layer is solved once.
+        steps: How often a layer before a ReLU is solved again, each time with what the last solution gives below 0 let
+            be; 0: its targets are the parents' values before their ReLUs.
         images: Most images to use from the loader; fewer where ``memory`` does not hold them.
         samples: Least number of positions that a layer is fitted on, if there are as many. Layers with large feature
             maps take fewer images, so that memory is bounded by this number.
@@ -111,6 +113,7 @@ class RefitOptions:
         None, "how strongly weights are pulled to ZipIt!'s rule, as a share of the inputs' power", low=0
     )
     rounds: int = _field(5, "how often the layers of a branch are solved in turn (0: each only once)", low=0)
+    steps: int = _field(2, "how often a layer before a ReLU is solved again, for what the ReLU gives", low=0)
     images: int = _field(
         10_000, "most images to use; more are slower and bring the result closer to the parents", low=1
     )
@@ -125,6 +128,14 @@ class RefitOptions:
             object.__setattr__(self, name, setting.check(name, getattr(self, name)))
         if not isinstance(self.biases, bool):
             raise OptionError(f"biases={self.biases!r}: it must be True or False")
+
+
+EFFORTS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"rounds": 0, "steps": 0, "images": 1_000, "samples": 2**15},
+    "default": {},
+    "thorough": {"rounds": 12, "steps": 4, "images": 30_000, "samples": 2**18},
+}
+"""What a refit costs and keeps, in one word: the settings that differ from their defaults."""
 
 
 def refit_settings() -> dict[str, Setting]:

@@ -27,7 +27,8 @@ from fxzip.widths import Width
 def shrink(
     model: nn.Module, loader: Iterable[Any], *, width: Width = None, budget: str | None = None, cut: Cut = None,
     method: str = "select", name: str = "model", points: Points = "last", refit: bool | RefitOptions = True,
-    hold_back: bool = True, verify: bool = True, progress: bool = True, process_group: Any = None, **options: Any,
+    effort: str = "default", hold_back: bool = True, verify: bool = True, progress: bool = True,
+    process_group: Any = None, **options: Any,
 ) -> ZippedModel:  # fmt: skip
     """Make a trained network smaller: fewer channels, and weights solved for so that it gives what it gave.
 
@@ -48,6 +49,7 @@ def shrink(
         name: What the result calls the network.
         points: As for `fxzip.zip`.
         refit: As for `fxzip.zip`.
+        effort: As for `fxzip.zip`.
         hold_back: As for `fxzip.zip`.
         verify: As for `fxzip.zip`.
         progress: Show bars.
@@ -61,7 +63,7 @@ def shrink(
         TraceError, CutError, CalibrationError, OptionError, VerificationError: see `fxzip.errors`.
     """
     wanted: dict[str, Any] = {"cut": cut, "method": method, "refit": refit, "progress": progress, "verify": verify}
-    wanted |= {"width": width, "budget": budget}
+    wanted |= {"width": width, "budget": budget, "effort": effort}
     check_models([model], least=1)
     if width is None and budget is None:
         raise OptionError('shrink needs a width or a budget, as width=0.7 or budget="flops<=0.5x"')

@@ -5,6 +5,8 @@
 | `trace`             | a model, example inputs        | a GraphModule                        | nothing         |
 | `canonicalise`      | a GraphModule                  | the same, computed weights folded    | the GraphModule |
 | `fold`              | a GraphModule                  | the same, norms folded into layers   | the GraphModule |
+| `deepen`            | GraphModules of other depths   | them, with the deepest one's blocks  | nothing         |
+| `widen`             | GraphModules of other widths   | them, as wide as the widest          | nothing         |
 | `align`             | the models' GraphModules       | `Alignment`: the nodes they share    | nothing         |
 | `analyse`           | a GraphModule, example inputs  | `ChannelSpec`: the channel spaces    | nothing         |
 | `cut`               | alignment, spec                | `Cuts`, costs; a `MergePlan`         | nothing         |

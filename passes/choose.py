@@ -36,6 +36,7 @@ class Short:
         least: but no fewer than these,
         most: and no more than these.
         samples: As of `RefitOptions`, at most.
+        steps: Likewise.
         whole_heads: Whether it solves what lies deep in the heads, too.
     """
 
@@ -43,6 +44,7 @@ class Short:
     least: int
     most: int
     samples: int
+    steps: int
     whole_heads: bool
 
     def images(self, count: int) -> int:
@@ -54,12 +56,13 @@ class Short:
         if refit is None:
             return None
         ridge = TRIED_RIDGE if refit.ridge is None else refit.ridge
-        return replace(refit, rounds=0, ridge=ridge, samples=min(refit.samples, self.samples))
+        samples, steps = min(refit.samples, self.samples), min(refit.steps, self.steps)
+        return replace(refit, rounds=0, ridge=ridge, samples=samples, steps=steps)
 
 
-OF_METHODS = Short(8, 64, 500, 2**14, whole_heads=False)
+OF_METHODS = Short(8, 32, 500, 2**14, steps=0, whole_heads=False)
 """By which methods are compared with one another."""
-OF_BOUNDS = Short(4, 256, 1_000, 2**17, whole_heads=True)
+OF_BOUNDS = Short(4, 256, 1_000, 2**17, steps=2, whole_heads=True)
 """By which a merge is held against a bound on fidelity: it is to come near the fit in full."""
 
 

@@ -138,8 +138,7 @@ class _Comparison:
         for space, axes, index in self.plan.spec.locate(node):
             found = self.plan.maps.get(space.name)
             if found is not None and axes:
-                mixing = Mixing(found.size, found.part(model, "contract").T)
-                value = mixed_along(value, axes, index.to(value.device), mixing)
+                value = mixed_along(value, axes, index.to(value.device), Mixing.back(found, model))
         return value
 
     def depths(self) -> list[Depth]:

@@ -54,9 +54,9 @@ class CifarResNet(nn.Module):
         return self.fc(self.pool(x).flatten(1))
 
 
-def resnet20(width: int = 4, classes: int = 10) -> CifarResNet:
-    """ResNet-20 of ``16 * width`` channels in its first stage: ×4 is the paper's."""
-    return CifarResNet(3, width, classes)
+def resnet20(width: int = 4, classes: int = 10, blocks: int = 3) -> CifarResNet:
+    """ResNet-20 of ``16 * width`` channels in its first stage: ×4 is the paper's; of 2 blocks a stage: ResNet-14."""
+    return CifarResNet(blocks, width, classes)
 
 
 RESNETS: dict[str, Callable[[int], nn.Module]] = {

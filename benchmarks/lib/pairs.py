@@ -24,11 +24,13 @@ class Setting:
     size: int = 16
     epochs: int = 7
     bf16: bool = False
+    blocks: int = 3
 
     @property
     def key(self) -> str:
         """A name for files."""
-        return f"w{self.width}_s{self.size}_e{self.epochs}{'_bf16' if self.bf16 else ''}"
+        other = f"_b{self.blocks}" if self.blocks != 3 else ""
+        return f"w{self.width}_s{self.size}_e{self.epochs}{'_bf16' if self.bf16 else ''}{other}"
 
 
 def halves(pair: int) -> tuple[list[int], list[int]]:
@@ -48,20 +50,20 @@ def models(
     setting: Setting, pair: int, split: Split, log: Callable[[str], None] = print
 ) -> tuple[nn.Module, nn.Module]:
     """Both networks of a pair, from their checkpoints if they were trained before."""
-    found = []
-    for task, classes in enumerate(halves(pair)):
-        found.append(
-            train(
-                lambda: resnet20(setting.width, 5),
-                split.of_classes(classes),
-                seed=100 * pair + task,
-                epochs=setting.epochs,
-                bf16=setting.bf16,
-                checkpoint=CHECKPOINTS / f"cifar_{setting.key}_pair{pair}_task{task}.pt",
-                log=lambda text, task=task: log(f"pair {pair} task {task}: {text}"),  # type: ignore[misc]
-            )
-        )
-    return found[0], found[1]
+    return network(setting, pair, 0, split, log), network(setting, pair, 1, split, log)
+
+
+def network(setting: Setting, pair: int, task: int, split: Split, log: Callable[[str], None] = print) -> nn.Module:
+    """One network of a pair, from its checkpoint if it was trained before."""
+    return train(
+        lambda: resnet20(setting.width, 5, setting.blocks),
+        split.of_classes(halves(pair)[task]),
+        seed=100 * pair + task,
+        epochs=setting.epochs,
+        bf16=setting.bf16,
+        checkpoint=CHECKPOINTS / f"cifar_{setting.key}_pair{pair}_task{task}.pt",
+        log=lambda text: log(f"pair {pair} task {task}: {text}"),
+    )
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from fxzip.cli import parameters as p
 from fxzip.cli.alike import labels_of_folders, prepared_alike, read_labels
 from fxzip.cli.errors import warn
 from fxzip.errors import OptionError
-from fxzip.settings import AUTO, EACH, MATCHING, RefitOptions
+from fxzip.settings import AUTO, EACH, EFFORTS, MATCHING, RefitOptions
 
 
 def zip_models(
@@ -41,6 +41,7 @@ def zip_models(
     refit: p.Refit = True,
     hold_back: p.HoldBack = True,
     verify: p.Verify = True,
+    effort: p.Effort = "default",
     ridge: p.Ridge = None,
     rounds: p.Rounds = None,
     images: p.Images = None,
@@ -88,7 +89,8 @@ class Merge:
         self.model_args = shared.pairs(given["model_args"], "--model-arg")
         self.cut, self.start = (shared.share_or_name(given[key]) for key in ("cut", "start"))
         self.width = shared.width(given["width"])
-        self.refit = RefitOptions(**{key: given[key] for key in shared.OF_REFIT if given[key] is not None})
+        own = {key: given[key] for key in shared.OF_REFIT if given[key] is not None}
+        self.refit = RefitOptions(**{**EFFORTS[given["effort"]], **own})
 
     def run(self) -> None:
         """Check, load, merge, save."""

@@ -147,6 +147,9 @@ Verify = Annotated[bool, _merging(help="Check the merge before it is fitted: a n
 HoldBack = Annotated[
     bool, _merging(help="Hold back a tenth of the images, to measure the merge on what it did not see.")
 ]
+Effort = Annotated[
+    Literal["fast", "default", "thorough"], _merging(help="How much time refit takes; the three below are set by it.")
+]
 Ridge = Annotated[float | None, _merging(help=f"For refit: {read.DECLARED['ridge']}.")]
 Rounds = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['rounds']}.")]
 Images = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['images']}.")]

@@ -134,7 +134,7 @@ def self_zip_errors(
     own, other = call(model, inputs), call(moved, inputs)
     prepared = prepare(model, moved, example_inputs=inputs, verify=False)
     del moved  # copies of large models are scarce in memory
-    prepared.observe([_as_batch(model, inputs)], progress=False)
+    prepared.observe([_as_batch(model, inputs)], hold_back=False, progress=False)
     chosen = prepared.cuts[::step] if cuts is None else tuple(cuts)
     errors: dict[Cut, float] = {}
     for cut in sorted(chosen, key=lambda cut: cut == 0.0):

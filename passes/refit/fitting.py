@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import TypeVar
+from functools import reduce
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -28,22 +29,36 @@ from fxzip.passes.refit.fit import Fit
 from fxzip.passes.refit.goals import Goals, Target
 from fxzip.passes.refit.lockstep import Batch, LockStep, Stream
 from fxzip.passes.refit.pairs import Pair
-from fxzip.passes.refit.regression import Regression, Residuals, noise_of
+from fxzip.passes.refit.regression import Regression, Residuals
 from fxzip.passes.refit.reset import norm_behind, reset_scale
 from fxzip.passes.refit.ridge import START, Spread, Trial
 from fxzip.passes.refit.rounds import PROBED, STEPS, Rounds
 from fxzip.passes.refit.sums import add_residuals, columns, gram_samples, precise
+from fxzip.passes.refit.systems import noise_of
 from fxzip.passes.refit.units import Unit
+from fxzip.settings import RefitOptions
 
 Sums = TypeVar("Sums", Residuals, Spread)
 Found = TypeVar("Found")
 
 WEIGHTS = "solving a layer"
-ONE_SIDED = 2
-"""How often the targets of a one-sided fit are set again."""
 FAR_NEARER = 100
 """How many times the error a layer must have with its statistics reset to be held to its weights as they are. (A mean
 of unlike channels varies too little, which keeps its error small and is what resetting is to put right.)"""
+
+
+class Samples(NamedTuple):
+    """Samples of a unit at W₀.
+
+    Attributes:
+        trial: Of its inputs and of its residuals.
+        made: How much its layers' outputs vary.
+        whole: Whether the trial's are all there are.
+    """
+
+    trial: Trial
+    made: Spread
+    whole: bool
 
 
 class Fitter:
@@ -52,13 +67,13 @@ class Fitter:
     Attributes:
         lock: The lock step; the merged network is its last.
         goals: What units should give.
-        ridge: λ as a share of the mean of the inputs' sums of squares; None: found for each unit.
+        options: How they are fitted.
         last: The λ that was found last.
     """
 
-    def __init__(self, lock: LockStep, target: Target, ridge: float | None, seed: int) -> None:
-        self.lock, self.goals, self.ridge = lock, Goals(lock, target), ridge
-        self.last, self._seed = START, seed
+    def __init__(self, lock: LockStep, target: Target, options: RefitOptions) -> None:
+        self.lock, self.goals, self.options = lock, Goals(lock, target), options
+        self.last = START
         self._orders: dict[Unit, list[fx.Node]] = {}
 
     @property
@@ -77,7 +92,7 @@ class Fitter:
             CalibrationError: Its inputs or targets are not finite.
         """
         for batch in self.lock.seen:
-            batch.sow(self._seed, unit.root.name)
+            batch.sow(self.options.seed, unit.root.name)
         found = self._fit(unit)
         for pair, inner in pairs.items():
             Rounds(self).run(pair, inner, found, rounds)
@@ -93,19 +108,20 @@ class Fitter:
         self.last = ridge
 
     def _fit(self, unit: Unit) -> Fit:
-        found, trial, whole = self._held_to(unit)
+        found, (trial, made, whole) = self._held_to(unit)
         found.inputs = trial.together()
-        if self.ridge is None:
-            self.last = self.agreed(lambda: trial.best(self.last))
-        found.ridge = self.last if self.ridge is None else self.ridge
-        found.told = self._told(found)
+        ridge = self.options.ridge
+        if ridge is None:
+            ridge = self.last = self.agreed(lambda: trial.best(self.last))
+        found.ridge = ridge
+        found.told = self._told(unit, made)
         self.move(found, self._asked(found, trial.residuals))
-        for _ in range(ONE_SIDED if self.goals.one_sided(unit) else 1 - whole):
+        for _ in range(max(self.options.steps if self.goals.one_sided(unit) else 0, 1 - whole)):
             self.step(found, self.lock.seen)
         return found
 
-    def _held_to(self, unit: Unit) -> tuple[Fit, Trial, bool]:
-        """A fit that is at W₀, its samples, and whether these are all.
+    def _held_to(self, unit: Unit) -> tuple[Fit, Samples]:
+        """A fit that is at W₀, and its samples.
 
         W₀ has its BatchNorm statistics reset, unless it is far nearer to the parents as it is: what is exact stays so.
         """
@@ -122,11 +138,11 @@ class Fitter:
             ]
             reset = [w if s is None else w * s[:, :, None] for w, s in zip(plain, scales, strict=True)]
             found = self._started(unit, reset)
-            trial, whole = self._samples(found)
-            if trial.error <= FAR_NEARER * as_it_is:
-                return found, trial, whole
+            samples = self._samples(found)
+            if samples.trial.error.total <= FAR_NEARER * as_it_is:
+                return found, samples
         found = self._started(unit, plain)
-        return found, *self._samples(found)
+        return found, self._samples(found)
 
     def _before_norms(self, unit: Unit, norms: Set[fx.Node]) -> tuple[dict[fx.Node, list[Tensor]], float]:
         """What goes into BatchNorms on each batch, and the unit's error as it is, but for its bias."""
@@ -140,24 +156,27 @@ class Fitter:
                 found.append(env[norm.all_input_nodes[0].name])
         return values, self.shared(error).total
 
-    def _samples(self, fit: Fit) -> tuple[Trial, bool]:
-        """Samples of a unit's inputs and of its residuals, and whether they are all."""
-        unit, whole = fit.unit, True
-        trial, contraction = Trial(unit.bias_at is not None, self.ridge is None), unit.layers[0].contraction
+    def _samples(self, fit: Fit) -> Samples:
+        """Samples of a unit's inputs and of its residuals at W₀."""
+        unit, whole, made = fit.unit, True, Spread()
+        trial, contraction = Trial(unit.bias_at is not None, self.options.ridge is None), unit.layers[0].contraction
         for batch in self.lock.seen:
             value = batch.env[0][unit.root.name]
             drawn, count = self.draw(unit, batch, value), contraction.samples(value)
             whole = whole and drawn is None
-            rows = precise(contraction.rows(self.goals.linear(batch, unit, self.run(batch, unit))))
-            trial.error_of(rows)
+            has = self.run(batch, unit)
+            made.add(precise(contraction.rows(reduce(torch.sub, (batch.env[-1][n.name] for n in unit.known), has))))
+            rows = precise(contraction.rows(self.goals.linear(batch, unit, has)))
+            trial.error.add(rows)
             here = torch.arange(count, device=value.device) if drawn is None else drawn
             for left_out, mine in trial.parts(batch.first + here * batch.images // count):
                 some = here[mine]
                 trial.add(left_out, columns(unit, batch, some), rows[:, :, some])
         if self.lock.processes.count == 1:
-            return trial, whole
+            return Samples(trial, made, whole)
         (drawn_from,) = self.lock.processes.numbers("samples", not whole)
-        return trial.over_all(self.lock.total, self._dtype(unit)), not drawn_from
+        trial = trial.over_all(self.lock.processes, device_of(self._merged.module), self._dtype(unit))
+        return Samples(trial, self.shared(made), not drawn_from)
 
     def _started(self, unit: Unit, priors: Sequence[Tensor]) -> Fit:
         """A fit that is at these weights, with the bias that is best for the first batch."""
@@ -177,18 +196,14 @@ class Fitter:
         residual = contraction.rows(self.goals.linear(batch, unit, self.run(batch, unit)))
         return residual.mean(2, dtype=torch.float64)
 
-    def _told(self, fit: Fit) -> Tensor:
+    def _told(self, unit: Unit, made: Spread) -> Tensor:
         """The outputs (groups, o) that depend on the inputs: under W₀ they vary by more than rounding."""
-        first, power, count = fit.unit.layers[0].contraction, torch.zeros((), dtype=torch.float64), 0
+        first, power = unit.layers[0].contraction, torch.zeros((), dtype=torch.float64)
         for batch in self.lock.seen:
-            wanted = precise(self.goals.wanted(batch, fit.unit))
+            wanted = precise(self.goals.wanted(batch, unit))
             power = power + first.total_output(wanted.square()).double()
-            count += first.samples(wanted)
-        samples, power = self.lock.total(
-            "what is wanted", [torch.tensor(count, dtype=torch.float64), power] if count else None
-        )
-        least = noise_of(self._dtype(fit.unit)) ** 2 * power / samples.to(power)
-        return self.agreed(lambda: fit.inputs.spread(fit.prior) > least)
+        (power,) = self.lock.total("what is wanted", [power] if self.lock.seen else None)
+        return self.agreed(lambda: made.each > noise_of(self._dtype(unit)) ** 2 * power)
 
     def step(self, fit: Fit, batches: Sequence[Batch], changed: bool = False, stride: int = 1) -> None:
         """A step of least squares on the residuals.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from fxzip.graphs import named_call, norm_of
-from fxzip.passes.refit.regression import SLIGHT
 from fxzip.passes.refit.slots import Uses, fill, slot
+from fxzip.passes.refit.systems import SLIGHT
 from fxzip.processes import ALONE, Total
 
 

@@ -159,7 +159,7 @@ class _Refitter:
             self.inner.setdefault(pair.outer, []).append(pair)
         self.fits: dict[Unit, Fit] = {}
         self.lock = LockStep(streams, feeds, list(self._schedule()), keep, images)
-        self.fitter = Fitter(self.lock, target, options.ridge, options.seed)
+        self.fitter = Fitter(self.lock, target, options)
 
     def _has_target(self, node: fx.Node) -> bool:
         return STEM not in node.meta and node.name not in self.unknown

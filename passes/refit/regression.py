@@ -9,15 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxzip.moments import ROUNDINGS
-from fxzip.processes import Total
+from fxzip.passes.refit.systems import (
+    PRECISE,
+    ROUGH,
+    OfInputs,
+    OfSamples,
+    System,
+    damping_of,
+    gram_of,
+    noise_of,
+)
+from fxzip.processes import Processes, Total, exact
 
 _SLICE = 2**24  # elements of the inputs that are multiplied at once, where there are not many of them
-PRECISE, ROUGH = 1024, 0.03
-"""Systems of more inputs than the first are solved in float32, if the ridge is no less than the second: what rounding
-leaves is then far below what the ridge does."""
-SLIGHT = 1e-3
-"""Inputs whose variance is below this share of their mean square count for λ as if it were that share."""
+FEW = 0.5
+"""Up to so many samples for each input they are solved with themselves, and not with the inputs' products."""
 
 
 class Residuals:
@@ -44,11 +50,7 @@ class Residuals:
     def over_all(self, total: Total) -> Residuals:
         """Those of the samples of all processes."""
         found = Residuals()
-        own = (
-            [torch.tensor(self.count, dtype=torch.float64), self.products, self.residual, self.inputs]
-            if self.count
-            else None
-        )
+        own = [exact(self.count), self.products, self.residual, self.inputs] if self.count else None
         sums = total("residuals", own)
         if sums:  # else there are no samples anywhere
             found.add(round(float(sums[0])), *sums[1:])
@@ -69,19 +71,23 @@ class Regression:
     with that of others (fewer of them, or from before the inputs changed a little) comes close, and the next closer.
 
     The sums are float64; products are taken in the dtype of the data, of inputs shifted by the first batch's means,
-    since E[xx'] - mm' cancels.
+    since E[xx'] - mm' cancels. Where samples are few, they are kept in the place of their products.
 
     Args:
         intercept: Whether there is a b; without one nothing is shifted.
+
+    Attributes:
+        count: How many samples.
     """
 
     def __init__(self, intercept: bool = True) -> None:
         self.intercept = intercept
         self.count = 0
         self._shift: Tensor | None = None
+        self._total = torch.zeros((), dtype=torch.float64)
         self._waiting: list[Tensor] = []
-        self._folded: tuple[Tensor, Tensor] | None = None
-        self._factor: tuple[Tensor, Tensor] | None = None
+        self._folded: Tensor | None = None
+        self._last: tuple[float, System] | None = None
 
     def add(self, x: Tensor) -> None:
         """Add samples of the inputs (groups, d, samples)."""
@@ -91,44 +97,34 @@ class Regression:
         most = max(_SLICE // (groups * d), 2 * d)
         for part in x.split(most, 2):
             self._waiting.append(part - self._shift if self.intercept else part)
+            self._total = self._total + self._waiting[-1].sum(2).double()
             if sum(waiting.shape[2] for waiting in self._waiting) >= most:
                 self._fold()
         self.count += x.shape[2]
-        self._factor = None
+        self._last = None
 
-    def _fold(self) -> None:
-        """Take the products of the samples that wait: of many at once, as sums of matrices take their time, too."""
-        x = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting, 2)
-        self._waiting.clear()
-        sums = _gram(x).double(), x.sum(2).double()
-        self._folded = sums if self._folded is None else (self._folded[0].add_(sums[0]), self._folded[1] + sums[1])
+    def _fold(self) -> Tensor:
+        """The products of the shifted inputs (groups, d, d).
 
-    @property
-    def _sums(self) -> tuple[Tensor, Tensor]:
-        """The products of the shifted inputs (groups, d, d), and their sums (groups, d)."""
+        Those of the samples that wait are taken of many at once, as sums of matrices take their time, too.
+        """
         if self._waiting:
-            self._fold()
+            gram = gram_of(self._joined()).double()
+            self._folded = gram if self._folded is None else self._folded.add_(gram)
+            self._waiting.clear()
         assert self._folded is not None
         return self._folded
+
+    def _joined(self) -> Tensor:
+        return self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting, 2)
+
+    def _few(self, count: int) -> bool:
+        """Whether so many samples take less work than their products."""
+        return self._folded is None and bool(self._waiting) and count <= FEW * self._waiting[0].shape[1]
 
     def shift_by(self, x: Tensor) -> None:
         """Shift the samples to come by the means of these (groups, d, samples)."""
         self._shift = x.mean(2, keepdim=True) if self.intercept else x.new_zeros(*x.shape[:2], 1)
-
-    @classmethod
-    def of_sums(cls, intercept: bool, count: int, shift: Tensor, gram: Tensor, total: Tensor) -> Regression:
-        """From the sums of so many samples that were shifted by some values.
-
-        Args:
-            intercept: As of `Regression`.
-            count: How many samples.
-            shift: What they were shifted by (groups, d, 1), of the dtype of the data.
-            gram: The sums of their products (groups, d, d), float64.
-            total: Their sums (groups, d), float64.
-        """
-        found = cls(intercept)
-        found.count, found._shift, found._folded = count, shift, (gram, total)
-        return found
 
     def beside(self) -> Regression:
         """One for other samples, shifted by the same values, so that both can be added."""
@@ -141,8 +137,11 @@ class Regression:
         if not self.count or not other.count:
             return self if self.count else other
         found = self.beside()
-        found.count = self.count + other.count
-        found._folded = self._sums[0] + other._sums[0], self._sums[1] + other._sums[1]
+        found.count, found._total = self.count + other.count, self._total + other._total
+        if self._few(found.count) and other._few(found.count):
+            found._waiting = [*self._waiting, *other._waiting]
+        else:
+            found._folded = self._fold() + other._fold()
         return found
 
     def step(
@@ -166,120 +165,85 @@ class Regression:
         if self.intercept:
             products = torch.baddbmm(products, mean[:, :, None], residuals.inputs[:, None, :], alpha=-1)
         products = products * (self.count / residuals.count)
-        factor, damping = self._factored(ridge)
+        if self._last is None or self._last[0] != ridge:
+            self._last = ridge, self.system(ridge, rough=products.shape[2] > PRECISE and ridge >= ROUGH)
+        system = self._last[1]
         if back is not None:
-            products = products + damping[:, None, :] * back
-        weights = torch.cholesky_solve(products.mT.to(factor.dtype), factor).mT.double()
+            products = products + system.damping[:, None, :] * back
+        weights = system.solve(products)
         if told is not None:
             weights = weights * told[:, :, None]
         if not self.intercept:
             return weights, torch.zeros_like(mean)
         return weights, mean - (weights @ residuals.inputs[:, :, None])[..., 0] / residuals.count
 
-    def spread(self, weights: Tensor) -> Tensor:
-        """How much weights (groups, o, d) make of the inputs' variation: the variance of each output (groups, o)."""
-        gram, _ = self.centred()
-        return ((weights @ gram) * weights).sum(2).clamp_min(0) / self.count
+    def system(self, ridge: float, rough: bool = False) -> System:
+        """What solves for these inputs with a ridge; ``rough``: in float32 where it can be factorised so.
 
-    def centred(self) -> tuple[Tensor, Tensor]:
-        """The inputs' Gram matrix about their means (groups, d, d), and their sums of squares about 0 (groups, d)."""
+        Raises:
+            ArithmeticError: The inputs are not finite.
+        """
         assert self._shift is not None
-        gram, total = self._sums
-        mean = self._shift[:, :, 0].double() + total / self.count
-        if self.intercept:
-            gram = torch.baddbmm(gram, total[:, :, None], total[:, None, :], alpha=-1 / self.count)
-            return gram, gram.diagonal(dim1=1, dim2=2).clamp_min(0) + self.count * mean.square()
-        return gram, gram.diagonal(dim1=1, dim2=2)
+        noise = noise_of(self._shift.dtype)
+        if self._few(self.count):
+            x = self._joined()
+            x = x - self._drift[:, :, None].to(x) if self.intercept else x
+            own = x.square().sum(2).double()
+            return OfSamples.of(x, damping_of(own, self._power(own), ridge, noise), rough and ridge >= ROUGH)
+        gram = self.centred()
+        own = gram.diagonal(dim1=1, dim2=2)
+        return OfInputs.of(gram, damping_of(own, self._power(own), ridge, noise), rough)
 
-    def _factored(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """The Cholesky factor of the Gram matrix + λ, and λ for each input (groups, d)."""
-        if self._factor is None:
-            assert self._shift is not None
-            gram, power = self.centred()
-            rough = gram.shape[1] > PRECISE and ridge >= ROUGH
-            self._factor = _factored(gram, damping(gram, power, ridge, noise_of(self._shift.dtype)), rough)
-        return self._factor
+    def centred(self) -> Tensor:
+        """The inputs' Gram matrix about their means (groups, d, d)."""
+        gram, total = self._fold(), self._total
+        if self.intercept:
+            return torch.baddbmm(gram, total[:, :, None], total[:, None, :], alpha=-1 / self.count)
+        return gram
+
+    def _power(self, own: Tensor) -> Tensor:
+        """The sums of squares about 0, of those about the means (groups, d)."""
+        return own.clamp_min(0) + self.count * self.mean.square() if self.intercept else own
 
     @property
-    def noise(self) -> float:
-        """The share of the sums that may be nothing but rounding."""
-        assert self._shift is not None
-        return noise_of(self._shift.dtype)
+    def _drift(self) -> Tensor:
+        """How far the means are from what the samples are shifted by (groups, d)."""
+        return self._total / self.count
 
     @property
     def mean(self) -> Tensor:
         """The means of the inputs (groups, d); 0 without an intercept."""
         assert self._shift is not None
-        return self._shift[:, :, 0].double() + self._sums[1] / self.count * self.intercept
+        return self._shift[:, :, 0].double() + self._drift * self.intercept
 
-    def about(self, place: Tensor) -> Tensor:
-        """The Gram matrix about some values of the inputs (groups, d), that is (groups, d, d)."""
+    def made_by(self, weights: Tensor, place: Tensor) -> Tensor:
+        """Σ (W (x - place))² over the samples, for weights (groups, o, d) and a place (groups, d): (groups, o)."""
         assert self._shift is not None
-        gram, total = self._sums
         gap = place - self._shift[:, :, 0].double()
-        left, right = torch.stack([total, gap], 2), torch.stack([-gap, self.count * gap - total], 1)
-        return torch.baddbmm(gram, left, right)
+        if self._few(self.count):
+            x = self._joined()
+            return (weights.to(x) @ (x - gap[:, :, None].to(x))).double().square().sum(2)
+        return ((weights @ self._about(gap).to(weights)) * weights).sum(2, dtype=torch.float64)
 
+    def _about(self, gap: Tensor) -> Tensor:
+        """The Gram matrix about a place so far from what samples are shifted by (groups, d)."""
+        left, right = torch.stack([self._total, gap], 2), torch.stack([-gap, self.count * gap - self._total], 1)
+        return torch.baddbmm(self._fold(), left, right)
 
-def _gram(x: Tensor) -> Tensor:
-    """``x @ x.mT``, of which only little more than half is computed where it is large."""
-    d = x.shape[1]
-    if d <= 512:
-        return x @ x.mT
-    gram = x.new_empty(len(x), d, d)
-    height = max(256, d // 8)
-    for start in range(0, d, height):
-        panel = x[:, start : start + height] @ x[:, start:].mT
-        gram[:, start : start + height, start:] = panel
-        gram[:, start:, start : start + height] = panel.mT
-    return gram
-
-
-def noise_of(dtype: torch.dtype) -> float:
-    """The share of a sum of products that may be nothing but rounding."""
-    return ROUNDINGS * torch.finfo(dtype).eps
-
-
-def damping(gram: Tensor, power: Tensor, ridge: float, noise: float) -> Tensor:
-    """λ for each input (groups, d).
-
-    It is ``ridge`` times the mean of the inputs' sums of squares about their means. Inputs that hardly vary have next
-    to none, and dividing by that would make weights of any size out of rounding. So they count as if they varied by
-    `SLIGHT`; and as products cancel to no less than ``noise`` of an input's power, its λ is no less, either.
-
-    Args:
-        gram: About the means (groups, d, d).
-        power: Sums of squares about 0 (groups, d).
-        ridge: λ as a share.
-        noise: A share of the power that is rounding.
-    """
-    scale = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(0)
-    whole = power.mean(1, keepdim=True)
-    found = ridge * torch.maximum(scale, SLIGHT * whole) + 1e-9 * scale + torch.finfo(gram.dtype).tiny ** 0.5
-    return torch.maximum(found, noise * power)
-
-
-def _factored(gram: Tensor, added: Tensor, rough: bool) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor of ``gram + λ``, with more λ where rounding leaves the matrix indefinite, and λ.
-
-    Args:
-        gram: (groups, d, d), float64.
-        added: λ for each input (groups, d).
-        rough: Try first whether float32 will do.
-    """
-    own = gram.diagonal(dim1=1, dim2=2)
-    if rough:
-        damped = gram.float()
-        damped.diagonal(dim1=1, dim2=2).copy_(own + added)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if not bool(info.any()):
-            return factor, added
-    scale = own.mean(1, keepdim=True).clamp_min(0)
-    damped = gram.clone()
-    for _ in range(6):
-        damped.diagonal(dim1=1, dim2=2).copy_(own + added)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if not bool(info.any()):
-            return factor, added
-        added = added * 10 + 1e-8 * scale
-    raise ArithmeticError("the Gram matrix is not finite")
+    def over_all(self, place: Tensor, processes: Processes) -> Regression:
+        """That of the samples of all processes, shifted by a place (groups, d); few samples go to all of them."""
+        found, counts = Regression(self.intercept), processes.everywhere("samples", self.count)
+        found.count, found._shift = sum(counts), place[:, :, None]
+        if not found.count:
+            return found
+        gap = 0 * place.double() if self._shift is None else place.double() - self._shift[:, :, 0].double()
+        if found.count <= FEW * place.shape[1]:
+            own = place.new_zeros(*place.shape, found.count, dtype=torch.float64)
+            if self.count:
+                own.narrow(2, sum(counts[: processes.rank]), self.count).copy_(self._joined() - gap[:, :, None])
+            (samples,) = processes.total("samples of a layer", [own])
+            found._waiting, found._total = [samples.to(place)], samples.sum(2)
+        else:
+            sums = [self._about(gap), self._total - self.count * gap] if self.count else None
+            found._folded, found._total = processes.total("Gram matrices", sums, place.device)
+        return found

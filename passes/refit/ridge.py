@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from fxzip.data.held import one_of
-from fxzip.passes.refit.regression import PRECISE, Regression, Residuals, damping
-from fxzip.processes import Total
+from fxzip.passes.refit.regression import Regression, Residuals
+from fxzip.passes.refit.systems import PRECISE
+from fxzip.processes import Processes, Total, exact
 
 GRID = tuple(10.0**power for power in range(-4, 3))
 """The λs that are tried, as shares of the inputs' mean square."""
@@ -30,47 +31,45 @@ OUTPUTS = 64
 
 
 class Spread:
-    """The sum of squares of residuals about their means, output by output."""
+    """The sums of squares of values about their means, output by output."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self.count = 0
+        self._shift: Tensor | None = None
         self._sum = self._square = torch.zeros((), dtype=torch.float64)
 
-    def add(self, residual: Tensor) -> None:
-        """Add residuals (groups, o, samples)."""
-        self._count += residual.shape[2]
-        self._sum = self._sum + residual.sum(2, dtype=torch.float64)
-        self._square = self._square + residual.square().sum(2, dtype=torch.float64)
+    def add(self, values: Tensor) -> None:
+        """Add values (groups, o, samples)."""
+        if self._shift is None:
+            self._shift = values.mean(2, keepdim=True)
+        moved = values - self._shift
+        self.count += values.shape[2]
+        self._sum = self._sum + moved.sum(2, dtype=torch.float64)
+        self._square = self._square + moved.square().sum(2, dtype=torch.float64)
 
     def over_all(self, total: Total) -> Spread:
-        """That of the residuals of all processes."""
-        found, own = (
-            Spread(),
-            [torch.tensor(self._count, dtype=torch.float64), self._sum, self._square] if self._count else None,
-        )
-        count, found._sum, found._square = total("errors", own)
-        found._count = round(float(count))
+        """That of the values of all processes."""
+        found, own = Spread(), None
+        if self._shift is not None:
+            own = [exact(self.count), self._sum + self.count * self._shift[:, :, 0].double()]
+        count, sums = total("errors", own)
+        place = sums / count.to(sums)
+        if self._shift is not None:
+            gap = self._shift[:, :, 0].double() - place
+            own = [self._square + 2 * gap * self._sum + self.count * gap.square()]
+        (found._square,) = total("errors", own)
+        found.count, found._shift, found._sum = round(float(count)), place[:, :, None], torch.zeros_like(place)
         return found
+
+    @property
+    def each(self) -> Tensor:
+        """Those of each output (groups, o), float64."""
+        return (self._square - self._sum.square() / max(self.count, 1)).clamp_min(0)
 
     @property
     def total(self) -> float:
         """The sum over all outputs."""
-        return float((self._square - self._sum.square() / max(self._count, 1)).sum())
-
-
-def _about(own: Regression, place: Tensor, total: Total) -> Regression:
-    """The Gram matrix of the samples of all processes about a place (groups, d), which they can be added by."""
-    there = place.double()
-    parts = (
-        [torch.tensor(own.count, dtype=torch.float64), own.about(there), own.count * (own.mean - there)]
-        if own.count
-        else None
-    )
-    sums = total("Gram matrices", parts)
-    count = round(float(sums[0])) if sums else 0
-    if not count:
-        return Regression.of_sums(own.intercept, 0, place[:, :, None], place.new_zeros(0), place.new_zeros(0))
-    return Regression.of_sums(own.intercept, count, place[:, :, None], *sums[1:])
+        return float(self.each.sum())
 
 
 class Trial:
@@ -83,6 +82,8 @@ class Trial:
     Attributes:
         rest: The Gram matrix of the images that a step is found from.
         held: The Gram matrix of those that it is tried on.
+        error: The residuals at W₀ of all samples, also of those that are not added: their spread is what a bias does
+            not make up for.
     """
 
     def __init__(self, intercept: bool, leave_out: bool = True) -> None:
@@ -90,16 +91,7 @@ class Trial:
         self.held = self.rest.beside()
         self._rest, self._held = Residuals(), Residuals()
         self._leave_out = leave_out
-        self._spread = Spread()
-
-    @property
-    def error(self) -> float:
-        """The sum of squares of the residuals at W₀, but for what a bias makes up for."""
-        return self._spread.total
-
-    def error_of(self, residual: Tensor) -> None:
-        """Count all residuals of a batch (groups, o, samples), of which some may be added as samples."""
-        self._spread.add(residual)
+        self.error = Spread()
 
     def parts(self, image: Tensor) -> Iterator[tuple[bool, Tensor]]:
         """Which samples of a batch to `add`, and whether as those left out.
@@ -121,17 +113,17 @@ class Trial:
         part.add(x)
         sums.add(x.shape[2], (residual @ x.mT).double(), residual.sum(2).double(), x.sum(2).double())
 
-    def over_all(self, total: Total, dtype: torch.dtype) -> Trial:
+    def over_all(self, processes: Processes, device: torch.device | None, dtype: torch.dtype) -> Trial:
         """The samples of all processes; ``dtype`` is that of the data, also where a process has none."""
+        total = partial(processes.total, device=device)
         found = Trial(self.rest.intercept, self._leave_out)
         own = [part for part in (self.rest, self.held) if part.count]
-        sums = [torch.tensor(part.count, dtype=torch.float64) for part in own], [part.mean * part.count for part in own]
+        sums = [exact(part.count) for part in own], [part.mean * part.count for part in own]
         count, mean = total("means", [torch.stack(each).sum(0) for each in sums] if own else None)
-        found.rest, found.held = (
-            _about(part, (mean / count.to(mean)).to(dtype), total) for part in (self.rest, self.held)
-        )
+        place = (mean / count.to(mean)).to(dtype)
+        found.rest, found.held = (part.over_all(place, processes) for part in (self.rest, self.held))
         found._rest, found._held = self._rest.over_all(total), self._held.over_all(total)
-        found._spread = self._spread.over_all(total)
+        found.error = self.error.over_all(total)
         return found
 
     @property
@@ -161,27 +153,22 @@ class Trial:
         All is taken about the means of the other images, which the bias makes up for.
         """
         rest, held, mean = self._rest, self._held, self.rest.mean
-        gram, power = self.rest.centred()
         left = rest.residual / rest.count if self.rest.intercept else torch.zeros_like(rest.residual)
         some = slice(None, None, -(-left.shape[1] // OUTPUTS))
-        work = torch.float64 if gram.shape[1] <= PRECISE else torch.float32
         products, tried_on = (
             (
                 sums.products
                 - sums.residual[:, :, None] * mean[:, None, :]
                 - left[:, :, None] * (sums.inputs - sums.count * mean)[:, None, :]
-            )[:, some].to(work)
+            )[:, some]
             for sums in (rest, held)
         )
-        own, other = gram.to(work), self.held.about(mean).to(work)
 
         def error(ridge: float) -> float:
-            damped = own.clone()
-            damped.diagonal(dim1=1, dim2=2).add_(damping(gram, power, ridge, self.rest.noise).to(work))
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if bool(failed.any()):
+            try:
+                weights = self.rest.system(ridge, rough=products.shape[2] > PRECISE).solve(products)
+            except ArithmeticError:
                 return math.inf
-            weights = torch.cholesky_solve(products.mT, factor).mT
-            return float(((weights @ other - 2 * tried_on) * weights).sum(dtype=torch.float64))
+            return float(self.held.made_by(weights, mean).sum() - 2 * (tried_on * weights).sum())
 
         return error

@@ -22,8 +22,9 @@ from torch import Tensor
 from fxzip.passes.refit.fit import Fit
 from fxzip.passes.refit.lockstep import Batch
 from fxzip.passes.refit.pairs import Pair
-from fxzip.passes.refit.regression import SLIGHT, Residuals
+from fxzip.passes.refit.regression import Residuals
 from fxzip.passes.refit.sums import add_residuals, curved, gram_samples, power, precise, pulled_back
+from fxzip.passes.refit.systems import SLIGHT
 
 if TYPE_CHECKING:
     from fxzip.passes.refit.fitting import Fitter

@@ -63,10 +63,7 @@ def _moved_along_axes(
             each = [Move(index, Mixing(m.size, m.part(model, role)), laid) for index, m, laid in here]
         else:
             back = Laid(here[0][0], (size,))
-            each = [
-                Move(laid.index, Mixing(m.width, m.part(model, role).T), replace(back, index=index))
-                for index, m, laid in here
-            ]
+            each = [Move(laid.index, Mixing.back(m, model), replace(back, index=index)) for index, m, laid in here]
         start = size if role == "produce" else here[0][2].sizes[0]
         matrix = moved_along(torch.eye(start, dtype=torch.float64), (0,), each)
         rest = torch.full((len(matrix), 1), others, dtype=torch.float64)
@@ -83,8 +80,8 @@ def unmerged(plan: MergePlan, node: str, value: Tensor, model: int) -> Tensor:
         merge_map = plan.maps.get(space.name)
         if merge_map is not None and axes:
             laid = laid_in(plan.trunk_spec, node, (space, axes, index))
-            mixing = Mixing(merge_map.width, merge_map.part(model, "contract").T)
-            found.append((axes, Move(laid.index, mixing, Laid(index, sizes_along(plan.spec, node, axes)))))
+            into = Laid(index, sizes_along(plan.spec, node, axes))
+            found.append((axes, Move(laid.index, Mixing.back(merge_map, model), into)))
     for axes, together in by_axes(found).items():
         value = moved_along(value, axes, together)
     return value

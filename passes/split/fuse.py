@@ -190,8 +190,10 @@ def mixed_along(tensor: Tensor, axes: tuple[int, ...], index: Tensor, mixing: Mi
     moved = tensor.movedim(axes, front)
     flat, here = moved.flatten(0, len(axes) - 1), index.reshape(-1)
     whole = len(here) == len(flat) and torch.equal(here, torch.arange(len(here), device=here.device))
+    if whole and len(axes) == index.shape[1] == 1 and mixing.moves:
+        return mixing(tensor, axes[0])  # as they lie: much faster
     rows = (flat if whole else flat[here]).unflatten(0, tuple(index.shape))
-    mixed = mixing(rows if mixing.target is not None else rows.flatten(1)).reshape(len(here), *flat.shape[1:])
+    mixed = mixing(rows if mixing.moves else rows.flatten(1)).reshape(len(here), *flat.shape[1:])
     laid: Tensor = (mixed if whole else flat.index_copy(0, here, mixed)).unflatten(0, moved.shape[: len(axes)])
     return laid.movedim(front, axes)
 
@@ -217,15 +219,17 @@ def _mixed_in_rows(tensor: Tensor, axis: int, index: Tensor, rows: Tensor, matri
 
 @dataclass(frozen=True, eq=False)
 class Mixing:
-    """A matrix (size × channels) applied to the rows of a tensor: M_p or U_pᵀ of one model.
+    """A matrix (size × channels) applied to the rows of a tensor: M_p, U_pᵀ or U_p of one model.
 
-    Where each channel goes to one row only, as it mostly does, rows are added up instead of multiplied.
+    Where each channel goes to one row only, as it mostly does, rows are added up instead of multiplied; where each row
+    is one of the channels, they are gathered.
     """
 
     size: int
     matrix: Tensor | None = None
     target: Tensor | None = None
     scale: Tensor | None = None
+    source: Tensor | None = None
 
     @classmethod
     def of(cls, merge_map: MergeMap, model: int, role: Role) -> Mixing:
@@ -236,17 +240,32 @@ class Mixing:
         target, weight = merge_map.sparse
         return cls(merge_map.size, None, target[here], weight[here] if role == "produce" else None)
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Mix rows: (channels × n) to (size × n), in their dtype; without a matrix they may have more axes."""
+    @classmethod
+    def back(cls, merge_map: MergeMap, model: int) -> Mixing:
+        """U_p: a model's channels from the merged ones."""
+        if merge_map.sparse is None:
+            return cls(merge_map.width, merge_map.part(model, "contract").T)
+        return cls(merge_map.width, source=merge_map.sparse[0][model * merge_map.width :][: merge_map.width])
+
+    @property
+    def moves(self) -> bool:
+        """Whether it is done without a product of matrices."""
+        return self.matrix is None
+
+    def __call__(self, rows: Tensor, axis: int = 0) -> Tensor:
+        """Mix the rows of a tensor, which lie along an axis, in its dtype; with a matrix it is (channels × n)."""
+        if self.source is not None:
+            return rows.index_select(axis, self.source.to(rows.device))
         if self.target is None:
             assert self.matrix is not None
             return self.matrix.to(rows) @ rows
         target = self.target.to(rows.device)
         alpha = 1.0 if self.scale is None else float(self.scale[0])
         if self.scale is not None and not bool((self.scale == alpha).all()):
-            rows, alpha = rows * self.scale.to(rows).reshape(-1, *[1] * (rows.dim() - 1)), 1.0
+            scale, alpha = self.scale.to(rows).reshape(-1, *[1] * (rows.dim() - 1 - axis % rows.dim())), 1.0
+            rows = rows * scale
         if len(target) == self.size and len(target.unique()) == self.size:  # each goes to a row of its own
-            moved = rows.index_select(0, target.argsort())
+            moved = rows.index_select(axis, target.argsort())
             return moved if alpha == 1 else moved.mul_(alpha)
-        result = torch.zeros(self.size, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
-        return result.index_add_(0, target, rows, alpha=alpha)
+        sizes = [self.size if place == axis % rows.dim() else size for place, size in enumerate(rows.shape)]
+        return rows.new_zeros(sizes).index_add_(axis, target, rows, alpha=alpha)

@@ -79,7 +79,7 @@ def moved_along(tensor: Tensor, axes: tuple[int, ...], moves: Sequence[Move]) ->
     for move in moves:
         here, there = (index.to(flat.device) for index in (move.index, move.into.index))
         rows = flat[here.reshape(-1)].unflatten(0, tuple(here.shape))
-        mixed = move.mixing(rows if move.mixing.target is not None else rows.flatten(1))
+        mixed = move.mixing(rows if move.mixing.moves else rows.flatten(1))
         result[there.reshape(-1)] = mixed.reshape(there.numel(), *flat.shape[1:])
     laid: Tensor = result.unflatten(0, sizes).movedim(front, axes)
     return laid

@@ -16,6 +16,7 @@ from torch import fx
 from fxzip.channels import ChannelSpace, Site
 from fxzip.graphs import is_within
 from fxzip.passes.cut.plan import MergePlan
+from fxzip.passes.resize import Resized
 from fxzip.passes.resize.shapes import SCALED
 from fxzip.passes.split.fuse import fuse_parameter, places_by_parameter
 from fxzip.passes.split.heads import head
@@ -68,7 +69,7 @@ def _trunk(plan: MergePlan, stems: Stems) -> fx.GraphModule:
 def _write_fused(trunk: fx.GraphModule, plan: MergePlan, unmerged: Sequence[str]) -> None:
     """Replace the trunk's parameters and buffers by the merged ones, but for those of ``unmerged`` modules."""
     states = [module.state_dict(keep_vars=True) for module in plan.alignment.modules]
-    found = places_by_parameter(plan.spec, plan.maps, _laid(plan))
+    found = places_by_parameter(plan.spec, plan.maps, None if plan.resized is None else laid_by(plan.resized))
     by_tensor = {id(states[0][name]): places for name, places in found.items()}
     untied = untie(trunk, plan.spec)
     done: set[int] = set()
@@ -86,11 +87,8 @@ def _write_fused(trunk: fx.GraphModule, plan: MergePlan, unmerged: Sequence[str]
             tensor.copy_(fuse_parameter(tensors, places))
 
 
-def _laid(plan: MergePlan) -> Callable[[ChannelSpace, Site], Laid] | None:
-    """Where merged channels come to lie in the trunk's parameters; None where the models' do."""
-    resized = plan.resized
-    if resized is None:
-        return None
+def laid_by(resized: Resized) -> Callable[[ChannelSpace, Site], Laid]:
+    """Where channels come to lie in the parameters of a resized network, by where they lie in the old one."""
     state = resized.module.state_dict(keep_vars=True)
 
     def laid(space: ChannelSpace, site: Site) -> Laid:

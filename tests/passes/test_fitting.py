@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fxzip
 from fxzip.passes.canonicalise import canonicalise
-from fxzip.passes.refit import RefitOptions, fitting
+from fxzip.passes.refit import RefitOptions
 from fxzip.passes.refit.pairs import find_pairs
 from fxzip.passes.refit.units import find_units
 from fxzip.passes.trace import trace
@@ -60,7 +60,7 @@ def rectified(m: Net, x: Tensor) -> Tensor:
     return m.head(m.b(m.a(x).relu()).relu().mean((2, 3)))
 
 
-def test_before_a_relu_only_errors_that_come_through_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_a_relu_only_errors_that_come_through_count() -> None:
     def make() -> Net:
         return Net(rectified, a=conv(3, 6), b=conv(6, 8), head=nn.Linear(8, 4))
 
@@ -71,8 +71,7 @@ def test_before_a_relu_only_errors_that_come_through_count(monkeypatch: pytest.M
     wanted = sum(recorded(module, X)["relu_1"] for module in prepared.alignment.modules) / 2
 
     def error(times: int) -> float:
-        monkeypatch.setattr(fitting, "ONE_SIDED", times)
-        trunk = prepared.convert(method="average", refit=RefitOptions(rounds=0), progress=False).trunk
+        trunk = prepared.convert(method="average", refit=RefitOptions(rounds=0, steps=times), progress=False).trunk
         return float((recorded(trunk, X)["relu_1"] - wanted).square().mean())
 
     linear, twice = error(0), error(2)
