@@ -161,6 +161,7 @@ def resumable(folder: str) -> None:
     from fxzip import journal
 
     journal.EVERY = 0.2
+    print("begun", flush=True)
     loader = Images(640, SIZE, BATCH)
     zipped = fxzip.zip(*networks(double=False), loader, method="zip", refit=REFIT, resume=folder, progress=False)
     save_file({name: value.clone() for name, value in zipped.state_dict().items()}, f"{folder}.merged")
@@ -173,14 +174,15 @@ def measure_resumed(options: argparse.Namespace) -> list[Row]:
         command = [sys.executable, "-m", "benchmarks.scale", "--resumable"]
         whole, kept = Path(place, "whole"), Path(place, "kept")
         watch = Stopwatch()
-        subprocess.run([*command, str(whole)], check=True)
+        subprocess.run([*command, str(whole)], check=True, stdout=subprocess.DEVNULL)
         unbroken, kills = watch()[0], 0
         start = time.perf_counter()
         while not Path(f"{kept}.merged").exists():
-            running = subprocess.Popen([*command, str(kept)])
+            running = subprocess.Popen([*command, str(kept)], stdout=subprocess.PIPE)
+            assert running.stdout is not None
+            running.stdout.readline()  # it has begun: starting Python takes most of a short run
             try:
-                # Not before it has begun: starting Python takes most of a short run.
-                running.wait(None if kills >= KILLS else unbroken * chance.uniform(0.35, 0.75))
+                running.wait(None if kills >= KILLS else chance.uniform(1, 8))
             except subprocess.TimeoutExpired:
                 running.send_signal(signal.SIGKILL)
                 running.wait()

@@ -147,8 +147,8 @@ def zip(
         prepared.journal = journal
         prepared.place(cut, start, width, budget)
         prepared.check_heads(heads)
-        wanted |= {"progress": shown, "refit": bounded(prepared, allowed, refit_options(refit, effort)) or False}
-        wanted |= {"effort": "default"}  # it is in the settings of refit now
+        fit = bounded(prepared, allowed, refit_options(refit, effort))
+        wanted |= {"progress": shown, "refit": fit or False, "effort": "default"}  # the fit has what the effort says
         some: dict[str, Any] = {"points": points, "hold_back": hold_back and refit is not False}
         prepared.observe(ready, progress=shown, stats_device=stats_device, **some)
         zipped = prepared.convert(**wanted, **options)

@@ -87,9 +87,9 @@ class Conversion:
             warnings.warn(fitted.fidelity.advice, LowFidelityWarning, stacklevel=4)
         return self._handed_out(plan, choice, fitted, verified, tried)
 
-    def _phase(self, description: str) -> None:
-        """Say what goes on."""
-        if isinstance(self.progress, Bar):
+    def _phase(self, description: str, short: Short | None = None) -> None:
+        """Say what goes on; short fits say nothing."""
+        if isinstance(self.progress, Bar) and short is None:
             self.progress.phase(description)
 
     def settled(self) -> tuple[Choice, tuple[Tried, ...]]:
@@ -223,10 +223,8 @@ class Conversion:
             shared: Any = {"skip": [f"trunk.{name}" for name in parts.stems], "processes": prepared.processes}
             source = self.loader if short is None else self._few(short).own
             recalibrated = recalibrate(Whole(parts), source, progress=progress, **shared)
-        points: Any = {}  # a trial tells by its answers
-        if short is None:
-            self._phase("comparing")
-            points = prepared.points
+        points = prepared.points if short is None else {}  # a trial tells by its answers
+        self._phase("comparing", short)
         fidelity = compare(parts, plan, prepared.names, points, prepared.held, seen, prepared.processes)
         return Fitted(parts, refitted, recalibrated, fidelity)
 

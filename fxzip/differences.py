@@ -63,7 +63,7 @@ class Errors:
     def mean(self) -> Tensor:
         """The mean over the images, of the shape of one."""
         assert self._shift is not None
-        return self._shift + self._sum / self.count
+        return self._shift.double() + self._sum / self.count
 
     def figures(self) -> tuple[float, float | None, float | None]:
         """Unexplained share, agreement and mean KL."""
@@ -75,7 +75,7 @@ class Errors:
     def shifted(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """The sums of what lies beyond some place, and of its squares."""
         assert self._shift is not None
-        gap = self._shift - place.to(self._shift)
+        gap = self._shift.double() - place.to(self._sum.device)
         square = self._square + 2 * (gap * self._sum).sum() + self.count * gap.square().sum()
         return self._sum + self.count * gap, square
 

@@ -67,8 +67,7 @@ class Prepared:
         self.alignment, self.spec = alignment, spec
         self.places = Places(alignment, spec, find_cuts(alignment, spec))
         self.verified, self.originals = verified, originals
-        self.information = information or Information()
-        self.processes, self.journal = processes, NONE
+        self.information, self.processes, self.journal = information or Information(), processes, NONE
         self.points: dict[str, tuple[MergePoint, ...]] = {}
         self.moments: dict[str, Moments] = {}
         self.held: list[Given] = []
@@ -195,11 +194,9 @@ class Prepared:
             CutError, OptionError: The cut, the method or its options are not valid.
             VerificationError: The merge would be wrong.
         """
-        choice = check_merge(
-            Prepared.convert, len(self.names), cut=cut, start=start, width=width, budget=budget, method=method,
-            refit=refit, effort=effort, heads=heads, reset_batch_norm=reset_batch_norm,
-            verify=verify, progress=progress, **options,
-        )  # fmt: skip
+        given: dict[str, Any] = {"cut": cut, "start": start, "width": width, "budget": budget, "method": method}
+        given |= {"refit": refit, "effort": effort, "heads": heads, "reset_batch_norm": reset_batch_norm}
+        choice = check_merge(Prepared.convert, len(self.names), **given, verify=verify, progress=progress, **options)
         self.processes.hush()
         self.check_heads(heads)
         self.places.span(cut, start)  # raises what is wrong with them

@@ -251,6 +251,11 @@ def _start() -> None:
     atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
 
 
+def exact(count: int) -> Tensor:
+    """A number of samples as what can be summed with float64."""
+    return torch.tensor(count, dtype=torch.float64)
+
+
 def runs(items: Iterable[_T], size: Callable[[_T], int], most: int) -> Iterator[list[_T]]:
     """The items in runs of a total size of at most ``most``; what is larger stands alone."""
     run: list[_T] = []

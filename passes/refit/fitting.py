@@ -175,7 +175,8 @@ class Fitter:
         if self.lock.processes.count == 1:
             return Samples(trial, made, whole)
         (drawn_from,) = self.lock.processes.numbers("samples", not whole)
-        return Samples(trial.over_all(self.lock.total, self._dtype(unit)), self.shared(made), not drawn_from)
+        trial = trial.over_all(self.lock.processes, device_of(self._merged.module), self._dtype(unit))
+        return Samples(trial, self.shared(made), not drawn_from)
 
     def _started(self, unit: Unit, priors: Sequence[Tensor]) -> Fit:
         """A fit that is at these weights, with the bias that is best for the first batch."""

@@ -19,7 +19,7 @@ from fxzip.passes.refit.systems import (
     gram_of,
     noise_of,
 )
-from fxzip.processes import Total
+from fxzip.processes import Processes, Total, exact
 
 _SLICE = 2**24  # elements of the inputs that are multiplied at once, where there are not many of them
 FEW = 0.5
@@ -50,11 +50,7 @@ class Residuals:
     def over_all(self, total: Total) -> Residuals:
         """Those of the samples of all processes."""
         found = Residuals()
-        own = (
-            [torch.tensor(self.count, dtype=torch.float64), self.products, self.residual, self.inputs]
-            if self.count
-            else None
-        )
+        own = [exact(self.count), self.products, self.residual, self.inputs] if self.count else None
         sums = total("residuals", own)
         if sums:  # else there are no samples anywhere
             found.add(round(float(sums[0])), *sums[1:])
@@ -129,21 +125,6 @@ class Regression:
     def shift_by(self, x: Tensor) -> None:
         """Shift the samples to come by the means of these (groups, d, samples)."""
         self._shift = x.mean(2, keepdim=True) if self.intercept else x.new_zeros(*x.shape[:2], 1)
-
-    @classmethod
-    def of_sums(cls, intercept: bool, count: int, shift: Tensor, gram: Tensor, total: Tensor) -> Regression:
-        """From the sums of so many samples that were shifted by some values.
-
-        Args:
-            intercept: As of `Regression`.
-            count: How many samples.
-            shift: What they were shifted by (groups, d, 1), of the dtype of the data.
-            gram: The sums of their products (groups, d, d), float64.
-            total: Their sums (groups, d), float64.
-        """
-        found = cls(intercept)
-        found.count, found._shift, found._folded, found._total = count, shift, gram, total
-        return found
 
     def beside(self) -> Regression:
         """One for other samples, shifted by the same values, so that both can be added."""
@@ -235,20 +216,34 @@ class Regression:
         assert self._shift is not None
         return self._shift[:, :, 0].double() + self._drift * self.intercept
 
-    def about(self, place: Tensor) -> Tensor:
-        """The Gram matrix about some values of the inputs (groups, d), that is (groups, d, d)."""
-        gram, gap = self._fold(), self._gap(place)
-        left, right = torch.stack([self._total, gap], 2), torch.stack([-gap, self.count * gap - self._total], 1)
-        return torch.baddbmm(gram, left, right)
-
     def made_by(self, weights: Tensor, place: Tensor) -> Tensor:
         """Σ (W (x - place))² over the samples, for weights (groups, o, d) and a place (groups, d): (groups, o)."""
+        assert self._shift is not None
+        gap = place - self._shift[:, :, 0].double()
         if self._few(self.count):
             x = self._joined()
-            return (weights.to(x) @ (x - self._gap(place)[:, :, None].to(x))).double().square().sum(2)
-        return ((weights @ self.about(place).to(weights)) * weights).sum(2, dtype=torch.float64)
+            return (weights.to(x) @ (x - gap[:, :, None].to(x))).double().square().sum(2)
+        return ((weights @ self._about(gap).to(weights)) * weights).sum(2, dtype=torch.float64)
 
-    def _gap(self, place: Tensor) -> Tensor:
-        """How far a place (groups, d) is from what the samples are shifted by."""
-        assert self._shift is not None
-        return place - self._shift[:, :, 0].double()
+    def _about(self, gap: Tensor) -> Tensor:
+        """The Gram matrix about a place so far from what samples are shifted by (groups, d)."""
+        left, right = torch.stack([self._total, gap], 2), torch.stack([-gap, self.count * gap - self._total], 1)
+        return torch.baddbmm(self._fold(), left, right)
+
+    def over_all(self, place: Tensor, processes: Processes) -> Regression:
+        """That of the samples of all processes, shifted by a place (groups, d); few samples go to all of them."""
+        found, counts = Regression(self.intercept), processes.everywhere("samples", self.count)
+        found.count, found._shift = sum(counts), place[:, :, None]
+        if not found.count:
+            return found
+        gap = 0 * place.double() if self._shift is None else place.double() - self._shift[:, :, 0].double()
+        if found.count <= FEW * place.shape[1]:
+            own = place.new_zeros(*place.shape, found.count, dtype=torch.float64)
+            if self.count:
+                own.narrow(2, sum(counts[: processes.rank]), self.count).copy_(self._joined() - gap[:, :, None])
+            (samples,) = processes.total("samples of a layer", [own])
+            found._waiting, found._total = [samples.to(place)], samples.sum(2)
+        else:
+            sums = [self._about(gap), self._total - self.count * gap] if self.count else None
+            found._folded, found._total = processes.total("Gram matrices", sums, place.device)
+        return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from fxzip.data.held import one_of
 from fxzip.passes.refit.regression import Regression, Residuals
 from fxzip.passes.refit.systems import PRECISE
-from fxzip.processes import Total
+from fxzip.processes import Processes, Total, exact
 
 GRID = tuple(10.0**power for power in range(-4, 3))
 """The λs that are tried, as shares of the inputs' mean square."""
@@ -49,16 +49,16 @@ class Spread:
 
     def over_all(self, total: Total) -> Spread:
         """That of the values of all processes."""
-        own = None
-        if self.count:
-            assert self._shift is not None
-            own = [torch.tensor(self.count, dtype=torch.float64), self.count * self._shift[:, :, 0] + self._sum]
-        count, sums = total("means of errors", own)
-        found = Spread()
-        found.count, mean = round(float(count)), sums / count.to(sums)
-        apart = None if own is None else self.each + self.count * (own[1] / self.count - mean.to(own[1])).square()
-        (found._square,) = total("errors", None if apart is None else [apart])
-        found._shift, found._sum = mean[:, :, None], torch.zeros_like(mean)
+        found, own = Spread(), None
+        if self._shift is not None:
+            own = [exact(self.count), self._sum + self.count * self._shift[:, :, 0].double()]
+        count, sums = total("errors", own)
+        place = sums / count.to(sums)
+        if self._shift is not None:
+            gap = self._shift[:, :, 0].double() - place
+            own = [self._square + 2 * gap * self._sum + self.count * gap.square()]
+        (found._square,) = total("errors", own)
+        found.count, found._shift, found._sum = round(float(count)), place[:, :, None], torch.zeros_like(place)
         return found
 
     @property
@@ -70,21 +70,6 @@ class Spread:
     def total(self) -> float:
         """The sum over all outputs."""
         return float(self.each.sum())
-
-
-def _about(own: Regression, place: Tensor, total: Total) -> Regression:
-    """The Gram matrix of the samples of all processes about a place (groups, d), which they can be added by."""
-    there = place.double()
-    parts = (
-        [torch.tensor(own.count, dtype=torch.float64), own.about(there), own.count * (own.mean - there)]
-        if own.count
-        else None
-    )
-    sums = total("Gram matrices", parts)
-    count = round(float(sums[0])) if sums else 0
-    if not count:
-        return Regression.of_sums(own.intercept, 0, place[:, :, None], place.new_zeros(0), place.new_zeros(0))
-    return Regression.of_sums(own.intercept, count, place[:, :, None], *sums[1:])
 
 
 class Trial:
@@ -128,15 +113,15 @@ class Trial:
         part.add(x)
         sums.add(x.shape[2], (residual @ x.mT).double(), residual.sum(2).double(), x.sum(2).double())
 
-    def over_all(self, total: Total, dtype: torch.dtype) -> Trial:
+    def over_all(self, processes: Processes, device: torch.device | None, dtype: torch.dtype) -> Trial:
         """The samples of all processes; ``dtype`` is that of the data, also where a process has none."""
+        total = partial(processes.total, device=device)
         found = Trial(self.rest.intercept, self._leave_out)
         own = [part for part in (self.rest, self.held) if part.count]
-        sums = [torch.tensor(part.count, dtype=torch.float64) for part in own], [part.mean * part.count for part in own]
+        sums = [exact(part.count) for part in own], [part.mean * part.count for part in own]
         count, mean = total("means", [torch.stack(each).sum(0) for each in sums] if own else None)
-        found.rest, found.held = (
-            _about(part, (mean / count.to(mean)).to(dtype), total) for part in (self.rest, self.held)
-        )
+        place = (mean / count.to(mean)).to(dtype)
+        found.rest, found.held = (part.over_all(place, processes) for part in (self.rest, self.held))
         found._rest, found._held = self._rest.over_all(total), self._held.over_all(total)
         found.error = self.error.over_all(total)
         return found
