@@ -66,7 +66,7 @@ def test_models_that_differ_from_the_first_layer(nets: list[nn.Module]) -> None:
 
 def test_models_that_share_no_layer_but_a_norm() -> None:
     models = [
-        randomise(Net(chain, norm=nn.BatchNorm2d(3), a=conv(3, 8, kernel), head=nn.Linear(8, 3)), X) for kernel in (3, 1)
+        randomise(Net(chain, norm=nn.BatchNorm2d(3), a=conv(3, 8, size), head=nn.Linear(8, 3)), X) for size in (3, 1)
     ]
     with refused(CutError, r"no layer comes before.*diverge at a \(Conv2d, weight 8 x 3", *models):
         zipped(*models)
