@@ -69,11 +69,12 @@ class Fitter:
         goals: What units should give.
         options: How they are fitted.
         last: The λ that was found last.
+        number: How many units were solved; what is drawn for one depends on it, and not on the units' names.
     """
 
     def __init__(self, lock: LockStep, target: Target, options: RefitOptions) -> None:
         self.lock, self.goals, self.options = lock, Goals(lock, target), options
-        self.last = START
+        self.last, self.number = START, 0
         self._orders: dict[Unit, list[fx.Node]] = {}
 
     @property
@@ -92,7 +93,8 @@ class Fitter:
             CalibrationError: Its inputs or targets are not finite.
         """
         for batch in self.lock.seen:
-            batch.sow(self.options.seed, unit.root.name)
+            batch.sow(self.options.seed, self.number)
+        self.number += 1
         found = self._fit(unit)
         for pair, inner in pairs.items():
             Rounds(self).run(pair, inner, found, rounds)
@@ -105,7 +107,7 @@ class Fitter:
         device = device_of(self._merged.module)
         found, bias = weights.to(device), bias.to(device)
         self._write(Fit(unit, Regression(unit.bias_at is not None), found, sizes, found, bias), found, bias)
-        self.last = ridge
+        self.last, self.number = ridge, self.number + 1
 
     def _fit(self, unit: Unit) -> Fit:
         found, (trial, made, whole) = self._held_to(unit)
