@@ -21,7 +21,7 @@ from benchmarks.lib.runs import RESULTS, Kept, Row
 from benchmarks.lib.tables import shown
 
 FULL = "19 of 20"
-WAYS = ("ZipIt!", "permute + refit", "zip + refit", "select + refit", "default")
+WAYS = ("ZipIt!", "permute + refit", "zip + refit", "select + refit", "default, fast", "default", "default, thorough")
 
 
 def measure(setting: Setting, pair: int, options: Namespace, kept: Kept) -> Iterator[Row]:

@@ -25,7 +25,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "select + refit": {"method": "select"},
     "zip + refit": {"method": "zip"},
     "zip + refit (default)": {"method": "zip", "refit": fxzip.RefitOptions(ridge=1e-3)},
+    "default, fast": {"effort": "fast"},
     "default": {},
+    "default, thorough": {"effort": "thorough"},
 }
 """The ways to merge, by what tables call them; without refit every merge has its BatchNorm statistics reset. The
 tables that speak of ``zip + refit (default)`` were made when that was the default."""
