@@ -94,7 +94,8 @@ def test_nothing_is_cut_off(browser: Any, site: Path, page: str, width: int) -> 
 def test_in_the_dark(browser: Any, site: Path, page: str, width: int) -> None:
     from PIL import Image
 
-    assert look(browser, site, page, width, "dark")["errors"] == []
+    for kind in ("light", "dark"):
+        assert look(browser, site, page, width, kind)["errors"] == []
     name = page.strip("/").replace("/", "_") or "index"
     light, dark = (Image.open(KEPT / f"{name}_{width}_{kind}.png").convert("L") for kind in ("light", "dark"))
     middle = [sum(picture.resize((16, 16)).get_flattened_data()) / 256 for picture in (light, dark)]

@@ -104,7 +104,7 @@ def test_worse_than_before_on_images_held_back_is_not_taken(monkeypatch: pytest.
         return 1
 
     plain = prepared.convert(method="permute", progress=False)
-    monkeypatch.setattr("fxzip.conversion.polish", spoil)
+    monkeypatch.setattr("fxzip.fitted.polish", spoil)
     spoiled = prepared.convert(method="permute", refit=fxzip.RefitOptions(polish=1), progress=False)
     for one, other in zip(plain(TOKENS[:4]), spoiled(TOKENS[:4]), strict=True):
         assert torch.equal(one, other)
@@ -182,7 +182,7 @@ def test_what_cannot_be_differentiated_is_said_and_stays_refitted(monkeypatch: p
     prepared = fxzip.prepare(*seeded(Words, 0, 1), example_inputs=TOKENS[:2])
     prepared.observe(list(TOKENS.split(50)), progress=False)
 
-    def without_backward(*_: Any) -> Any:
+    def without_backward(*_: Any, **__: Any) -> Any:
         raise RuntimeError("derivative for own::step is not implemented")
 
     monkeypatch.setattr(torch.autograd, "grad", without_backward)
