@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxzip.labelling.folding import determines
-from fxzip.labelling.labels import VOID, LabelGraph, Labelled, aligned, compress, varying
+from fxzip.labelling.labels import FIXED, VOID, LabelGraph, Labelled, aligned, compress, varying
 
 
 def meet(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:
@@ -45,7 +45,11 @@ def meet(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:
         for f in [f for f in kept if varying(f) & varying(g)]:
             if _tie(graph, node, (x, f), (y, g)) is g:
                 right = [h for h in right if h is not g]
-    return Labelled(shape, tuple(_filled(f, (*x.factors, *y.factors)) for f in kept + left + right))
+    every = (*x.factors, *y.factors)
+    kept = [_filled(f, every) for f in kept]
+    kept += [_held(_filled(f, every), y) for f in left]
+    kept += [_held(_filled(f, every), x) for f in right]
+    return Labelled(shape, tuple(kept))
 
 
 def _filled(factor: Tensor, others: Iterable[Tensor]) -> Tensor:
@@ -58,6 +62,15 @@ def _filled(factor: Tensor, others: Iterable[Tensor]) -> Tensor:
             filled = compress(torch.where(void, other, factor))
             factor = factor if filled is None else filled
     return factor
+
+
+def _held(factor: Tensor, other: Labelled) -> Tensor:
+    """A factor whose uniform constants met values that differ by their positions: they are all alike no more."""
+    seen: frozenset[int] = frozenset().union(*(varying(g) for g in other.factors))
+    positional = any(size > 1 and axis not in seen for axis, size in enumerate(other.shape))
+    if seen & varying(factor) or not positional or not bool((factor == VOID).any()):
+        return factor
+    return torch.where(factor == VOID, FIXED, factor)
 
 
 def _at_positions(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:

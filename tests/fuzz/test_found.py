@@ -37,6 +37,16 @@ PERMUTED = {
         v1 = F.scaled_dot_product_attention(v0, v0, v0, is_causal=True)
         return v1.mean(2).flatten(1)
     """,
+    "constants in some channels that meet learned positions": """
+        x: (4, 3, 3)
+        m.a = nn.Conv2d(4, 11, 3, padding=1)
+        m.b = nn.Parameter(torch.randn(1, 1, 9))
+        m.c = nn.Linear(99, 4)
+        v0 = F.celu(m.a(x)).flatten(2)
+        v1 = torch.ones_like(v0)
+        v1[:, :4, :-1] = v0[:, :4, 1:]
+        return m.c((v1 + m.b).flatten(1))
+    """,
     "a token beside others that are kept in place": """
         x: (3, 4)
         m.a = nn.Parameter(torch.randn(1, 1, 4))
