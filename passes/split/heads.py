@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from fxzip.channels import ChannelSpec
 from fxzip.data.loops import device_of
-from fxzip.graphs import attribute, linear_of, parameter_uses
+from fxzip.graphs import attribute, free_name, linear_of, parameter_uses
 from fxzip.passes.cut.plan import MergePlan
 from fxzip.passes.split.along import along_axes
 from fxzip.passes.split.fuse import Mixing, mixed_along
@@ -92,6 +92,7 @@ class Unmerge:
         """Append the steps to a graph; indices and matrices are added to ``buffers`` under new names."""
         for axis, how in self.steps:
             name = f"unmerge_{self.node}" if len(self.steps) == 1 else f"unmerge_{self.node}_{axis}"
+            name = free_name(name, buffers)  # a node may be called as another one and an axis
             buffers[name] = how
 
             # Names of its own: nodes of a head that have the model's names are known as the model's.

@@ -287,6 +287,19 @@ def test_a_layer_that_is_filled_many_times_has_one_parameter_for_it() -> None:
     assert [name for name, _ in zipped.named_parameters() if name.endswith("_bias")] == ["trunk.linear_bias"]
 
 
+def test_what_two_tensors_need_at_a_cut_has_two_names() -> None:
+    """``linear`` has channels along two axes; the indices for its axis 1 are not those of ``linear_1``."""
+    text = "x: (4, 3)\nm.a = nn.Linear(3, 7)\nm.b = nn.Linear(7, 8)\nm.c = nn.Conv1d(4, 8, 5, padding=2)\n"
+    text += "m.d = nn.Linear(8, 2)\nm.e = nn.Parameter(torch.randn(2, 8))\nm.f = nn.Parameter(torch.randn(8, 4))\n"
+    text += "m.g = nn.Linear(6, 3)\nv0 = m.a(x)\nv1 = m.b(v0)\nv2 = F.linear(m.c(v0), m.a.weight.t())\n"
+    text += "v3 = F.linear(v1.mean(1), m.e)\nreturn m.g(torch.cat([v3, v2.mean(2) @ m.f], 1))"
+    program = Program.parse(text)
+    (x,) = inputs_of(program, 16)
+    options = {"start": "linear", "cut": "mean_1", "method": "select", "refit": False, "progress": False}
+    zipped = fxzip.zip(build(program), build(program, 1), [x], **options)
+    assert [tuple(out.shape) for out in zipped(x)] == [(16, 3), (16, 3)]
+
+
 def test_a_view_behind_the_place_where_merging_starts() -> None:
     """What both stems give is joined along the channels, and lies in order then."""
     text = "x: (5, 3)\nm.a = nn.Conv1d(5, 12, 3, padding=1)\nm.b = nn.Conv1d(5, 12, 3, padding=2, dilation=2)\n"
