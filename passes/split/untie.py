@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from fxzip.channels import ChannelSpec, Role
+from fxzip.passes.split.stems import STEM
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def untie(trunk: fx.GraphModule, spec: ChannelSpec) -> dict[str, Untied]:
     """
     found: dict[str, Untied] = {}
     for node in list(trunk.graph.nodes):
+        if STEM in node.meta:
+            continue  # it joins what the models' own nodes of this name give
         by_parameter: dict[str, dict[int, Role]] = {}
         for parameter, axis, role in spec.opposed.get(node.name, ()):
             by_parameter.setdefault(parameter, {})[axis] = role

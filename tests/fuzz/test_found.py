@@ -300,6 +300,16 @@ def test_what_two_tensors_need_at_a_cut_has_two_names() -> None:
     assert [tuple(out.shape) for out in zipped(x)] == [(16, 3), (16, 3)]
 
 
+def test_a_tied_weight_in_what_comes_before_the_start() -> None:
+    """Both of its roles stay with the models; the trunk begins behind them and does not have it."""
+    text = "x: (6,)\nm.a = nn.Linear(6, 11)\nm.b = nn.Linear(6, 8)\nm.c = nn.Linear(8, 3)\n"
+    program = Program.parse(text + "return m.c(m.b((m.a(x) @ m.a.weight).tanh()).tanh())")
+    (x,) = inputs_of(program, 16)
+    models = build(program), build(program, 1)
+    zipped = fxzip.zip(*models, [x], start="tanh", refit=False, progress=False)
+    assert [tuple(out.shape) for out in zipped(x)] == [(16, 3), (16, 3)]
+
+
 def test_a_view_behind_the_place_where_merging_starts() -> None:
     """What both stems give is joined along the channels, and lies in order then."""
     text = "x: (5, 3)\nm.a = nn.Conv1d(5, 12, 3, padding=1)\nm.b = nn.Conv1d(5, 12, 3, padding=2, dilation=2)\n"
