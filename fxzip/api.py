@@ -17,7 +17,7 @@ from fxzip.data.batches import Inputs, to_device
 from fxzip.data.checks import check_order, first_batch, ready_example, ready_loader
 from fxzip.data.loops import device_of
 from fxzip.data.pixels import check_pixels
-from fxzip.errors import AlignmentError
+from fxzip.errors import AlignmentError, OptionError
 from fxzip.fingerprint import check_same, run_of
 from fxzip.information import gathered
 from fxzip.joining import inner_names, is_task, separated
@@ -115,7 +115,8 @@ def zip(
         stats_device: Where moments are kept, as ``"cpu"`` for networks that fill an accelerator. None: where the
             networks are.
         part: Merge one module only (``"backbone"`` of detectors), as ``get_submodule`` names it: the whole models run
-            on the loader's batches up to it, and whole models are given back (`fxzip.zip_part`).
+            on the loader's batches up to it, and whole models are given back (`fxzip.zip_part`). It takes none of the
+            four above.
         **options: Options of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
             `fxzip.matching.settings_of` says what they do, and their ranges and defaults.
 
@@ -126,6 +127,10 @@ def zip(
     wanted: dict[str, Any] = {"cut": cut, "start": start, "method": method, "refit": refit, "progress": progress}
     wanted |= {"verify": verify, "width": width, "budget": budget, "heads": heads, "effort": effort}
     if part is not None:
+        whole = {"process_group": process_group, "resume": resume, "memory": memory, "stats_device": stats_device}
+        refused = [name for name, value in whole.items() if value is not None]
+        if refused:
+            raise OptionError(f"{refused[0]} is for merges of whole networks: leave it out, or leave part={part!r} out")
         wanted |= {"points": points, "hold_back": hold_back, "labels": labels}
         return zip_part(*models, loader=loader, part=part, names=names, **wanted, **options)
     given, loader = models_and_loader(models, loader)

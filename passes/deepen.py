@@ -27,6 +27,7 @@ from fxzip.data.batches import Inputs, with_batch_size
 from fxzip.graphs import attribute, bind_inputs, free_name, is_relu, is_static
 from fxzip.passes.verify.precision import own_precision
 from fxzip.passes.verify.reference import error_of, run
+from fxzip.rules.calls import shape_of
 from fxzip.rules.keys import key_of
 
 _SETTINGS = ("kernel_size", "stride", "padding", "dilation", "output_size", "ceil_mode")
@@ -197,7 +198,7 @@ class _Builder:
         self, deep: fx.GraphModule, shallow: fx.GraphModule, partners: Mapping[fx.Node, fx.Node],
         added: Sequence[ResidualBlock],
     ) -> None:  # fmt: skip
-        self.deep, self.partners = deep, partners
+        self.deep, self.partners, self.blocks = deep, partners, list(residual_blocks(deep))
         self.result = copy.deepcopy(shallow)
         self.owner = {node: block for block in added for node in block.nodes}
         self.templates = {block: self._template(block) for block in added}
@@ -226,9 +227,9 @@ class _Builder:
     def _template(self, block: ResidualBlock) -> dict[fx.Node, fx.Node]:
         """The nodes of a block that the shallow network has, and that is like this one; none where it has no such."""
         kinds = [_kind(self.deep, node) for node in block.nodes]
-        others = [b for b in residual_blocks(self.deep) if all(node in self.partners for node in b.nodes)]
+        others = [b for b in self.blocks if all(node in self.partners for node in b.nodes)]
         alike = [b for b in others if [_kind(self.deep, node) for node in b.nodes] == kinds]
-        alike = [b for b in alike if _shape(b.source) == _shape(block.source)]
+        alike = [b for b in alike if shape_of(b.source) == shape_of(block.source)]
         if not alike:
             return {}
         nearest = min(alike, key=lambda b: abs(b.start - block.start))
@@ -272,9 +273,3 @@ class _Builder:
             parts = zip((ours.start, ours.stop, ours.step), (theirs.start, theirs.stop, theirs.step), strict=True)
             return slice(*(self._mixed(a, b) for a, b in parts))
         return theirs
-
-
-def _shape(node: fx.Node) -> list[str] | None:
-    """The traced shape, its batch size a symbol."""
-    value = node.meta.get("val")
-    return [str(size) for size in value.shape] if isinstance(value, Tensor) else None

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxzip.data.batches import Inputs, to_device
 from fxzip.data.loops import device_of
 from fxzip.errors import PixelWarning
-from fxzip.graphs import bind_inputs, named_call, norm_of
+from fxzip.graphs import attribute, bind_inputs, named_call, norm_of
 
 _FAR = 20.0
 """Deviations of the first activations, in those of training, from which (or below whose inverse) images are wrong."""
@@ -60,14 +60,8 @@ def _compared(graph: fx.GraphModule, example: Inputs) -> tuple[str, float] | Non
         if mean is None or var is None:
             return None
         owner = mean.rpartition(".")[0] or node.name
-        return _ratio(graph, source, example, _tensor(graph, mean), _tensor(graph, var), owner)
+        return _ratio(graph, source, example, attribute(graph, mean), attribute(graph, var), owner)
     return None
-
-
-def _tensor(graph: fx.GraphModule, name: str) -> Tensor:
-    owner, _, key = name.rpartition(".")
-    value: Any = getattr(graph.get_submodule(owner), key)
-    return value  # type: ignore[no-any-return]
 
 
 def _ratio(

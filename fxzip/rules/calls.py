@@ -21,6 +21,12 @@ def rank_of(node: Any) -> int | None:
     return value.dim() if isinstance(value, Tensor) else None
 
 
+def shape_of(node: Any) -> list[str] | None:
+    """The shape of a node's value, as it was traced, its batch size a symbol; None if that is not known."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return [str(size) for size in value.shape] if isinstance(value, Tensor) else None
+
+
 def name_of(value: Any) -> str | None:
     """The qualified name of the parameter or buffer that a node reads; None for anything else."""
     return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None

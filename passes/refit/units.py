@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, fx
+from torch import fx
 
 from fxzip.graphs import is_static
 from fxzip.passes.refit.layers import Layer, find_layer
 from fxzip.passes.refit.slots import Uses
+from fxzip.rules.calls import shape_of
 from fxzip.rules.keys import key_of
 
 
@@ -80,18 +81,12 @@ def first_units(module: fx.GraphModule, units: Sequence[Unit]) -> list[Unit]:
 
 def _alike(layers: list[Layer], root: fx.Node) -> list[Layer]:
     """Those that give a value as large as their sum, all with their channels where the first one has them."""
-    whole = [layer for layer in layers if _shape(layer.end) == _shape(root)]
+    whole = [layer for layer in layers if shape_of(layer.end) == shape_of(root)]
     return [layer for layer in whole if _channels(layer) == _channels(whole[0])]
 
 
 def _channels(layer: Layer) -> tuple[object, ...]:
     return layer.contraction.count, layer.contraction.channels, layer.contraction.sizes
-
-
-def _shape(node: fx.Node) -> list[str] | None:
-    """The traced shape, its batch size a symbol."""
-    value = node.meta.get("val")
-    return [str(size) for size in value.shape] if isinstance(value, Tensor) else None
 
 
 def _is_sum(node: fx.Node) -> bool:

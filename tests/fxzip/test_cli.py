@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -26,11 +26,12 @@ from typer.testing import CliRunner, Result
 
 import fxzip
 from fxzip import cli, io, prepared
+from fxzip.cli import parameters
 from fxzip.data.groups import find_images
 from fxzip.data.images import ImageLoader
 from fxzip.errors import FrozenSpaceWarning, OptionError
 from fxzip.matching import chosen_options
-from fxzip.settings import MATCHING, refit_settings
+from fxzip.settings import EFFORTS, MATCHING, refit_settings
 from fxzip.views import drawable
 from fxzip.zoo import data_config, load, transform
 
@@ -149,6 +150,10 @@ def test_command_line_comes_before_the_recipe(place: Path, tmp_path: Path) -> No
     written = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert written["model_args"] == {"drop_rate": 0.5}
     assert written["cut"] == "layer3"
+
+
+def test_every_effort_is_one_of_the_command() -> None:
+    assert get_args(parameters.Effort.__origin__) == tuple(EFFORTS)
 
 
 def test_every_option_of_the_function_is_one_of_the_command() -> None:

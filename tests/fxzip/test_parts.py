@@ -103,6 +103,12 @@ def test_zip_takes_a_part(detectors: list[nn.Module]) -> None:
         fxzip.zip(*detectors, part="backbone")
 
 
+@pytest.mark.parametrize("given", [{"resume": "kept"}, {"memory": "4GB"}, {"stats_device": "cpu"}])
+def test_what_a_part_does_not_take_is_said(detectors: list[nn.Module], given: dict[str, str]) -> None:
+    with pytest.raises(fxzip.OptionError, match=f"{next(iter(given))} is for merges of whole networks"):
+        fxzip.zip(*detectors, [], part="backbone", **given)
+
+
 def test_an_ensemble_of_parts_is_the_models(detectors: list[nn.Module]) -> None:
     merged = fxzip.zip_part(*detectors, LOADER, part="backbone", cut=0.0, **OPTIONS)
     for own, model in zip(detectors, merged.models.values(), strict=True):
