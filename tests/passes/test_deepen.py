@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxzip
@@ -18,7 +20,7 @@ from tests.nets import Block, conv
 from tests.oracles import TOLERANCE, call, difference, images, randomise
 
 X = images(24, 8)
-EXAMPLE = ((X[:2],), {})
+EXAMPLE: tuple[tuple[Tensor], dict[str, Any]] = ((X[:2],), {})
 
 
 class Stages(nn.Module):
@@ -67,7 +69,7 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
 }
 
 
-def traced(model: nn.Module):  # type: ignore[no-untyped-def]
+def traced(model: nn.Module) -> fx.GraphModule:
     return trace(model, (X[:2],), {})
 
 
@@ -105,7 +107,7 @@ def test_a_network_merged_with_its_deeper_self_is_itself() -> None:
         assert difference(call(shallow, X), outputs) < TOLERANCE
 
 
-def test_deep_and_shallow_are_merged(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_deep_and_shallow_are_merged(tmp_path: Path) -> None:
     models = [randomise(Stages((1, 0), classes=5), X), randomise(Stages((2, 1)), X)]
     zipped = fxzip.zip(*models, [X], progress=False)
     assert [out.shape for out in zipped(X)] == [(24, 5), (24, 4)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_narrow_and_wide_are_merged_at_the_cost_of_the_wide_one(method: str) -> 
     assert all(bool(out.isfinite().all()) for out in zipped(X))
 
 
-def test_three_widths(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_three_widths(tmp_path: Path) -> None:
     models = [randomise(gated_net(width), X) for width in (5, 8, 6)]
     zipped = fxzip.zip(*models, [X], cut=0.0, refit=False, progress=False)
     for model, outputs in zip(models, zipped(X), strict=True):
