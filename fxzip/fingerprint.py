@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxzip.errors import ProcessError
 from fxzip.processes import Processes
@@ -18,10 +18,15 @@ def fingerprint(model: nn.Module) -> str:
     mark = 0
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         mark = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), mark)
-        if not tensor.is_meta and tensor.numel():
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            mark = zlib.crc32(memoryview(flat.numpy()), mark)
+        if not tensor.is_meta:
+            mark = marked(tensor, mark)
     return f"{mark:08x}"
+
+
+def marked(tensor: Tensor, mark: int = 0) -> int:
+    """A checksum of a tensor's bits, of whatever dtype, after what was marked before."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return zlib.crc32(flat.numpy().data, mark)
 
 
 def check_same(processes: Processes, models: Sequence[nn.Module]) -> None:

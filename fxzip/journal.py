@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from fxzip.data.stores import read_store, write_store
 from fxzip.errors import CalibrationError, OptionError, SaveError
 from fxzip.fidelity import Answer, Depth, Fidelity
+from fxzip.fingerprint import marked
 from fxzip.folders import write_file
 from fxzip.observer import Observer
 from fxzip.processes import ALONE, Processes
@@ -170,7 +171,7 @@ class Watch:
         self._read += 1
         for leaf in pytree.tree_leaves((args, dict(kwargs))):
             if isinstance(leaf, Tensor):
-                self._mark = zlib.crc32(leaf.detach().cpu().contiguous().numpy().tobytes(), self._mark)
+                self._mark = marked(leaf, self._mark)
         if self._read == self._before and self._mark != self._known:
             raise CalibrationError(
                 "resume: the loader gives other images than before the interruption; it must give them in the same "

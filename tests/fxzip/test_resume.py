@@ -167,3 +167,11 @@ def test_inputs_by_keyword_come_back(tmp_path: Path) -> None:
     assert found.args[1:] == given.args[1:]
     assert torch.equal(found.kwargs["mask"], given.kwargs["mask"])
     assert found.kwargs["flags"] == (True, [1])
+
+
+def test_networks_and_images_of_half_precision(tmp_path: Path) -> None:
+    """What was read is told by its bits, whatever they stand for."""
+    half, images = [net(seed).bfloat16() for seed in (0, 1)], [batch.bfloat16() for batch in BATCHES]
+    kept = fxzip.zip(*half, images, resume=tmp_path / "kept", **OPTIONS)
+    assert same(kept, fxzip.zip(*half, images, **OPTIONS).state_dict())
+    assert all(p.dtype == torch.bfloat16 for p in kept.trunk.parameters())
