@@ -33,6 +33,7 @@ from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.cut import Cut
 from fxzip.passes.deepen import deepen
 from fxzip.passes.fold import fold
+from fxzip.passes.linearity import linearity
 from fxzip.passes.points import Points
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
@@ -243,7 +244,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _analysed(module: fx.GraphModule, example: Inputs, verify: bool) -> tuple[ChannelSpec, Verified | None]:
     """The channel spaces, and what was checked of them: nothing where parameters have no values."""
-    spec = analyse_graph(module, *example)
-    if not verify or any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-        return spec, None
-    return Verifier(module, example).checked_spec(spec)
+    spec, verified = analyse_graph(module, *example), None
+    if verify and not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        spec, verified = Verifier(module, example).checked_spec(spec)
+    return linearity(module, spec), verified

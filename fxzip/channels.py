@@ -82,6 +82,7 @@ class ChannelSpace:
         parent: Name of the space of blocks that these channels lie in, if they do.
         block: For each channel the channel of ``parent`` that it moves with, int64 (size,); ascending.
         fixed: Why there must be as many channels as there are; None where there may be more or fewer.
+        bent: Why an orthogonal map of the channels changes the function (`fxzip.passes.linearity`); None: it does not.
     """
 
     name: str
@@ -90,6 +91,12 @@ class ChannelSpace:
     parent: str | None = None
     block: Tensor | None = None
     fixed: str | None = None
+    bent: str | None = "it was not asked"
+
+    @property
+    def linear(self) -> bool:
+        """Whether any orthogonal map of the channels, inside blocks, is exact; ``bent`` says why not."""
+        return self.bent is None
 
     @property
     def resizable(self) -> bool:
@@ -97,8 +104,8 @@ class ChannelSpace:
         return self.fixed is None
 
     def __repr__(self) -> str:
-        inside = f", in {self.parent}" if self.parent else ""
-        return f"ChannelSpace({self.name!r}, size={self.size}, sites={len(self.sites)}{inside})"
+        more = f", in {self.parent}" * bool(self.parent) + ", linear" * self.linear
+        return f"ChannelSpace({self.name!r}, size={self.size}, sites={len(self.sites)}{more})"
 
 
 Located = tuple[ChannelSpace, tuple[int, ...], Tensor]
@@ -270,8 +277,7 @@ class ChannelSpec:
             generator: The source of randomness; None for PyTorch's own.
 
         Returns:
-            A copy of the module; a traced GraphModule where weights had to be folded first (weight-standardised
-            convolutions, say).
+            A copy of the module; a traced GraphModule where weights (standardised ones, say) had to be folded first.
         """
         from fxzip.passes.permute import permuted
 

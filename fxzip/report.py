@@ -210,9 +210,10 @@ class Report:
 def spec_table(spec: ChannelSpec) -> str:
     """The channel spaces of a network as a table."""
     title = f"{len(spec.spaces)} channel spaces cover {spec.coverage:.2%} of the weights"
-    table = new_table(title, "space", "channels", "sites", "in blocks of")
+    table = new_table(title, "space", "channels", "sites", "linear", "in blocks of")
     for space in spec.spaces:
-        table.add_row(space.name, str(space.size), str(len(space.sites)), space.parent or "")
+        linear = "yes" if space.linear else ""
+        table.add_row(space.name, str(space.size), str(len(space.sites)), linear, space.parent or "")
     text = render(table)
     if spec.frozen:
         frozen = new_table("kept in place", "channels of", "number", "why")

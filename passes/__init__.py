@@ -9,6 +9,7 @@
 | `widen`             | GraphModules of other widths   | them, as wide as the widest          | nothing         |
 | `align`             | the models' GraphModules       | `Alignment`: the nodes they share    | nothing         |
 | `analyse`           | a GraphModule, example inputs  | `ChannelSpec`: the channel spaces    | nothing         |
+| `linearity`         | a GraphModule, its spec        | the spec: which spaces are linear    | nothing         |
 | `cut`               | alignment, spec                | `Cuts`, costs; a `MergePlan`         | nothing         |
 | `points`            | a GraphModule, spec            | the merge points of each space       | nothing         |
 | `observe`           | alignment, points, loader      | `Moments` of each space              | nothing         |
@@ -30,6 +31,8 @@
 | `reuse`             | a GraphModule                  | nothing                              | the GraphModule |
 | `restore`           | trunk, head, a parent's graph  | the values of the parent's tensors   | nothing         |
 | `permute`           | spec, a model                  | a copy with channels in other orders | nothing         |
+| `linearise`         | a GraphModule, its spec        | a copy, its LayerNorms as RMSNorms   | nothing         |
+| `rotate`            | spec, a linearised network     | a copy with linear spaces turned     | nothing         |
 
 Each is usable alone. A pass that has grown is a package with its verb on its face: ``from fxzip.passes.trace import
 trace``.

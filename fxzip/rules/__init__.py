@@ -1,7 +1,7 @@
 """Rules of operations, by kind; importing this package registers them all."""
 
 from fxzip.rules import contractions, elementwise, movement, norms, patches, products, reductions, sizes
-from fxzip.rules.calls import Call, Linear, Norm, product
+from fxzip.rules.calls import Call, Joint, Linear, Norm, product
 from fxzip.rules.registry import (
     RuleContext,
     Unsupported,
@@ -14,6 +14,7 @@ from fxzip.rules.registry import (
 
 __all__ = [
     "Call",
+    "Joint",
     "Linear",
     "Norm",
     "RuleContext",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
@@ -97,16 +97,37 @@ class Norm:
         statistics: Whether it is a BatchNorm: its arguments ``running_mean`` and ``running_var`` are the averages of
             its input's mean and unbiased variance for each channel, and in eval mode it is a line of the input.
         several: Whether it gives other values behind the normalised one.
+        over: Whether all channels of ``axis`` are divided by one number, the root of their mean square (``rms``), after
+            their mean was subtracted (``layer``); None: each channel, or group, has a number of its own.
     """
 
     axis: int
     statistics: bool = False
     several: bool = False
+    over: Literal["layer", "rms"] | None = None
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What an operation does to channels as vectors: with all vectors turned by one matrix its result is turned, too.
+
+    Attributes:
+        kind: ``move``: vectors are moved as they are, or averaged with others. ``reduce``: they are summed over some
+            axes, which may be those of the channels. ``sum``: vectors are added. ``product``: it is linear in each
+            operand. ``square``: each number is squared (and invariant once it is summed over all channels).
+        only: The place of the only argument that it is linear in; None: in any.
+        constant: Whether what is the same vector everywhere comes out as it came in (a mean, and no padding).
+    """
+
+    kind: Literal["move", "reduce", "sum", "product", "square"]
+    only: int | None = None
+    constant: bool = True
 
 
 LinearRule = Callable[[Call], Linear | None]
 NormRule = Callable[[Mapping[str, Any]], Norm | None]
 IdleRule = Callable[[Mapping[str, Any]], bool]
+JointRule = Callable[[Mapping[str, Any]], Joint | None]
 
 
 def product(input: str, weight: str, equation: str, bias: str | None = None) -> LinearRule:

@@ -11,6 +11,7 @@ from torch import nn
 from fxzip.labelling.folding import along, mixed, reduce
 from fxzip.labelling.labels import Labelled, varying
 from fxzip.labelling.meeting import meet
+from fxzip.rules import jointly
 from fxzip.rules import linear as weights
 from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, register_rule
 
@@ -216,7 +217,7 @@ def _contracted_by(ctx: RuleContext, value: Labelled, axis: int) -> None:
         ctx.graph.contract(value.parameter, axis % len(value.shape))
 
 
-@register_rule("matmul", "bmm", "mm", kind="layer", linear=weights.matrix_product)
+@register_rule("matmul", "bmm", "mm", kind="layer", linear=weights.matrix_product, joint=jointly.multiplies)
 def matmul(ctx: RuleContext, input: Any, other: Any) -> Labelled:
     """A product summed over the inner axis: the operands meet there, then it is reduced."""
     x, y = ctx.graph.opened(as_labelled(input)), ctx.graph.opened(as_labelled(other))
@@ -228,7 +229,7 @@ def matmul(ctx: RuleContext, input: Any, other: Any) -> Labelled:
     return reduce(ctx.graph, ctx.name, product, [-2], weighted=x.parameter is not None or y.parameter is not None)
 
 
-@register_rule("einsum", kind="layer", linear=weights.einsum_product)
+@register_rule("einsum", kind="layer", linear=weights.einsum_product, joint=jointly.multiplies)
 def einsum(ctx: RuleContext, equation: str, *operands: Any) -> Labelled:
     """A product over named axes: operands meet, then what is not in the result is reduced."""
     values = operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
@@ -267,13 +268,13 @@ def _arranged(value: Labelled, term: str, order: str) -> Labelled:
     return Labelled(lay(value.shape), factors, uniform=value.uniform)
 
 
-@register_rule(nn.Embedding, kind="layer")
+@register_rule(nn.Embedding, kind="layer", joint=jointly.moves)
 def embedding_module(ctx: RuleContext, module: nn.Embedding, x: Any) -> Labelled:
     """Rows of a table: the vocabulary is fixed, the columns are channels."""
     return embedding(ctx, x, _weight(ctx))
 
 
-@register_rule("embedding", kind="layer")
+@register_rule("embedding", kind="layer", joint=jointly.moves)
 def embedding(ctx: RuleContext, input: Any, weight: Labelled, *args: Any, **kwargs: Any) -> Labelled:
     """Rows of a table: the vocabulary is fixed, the columns are channels."""
     if not (isinstance(weight, Labelled) and weight.parameter):

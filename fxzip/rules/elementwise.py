@@ -8,17 +8,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from fxzip.labelling.labels import Labelled
+from fxzip.rules import jointly
 from fxzip.rules.calls import IdleRule
 from fxzip.rules.movement import cut_in_half
 from fxzip.rules.registry import RuleContext, register_rule
 
 NAMES = """
-abs addcdiv addcmul and bernoulli bitwise_and bitwise_not bitwise_or celu ceil clamp clamp_max clamp_min clip clone
-cos deg2rad div elu eq erf erfc exp exp2 expm1 floor floor_divide floordiv frac ge gelu gt hardsigmoid hardswish
+abs addcdiv addcmul and bernoulli bitwise_and bitwise_not bitwise_or celu ceil clamp clamp_max clamp_min clip
+cos deg2rad elu eq erf erfc exp exp2 expm1 floor floor_divide floordiv frac ge gelu gt hardsigmoid hardswish
 hardtanh invert isfinite isinf isnan le leaky_relu lerp log log10 log1p log2 logical_and logical_not logical_or
-logsigmoid lt masked_fill maximum minimum mish mod mul multiply nan_to_num ne neg negative not or pos positive pow
+logsigmoid lt masked_fill maximum minimum mish mod nan_to_num ne not or
 reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign silu sin softplus softshrink softsign sqrt
-square sub subtract tan tanh tanhshrink threshold true_divide truediv trunc where xor
+tan tanh tanhshrink threshold trunc where xor
 """.split()
 
 MODULES = [
@@ -29,7 +30,12 @@ MODULES = [
 
 
 @register_rule(*NAMES, kind="pointwise")
-@register_rule("add", kind="pointwise", fresh=True)
+@register_rule("add", kind="pointwise", fresh=True, joint=jointly.sums)
+@register_rule("sub", "subtract", kind="pointwise", joint=jointly.sums)
+@register_rule("mul", "multiply", kind="pointwise", joint=jointly.multiplies)
+@register_rule("div", "true_divide", "truediv", kind="pointwise", joint=jointly.divides)
+@register_rule("clone", "neg", "negative", "pos", "positive", kind="pointwise", joint=jointly.moves)
+@register_rule("pow", "square", kind="pointwise", joint=jointly.squares)
 def elementwise(ctx: RuleContext, *args: Any, **kwargs: Any) -> Labelled:
     """All operands meet; ``out``, shapes and numbers say nothing."""
     return ctx.elementwise(*args, *kwargs.values())

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fxzip.labelling.folding import mixed
 from fxzip.labelling.labels import FIXED, VOID, Labelled, compress, varying
+from fxzip.rules import jointly
 from fxzip.rules.keys import key_of
 from fxzip.rules.order import Copies, constants_apart
 from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, mapped, register_rule
@@ -21,9 +22,9 @@ from fxzip.rules.registry import RuleContext, Unsupported, as_labelled, mapped, 
 NAMES = """
 atleast_1d atleast_2d atleast_3d bfloat16 broadcast_to broadcast_tensors cat channel_shuffle chunk concat
 concatenate contiguous detach double dsplit expand expand_as flatten flip float getattr getitem half hsplit hstack
-im2col index_select movedim moveaxis narrow numpy_T pad permute pixel_shuffle pixel_unshuffle repeat repeat_interleave
+im2col index_select movedim moveaxis narrow numpy_T permute pixel_shuffle pixel_unshuffle repeat repeat_interleave
 reshape reshape_as roll rot90 select slice split split_with_sizes squeeze stack swapaxes swapdims t tensor_split
-tile to transpose type type_as unbind unflatten unfold unsqueeze view view_as vsplit vstack constant_pad_nd to_copy
+tile to transpose type type_as unbind unflatten unfold unsqueeze view view_as vsplit vstack to_copy
 alias lift_fresh_copy
 """.split()
 CASTS = {
@@ -49,15 +50,16 @@ _SHAPED = {"expand_as", "type_as", "view_as", "reshape_as"}
 _FILLS = {"pad": 3, "constant_pad_nd": 2}
 """Where operations take the value that they fill up with."""
 
-MODULES = [
-    nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Unfold, nn.ZeroPad1d,
-    nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ReflectionPad1d,
-    nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
-    nn.CircularPad1d, nn.CircularPad2d,
+MODULES = [nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle]
+PADS = [
+    nn.Unfold, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
+    nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d,
+    nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d,
 ]  # fmt: skip
 
 
-@register_rule(*NAMES, kind="passive")
+@register_rule(*NAMES, kind="passive", joint=jointly.moves)
+@register_rule("pad", "constant_pad_nd", kind="passive", joint=jointly.pads)
 def move(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     """Views, permutations, concatenations, slices, padding... on labels."""
     target = ctx.node.target
@@ -79,7 +81,8 @@ def move(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     return run(ctx, lambda a, k: target(*a, **k), args, kwargs)
 
 
-@register_rule(*MODULES, kind="passive")
+@register_rule(*MODULES, kind="passive", joint=jointly.moves)
+@register_rule(*PADS, kind="passive", joint=jointly.pads)
 def move_module(ctx: RuleContext, module: nn.Module, x: Labelled) -> Any:
     """Modules that only move data."""
     if hasattr(module, "value"):  # a constant beside the channels, as in `move`
@@ -268,13 +271,14 @@ def cut_in_half(value: Labelled, axis: int) -> tuple[Labelled, Labelled]:
     "upsample_bilinear2d",
     "upsample_bicubic2d",
     kind="passive",
+    joint=jointly.moves,
 )
 def interpolate(ctx: RuleContext, input: Labelled, *args: Any, **kwargs: Any) -> Labelled:
     """Resizing acts on each channel alone."""
     return spatial(ctx, input, range(2, len(input.shape)))
 
 
-@register_rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, kind="passive")
+@register_rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, kind="passive", joint=jointly.moves)
 def interpolate_module(ctx: RuleContext, module: nn.Module, x: Labelled) -> Labelled:
     """Resizing acts on each channel alone."""
     return spatial(ctx, x, range(2, len(x.shape)))

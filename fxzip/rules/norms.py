@@ -41,8 +41,12 @@ def _of_channels(given: Mapping[str, Any]) -> Norm:
     return Norm(1)
 
 
-def _over_channels(given: Mapping[str, Any]) -> Norm | None:
-    return Norm(-1) if len(given.get("normalized_shape", ())) == 1 else None
+def _layer(given: Mapping[str, Any]) -> Norm | None:
+    return Norm(-1, over="layer") if len(given.get("normalized_shape", ())) == 1 else None
+
+
+def _rms(given: Mapping[str, Any]) -> Norm | None:
+    return Norm(-1, over="rms") if len(given.get("normalized_shape", ())) == 1 else None
 
 
 def _own(ctx: RuleContext) -> tuple[Labelled | None, ...]:
@@ -129,19 +133,19 @@ def torch_instance_norm(
     return _normed(ctx, input, running_mean, running_var, weight, bias)
 
 
-@register_rule(nn.LayerNorm, norm=_over_channels, fresh=True)
+@register_rule(nn.LayerNorm, norm=_layer, fresh=True)
 def layer_norm_module(ctx: RuleContext, module: nn.LayerNorm, input: Labelled) -> Labelled:
     """Normalised over the last axes."""
     return layer_norm(ctx, input, module.normalized_shape, ctx.own("weight"), ctx.own("bias"))
 
 
-@register_rule(nn.RMSNorm, norm=_over_channels)
+@register_rule(nn.RMSNorm, norm=_rms)
 def rms_norm_module(ctx: RuleContext, module: nn.RMSNorm, input: Labelled) -> Labelled:
     """Normalised over the last axes."""
     return layer_norm(ctx, input, module.normalized_shape, ctx.own("weight"))
 
 
-@register_rule("layer_norm", norm=_over_channels, fresh=True)
+@register_rule("layer_norm", norm=_layer, fresh=True)
 def layer_norm(
     ctx: RuleContext, input: Labelled, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None,
     eps: float | None = None, *args: Any,
@@ -152,7 +156,7 @@ def layer_norm(
     return ctx.elementwise(input, *affine)
 
 
-@register_rule("rms_norm", norm=_over_channels)
+@register_rule("rms_norm", norm=_rms)
 def rms_norm(
     ctx: RuleContext, input: Labelled, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
 ) -> Labelled:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxzip.labelling.labels import Labelled, compress
+from fxzip.rules import jointly
 from fxzip.rules.registry import RuleContext, as_labelled, register_rule
 
 
-@register_rule("fold", "col2im", nn.Fold, kind="passive")
+@register_rule("fold", "col2im", nn.Fold, kind="passive", joint=jointly.spreads)
 def fold(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     """Patches back into an image: overlapping patches are summed, and labels that are summed are tied."""
     called = isinstance(args[0], nn.Fold)

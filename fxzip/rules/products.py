@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fxzip.labelling.labels import Labelled
+from fxzip.rules import jointly
 from fxzip.rules.contractions import matmul
 from fxzip.rules.linear import added_product
 from fxzip.rules.registry import RuleContext, register_rule
@@ -32,7 +33,7 @@ def _repeated(ctx: RuleContext, value: Labelled, times: int) -> Labelled:
     return Labelled(shape, tuple(factors), uniform=value.uniform)
 
 
-@register_rule("scaled_dot_product_attention")
+@register_rule("scaled_dot_product_attention", joint=jointly.attends)
 def attention(
     ctx: RuleContext, query: Labelled, key: Labelled, value: Labelled, attn_mask: Any = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,

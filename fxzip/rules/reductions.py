@@ -8,12 +8,16 @@ from typing import Any
 from torch import nn
 
 from fxzip.labelling.labels import Labelled
+from fxzip.rules import jointly
+from fxzip.rules.calls import JointRule
 from fxzip.rules.movement import spatial
 from fxzip.rules.registry import RuleContext, Unsupported, register_rule
 
 
+@register_rule("mean", kind="passive", joint=jointly.averages)
+@register_rule("sum", kind="passive", joint=jointly.totals)
 @register_rule(
-    "mean", "sum", "amax", "amin", "std", "var", "prod", "all", "any", "logsumexp", "norm", "vector_norm", "nansum",
+    "amax", "amin", "std", "var", "prod", "all", "any", "logsumexp", "norm", "vector_norm", "nansum",
     "linalg_vector_norm", kind="passive",
 )  # fmt: skip
 def reduce(ctx: RuleContext, input: Labelled, *args: Any, **kwargs: Any) -> Labelled:
@@ -69,7 +73,12 @@ def softmax2d(ctx: RuleContext, module: nn.Module, x: Labelled) -> Labelled:
     return Labelled(ctx.shape, x.factors)
 
 
-_POOLS = ("avg_pool", "max_pool", "lp_pool", "adaptive_avg_pool", "adaptive_max_pool")
+_POOLS: dict[JointRule | None, tuple[str, ...]] = {
+    jointly.spreads: ("avg_pool",),
+    jointly.moves: ("adaptive_avg_pool",),
+    None: ("max_pool", "lp_pool", "adaptive_max_pool"),
+}
+"""The pools by what they do to channels as vectors."""
 
 
 def _pooled(ctx: RuleContext, x: Labelled, dims: int) -> Any:
@@ -83,6 +92,11 @@ def _pooled(ctx: RuleContext, x: Labelled, dims: int) -> Any:
     return (pooled, Labelled(pooled.shape)) if isinstance(ctx.outputs, tuple | list) else pooled
 
 
+def _title(name: str) -> str:
+    """The module class of a function: AvgPool2d of avg_pool2d."""
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
 def _register_pools() -> None:
     for dims in (1, 2, 3):
 
@@ -92,10 +106,12 @@ def _register_pools() -> None:
         def module(ctx: RuleContext, module: nn.Module, x: Labelled, dims: int = dims) -> Any:
             return _pooled(ctx, x, dims)
 
-        names = [f"{pool}{dims}d" for pool in _POOLS]
-        register_rule(*names, f"max_pool{dims}d_with_indices", kind="passive")(function)
-        classes = [f"{kind}{dims}d" for kind in ("AvgPool", "MaxPool", "LPPool", "AdaptiveAvgPool", "AdaptiveMaxPool")]
-        register_rule(*(getattr(nn, name) for name in classes if hasattr(nn, name)), kind="passive")(module)
+        register_rule(f"max_pool{dims}d_with_indices", kind="passive")(function)
+        for joint, pools in _POOLS.items():
+            names = [f"{pool}{dims}d" for pool in pools]
+            classes = [getattr(nn, _title(name)) for name in names if hasattr(nn, _title(name))]
+            register_rule(*names, kind="passive", joint=joint)(function)
+            register_rule(*classes, kind="passive", joint=joint)(module)
 
 
 _register_pools()

@@ -51,7 +51,7 @@ from fxzip.errors import OptionError
 from fxzip.labelling.folding import reduce
 from fxzip.labelling.labels import LabelGraph, Labelled
 from fxzip.labelling.meeting import meet
-from fxzip.rules.calls import IdleRule, LinearRule, NormRule
+from fxzip.rules.calls import IdleRule, JointRule, LinearRule, NormRule
 from fxzip.rules.keys import key_of
 
 Rule = Callable[..., Any]
@@ -68,6 +68,7 @@ class Entry:
     linear: LinearRule | None = None
     norm: NormRule | None = None
     idle: IdleRule | None = None
+    joint: JointRule | None = None
     fresh: bool = False
     of_module: bool = False
 
@@ -213,12 +214,13 @@ def register_rule(
     linear: LinearRule | None = None,
     norm: NormRule | None = None,
     idle: IdleRule | None = None,
+    joint: JointRule | None = None,
     fresh: bool = False,
     by_name: bool = True,
 ) -> Callable[[R], R]:
     """Register a rule for module classes, functions, methods of torch.Tensor, or names of PyTorch operators.
 
-    What ``linear``, ``norm`` and ``idle`` say depends on the arguments of a call, by the names in the rule's signature.
+    ``linear``, ``norm``, ``idle`` and ``joint`` get the arguments of a call by the names in the rule's signature.
 
     Args:
         targets: What the rule is for.
@@ -229,6 +231,8 @@ def register_rule(
             none; mostly made by `fxzip.rules.product`.
         norm: What a call normalises: a `fxzip.rules.Norm` of its arguments, or None if that is not known.
         idle: Whether a call with these arguments gives its input unchanged (dropout in eval mode).
+        joint: What a call does to channels as vectors: a `fxzip.rules.Joint` of its arguments (`fxzip.rules.jointly`
+            has PyTorch's), or None if that is not known. What ``linear`` or ``norm`` says needs no ``joint``.
         fresh: Whether the result is memory of its own, no view and no input, that what follows may write over.
         by_name: Whether a function of PyTorch stands for all that have its name (its ATen operators, its method).
             False: the rule is for these very functions, whose arguments come in another order.
@@ -241,7 +245,7 @@ def register_rule(
         for key in dict.fromkeys(key_of(target) if by_name else target for target in targets):
             if key in _RULES:
                 raise OptionError(f"a rule for {key!r} is registered already: {_RULES[key].rule.__qualname__}")
-            _RULES[key] = Entry(rule, kind, linear, norm, idle, fresh, isinstance(key, type))
+            _RULES[key] = Entry(rule, kind, linear, norm, idle, joint, fresh, isinstance(key, type))
         return rule
 
     return register

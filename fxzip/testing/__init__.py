@@ -13,6 +13,7 @@ scale of 1e-6 makes a branch vanish, and gammas of one are the same in any order
 from fxzip.testing.networks import images, randomise
 from fxzip.testing.oracles import TOLERANCE, ensemble_error, mutations_missed, permutation_error, self_zip_errors
 from fxzip.testing.outputs import call, difference
+from fxzip.testing.rotation import rotation_error
 from fxzip.testing.widths import dropping_error, padding_error
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "padding_error",
     "permutation_error",
     "randomise",
+    "rotation_error",
     "self_zip_errors",
 ]
