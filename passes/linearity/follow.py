@@ -187,6 +187,8 @@ class Follower:
         if contraction.count > 1:
             self._bend({**before, **written}, f"{node} reads channels in groups")
             return
+        known = self._of_parameter.get(layer.weight, {})
+        self._bend(set(known) - set(before) - set(written), f"{node} reads constants in its place")
         for number, state in before.items():
             if not self._axes(layer.input, number) <= set(contraction.mixed):
                 self._bend({number}, f"{node} lets it pass")
@@ -252,10 +254,14 @@ class Follower:
         """What a space's channels are behind a sum or a product."""
         carrying = [source for source in node.all_input_nodes if number in self.found.states.get(source, {})]
         computed = [source for source in carrying if not is_static(source)]
-        if len(computed) == 1 and line_of(self.module, node, computed[0]) is not None:
+        line = line_of(self.module, node, computed[0]) if len(computed) == 1 else None
+        if line is not None:
+            same = all(map(self._axes(node, number).issuperset, map(_varying, line)))  # wherever the result is read
             if joint.kind == "sum" and state > State.NORMED:
-                return State.SHIFTED
+                return State.SHIFTED if same else None
             if joint.kind == "product" and len(carrying) > 1:
+                if not same:
+                    return None
                 if state == State.PLAIN:
                     self.found.raw.setdefault(number, node)
                 return max(state, State.SCALED)
@@ -267,6 +273,11 @@ class Follower:
             return State.PLAIN if len(carrying) == len(node.args[:2]) + ("other" in node.kwargs) else None
         alone = len(carrying) == 1 and (joint.only is None or _argument(node, joint.only) is carrying[0])
         return state if alone else None
+
+
+def _varying(tensor: Tensor) -> set[int]:
+    """The axes of a tensor, from the end, that are longer than 1."""
+    return {axis - tensor.dim() for axis, size in enumerate(tensor.shape) if size > 1}
 
 
 def _argument(node: fx.Node, place: int) -> Any:

@@ -53,7 +53,7 @@ def _with_constant(module: nn.Module, node: fx.Node, x: fx.Node) -> tuple[Tensor
     constant = static_value(module, other) if isinstance(other, fx.Node) else other
     if not isinstance(constant, (int, float, Tensor)) or (not first and function in (operator.truediv, operator.sub)):
         return None
-    constant = torch.as_tensor(constant).double()
+    constant = torch.as_tensor(constant, dtype=torch.float64)  # at once: 0.1 as a float32 is another number
     if rank_of(node) is None or constant.dim() > (rank_of(x) or 0):
         return None  # it adds axes to the value
     zero = torch.zeros_like(constant)

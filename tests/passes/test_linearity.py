@@ -194,6 +194,15 @@ def padded_behind_a_shift(m: Net, x: Tensor) -> Tensor:
     return m.last(m.norm(stream(m, x)).transpose(1, 2).unflatten(2, (8, 8)))
 
 
+def scaled_by_place(m: Net, x: Tensor) -> Tensor:
+    return m.last(m.embed(x) * m.table.weight.unflatten(1, (8, 1)))
+
+
+def beside_zeros(m: Net, x: Tensor) -> Tensor:
+    y = m.embed(x).mean((2, 3))
+    return m.head(m.wide(torch.cat([y, torch.zeros_like(y)], 1) + 1))
+
+
 def norm_of_two(m: Net, x: Tensor) -> Tensor:
     y = stream(m, x)
     return m.head(m.norm(torch.cat([y, y.flip(1)], -1)))
@@ -215,6 +224,7 @@ BENT: dict[str, tuple[Callable[[Net, Tensor], Any], dict[str, nn.Module], str]] 
     "a mean over channels": (gated, {}, "mean is not linear in it"),
     "a sum behind a scale": (scaled_for_a_sum, {}, "add is not linear in it"),
     "padding behind a shift": (padded_behind_a_shift, {"last": conv(6, 3)}, "last cannot take the scale"),
+    "a scale of each row": (scaled_by_place, {"table": nn.Embedding(6, 8), "last": conv(6, 3, 1)}, "mul is not linear"),
     "a mean of two copies": (norm_of_two, {"norm": nn.LayerNorm(12), "head": nn.Linear(12, 3)}, "norm normalises more"),
 }
 
@@ -228,6 +238,22 @@ def test_a_space_says_what_bends_it(name: str) -> None:
     assert bent is not None
     assert bent.startswith(why), bent
     assert rotation_error(model, x)[""] < EXACT
+
+
+def test_what_is_read_and_never_written_is_not_linear() -> None:
+    x = pixels()
+    model = randomise(Net(beside_zeros, **{**parts(), "wide": nn.Linear(12, 5), "head": nn.Linear(5, 3)}), x)
+    bent = known(model, x)
+    assert bent["wide"] == "wide reads constants in its place"
+    assert rotation_error(model, x)[""] < EXACT
+
+
+def test_a_constant_keeps_all_its_digits() -> None:
+    def body(m: Net, x: Tensor) -> Tensor:
+        return m.head(m.embed(x).mul(0.3).add(0.1).relu().mean((2, 3)))
+
+    x = pixels()
+    assert rotation_error(randomise(Net(body, **parts()), x), x)[""] < 1e-12
 
 
 def test_an_rms_norm_of_two_copies_may_be_turned() -> None:
