@@ -36,7 +36,7 @@ SOURCES: dict[str, Callable[[Path, int], tuple[Split, Split]]] = {
 }
 CUTS = {"full": None, "to layer3": "layer3"}
 NAMES = (
-    "average", "permute", "ZipIt!", "average + refit", "permute + refit", "select + refit", "zip + refit (default)",
+    "average", "permute", "ZipIt!", "average + refit", "permute + refit", "select + refit", "zip + refit", "default",
 )  # fmt: skip
 
 
