@@ -9,7 +9,7 @@ from types import FrameType
 
 STOPPED = 130
 """The exit status after Ctrl-C, as shells have it."""
-SAID = "fxzip: stopped; nothing was written"
+SAID = "fxzip: stopped; no result was written"
 
 _REPORTS = "fxzip.cli.errors"
 _IMPORTS = ("importlib._bootstrap", "_frozen_importlib")

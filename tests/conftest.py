@@ -18,3 +18,8 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  the legacy generator is the global one
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first: at the end one process would wait for the other."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

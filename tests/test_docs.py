@@ -16,6 +16,7 @@ from benchmarks.lib import tables
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
+pytestmark = pytest.mark.slow
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("digits", "run"))
 
 

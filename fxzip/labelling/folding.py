@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fxzip.labelling.labels import FIXED, VOID, LabelGraph, Labelled, varying
+from fxzip.labelling.labels import FIRST, FIXED, VOID, LabelGraph, Labelled, varying
 
 
 def collapse(graph: LabelGraph, factor: Tensor, axis: int) -> Tensor:
@@ -114,6 +114,7 @@ def reduce(
                 continue
             blocks = _blocks(graph, f, sorted(varying(f) - gone))
             graph.nest(graph.relation(f"{node}:reduce"), f, blocks)
+            _place_in_rows(graph, node, f, blocks)
             f = blocks
         factors.append(f)
     shape = tuple(1 if a in gone else size for a, size in enumerate(value.shape))
@@ -135,6 +136,28 @@ def _blocks(graph: LabelGraph, factor: Tensor, axes: Sequence[int]) -> Tensor:
     labels = torch.where((distinct == FIXED).any(1), FIXED, VOID)
     labels = labels.masked_scatter(free, graph.fresh(int(free.sum())))
     return labels[number].reshape([size if a in axes else 1 for a, size in enumerate(factor.shape)])
+
+
+def _place_in_rows(graph: LabelGraph, node: str, factor: Tensor, blocks: Tensor) -> None:
+    """Labels that are reduced in several rows are like others only that lie in the same rows, copy by copy.
+
+    Where half of the tokens have their channels in reverse, the mean over tokens takes channel 0 of some and channel 9
+    of the others, and in another row the other way round: both rows are of one block, but each is another sum.
+    """
+    row = torch.arange(blocks.numel()).reshape(blocks.shape)
+    which = torch.stack([t.reshape(-1) for t in torch.broadcast_tensors(factor, blocks, row)])
+    which = which[:, which[0] >= FIRST]
+    owned, blocks_of = which[:2].unique(dim=1)[0].unique(return_counts=True)
+    shared = owned[blocks_of > 1]
+    apart = torch.isin(row.reshape(-1), which[2][torch.isin(which[0], shared)])  # rows of blocks that cannot move
+    place = torch.where(apart, len(apart) + row.reshape(-1), occurrences(blocks.reshape(-1)))
+    if not bool(place.any()):
+        return
+    label, order = which[0].sort(stable=True)
+    copy, (known, number) = occurrences(label), label.unique(return_inverse=True)
+    rows = torch.full((len(known), int(copy.max()) + 1), -1)
+    rows[number, copy] = place[which[2][order]]
+    graph.place(f"{node}:rows", known, rows.unique(dim=0, return_inverse=True)[1])
 
 
 def occurrences(labels: Tensor) -> Tensor:

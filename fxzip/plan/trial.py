@@ -9,7 +9,6 @@ For other inputs a network takes what it takes: like any program, in proportion 
 from __future__ import annotations
 
 import copy
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,32 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxzip.data.batches import Inputs
 from fxzip.errors import FileFormatError
-from fxzip.plan.values import DEVICE, words
+from fxzip.plan.calls import UNKNOWN, Unknown, check_call, check_number
+from fxzip.plan.values import DEVICE
 
 ALLOWED = 4 << 30
 FACTOR = 32
-MOST_PIECES = 1 << 16
-"""The most tensors that one operation may give."""
-
-_MOST = 1 << 63
-_GROWING = frozenset(
-    words("""
-arange broadcast_to constant_pad_nd expand eye full interpolate linspace new_full new_ones new_zeros normal one_hot
-ones pad rand randint randn randperm repeat repeat_interleave tile tril_indices triu_indices upsample zeros
-""")
-)
-_SPLITS = frozenset(words("chunk dsplit hsplit split split_with_sizes tensor_split unbind vsplit"))
-_COMPARISONS = frozenset(words("eq ge getitem gt le lt ne not_ __len__ len size dim numel"))
-
-
-class _Unknown:
-    """A value that depends on inputs of which no example is known."""
-
-    def __repr__(self) -> str:
-        return "an unknown value"
-
-
-_UNKNOWN = _Unknown()
 
 
 def check_run(
@@ -72,7 +50,7 @@ def check_run(
         crossing = _Trial(trunk, limit, shells).run(*_bound(trunk, args, kwargs, example is not None))
         for name, head in heads.items():
             wanted = len(head.graph.find_nodes(op="placeholder"))
-            parts = [_UNKNOWN] * wanted if isinstance(crossing, _Unknown) else list(crossing)
+            parts = [UNKNOWN] * wanted if isinstance(crossing, Unknown) else list(crossing)
             if len(parts) != wanted:
                 raise FileFormatError(f"the head {name} takes {wanted} values, and the trunk gives {len(parts)}")
             _Trial(head, limit, shells).run(*parts)
@@ -95,7 +73,7 @@ def _bound(trunk: fx.GraphModule, args: Any, kwargs: Any, known: bool) -> list[A
     """A value for each placeholder."""
     nodes = trunk.graph.find_nodes(op="placeholder")
     if not known:
-        return [_UNKNOWN] * len(nodes)
+        return [UNKNOWN] * len(nodes)
     named = {**dict(zip((str(node.target) for node in nodes), args, strict=False)), **kwargs}
     rest = [node.args[0] if node.args else None for node in nodes]
     return [named.get(str(node.target), default) for node, default in zip(nodes, rest, strict=True)]
@@ -183,15 +161,15 @@ class _Trial(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         leaves = pytree.tree_leaves((args, kwargs))
         if n.op != "call_module":
-            _check_call(_name(n), args, leaves)
-        if any(isinstance(leaf, _Unknown) for leaf in leaves):
-            return _UNKNOWN
+            check_call(_name(n), args, leaves)
+        if any(isinstance(leaf, Unknown) for leaf in leaves):
+            return UNKNOWN
         try:
             result = super().run_node(n)
         except (NotImplementedError, RuntimeError) as error:
             result = _largest(_name(n), args, error)
         for leaf in pytree.tree_leaves(result):
-            _check_number(leaf)
+            check_number(leaf)
         return result
 
 
@@ -211,65 +189,6 @@ def _memory(value: Any) -> int:
     """Bytes of the memory that lies under tensors."""
     tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-# ---- what Python itself would compute
-
-
-def _check_call(name: str, args: tuple[Any, ...], leaves: list[Any]) -> None:
-    """Refuse, before it is run, what takes long or much without a tensor, and tensors in too many pieces."""
-    plain = name.strip("_")
-    if isinstance(args[0] if args else None, (str, dict)) and plain not in _COMPARISONS:
-        raise FileFormatError(f"it calls {name} on a text or a dict, which a saved graph may not")
-    if plain in ("mul", "imul", "rmul", "pow", "rpow", "ipow", "lshift") and not any(
-        isinstance(leaf, (Tensor, _Unknown)) for leaf in leaves
-    ):
-        _check_arithmetic(plain, args)
-    if plain in ("div", "divide") and "trunc" in leaves and not any(map(_is_fractional, leaves)):
-        raise FileFormatError(
-            f"{name} of whole numbers with rounding_mode='trunc' stops the process where it overflows: use 'floor'"
-        )
-    if plain in _GROWING and any(isinstance(leaf, _Unknown) for leaf in leaves):
-        sizes = [abs(leaf) for leaf in leaves if type(leaf) is int and leaf]
-        if math.prod(sizes) > 1 << 31:
-            raise FileFormatError(f"{name} makes a tensor of at least {math.prod(sizes):,} times its input's size")
-    if plain in _SPLITS and args and isinstance(args[0], Tensor):
-        pieces = max((1, *args[0].shape))
-        if plain == "split" and len(args) > 1 and isinstance(args[1], int):
-            pieces //= max(args[1], 1)
-        if pieces > MOST_PIECES and not (plain in ("chunk", "tensor_split") and leaves[1] in range(MOST_PIECES)):
-            raise FileFormatError(f"{name} may give {pieces:,} tensors, more than {MOST_PIECES:,}")
-
-
-def _is_fractional(value: Any) -> bool:
-    """Whether a division by or of a value is not one of whole numbers, as far as is known."""
-    return isinstance(value, (float, _Unknown)) or (isinstance(value, Tensor) and value.is_floating_point())
-
-
-def _check_arithmetic(name: str, args: tuple[Any, ...]) -> None:
-    """Powers, shifts and repeated lists."""
-    left, right = (*args, 0, 0)[:2]
-    if name.startswith("r"):
-        left, right = right, left
-    if isinstance(left, (list, tuple)) or isinstance(right, (list, tuple)):
-        parts, count = (left, right) if isinstance(left, (list, tuple)) else (right, left)
-        if not isinstance(count, int) or len(parts) * count > MOST_PIECES:
-            raise FileFormatError(f"it repeats a list {count} times")
-    whole = isinstance(left, int) and isinstance(right, int)
-    if whole and name in ("pow", "ipow") and abs(left) > 1 and right * math.log2(abs(left)) > 63:
-        raise FileFormatError(f"{left} to the power of {right} does not fit into 64 bits")
-    if whole and name == "lshift" and right > 63:
-        raise FileFormatError(f"{left} shifted by {right} does not fit into 64 bits")
-
-
-def _check_number(value: Any) -> None:
-    if isinstance(value, int) and not -_MOST <= value < _MOST:
-        raise FileFormatError("it gives a number that does not fit into 64 bits")
-    if isinstance(value, str) and len(value) > MOST_PIECES:
-        raise FileFormatError("it gives a text that is too long")
-
-
-# ---- sizes that depend on values
 
 
 def _largest(name: str, args: tuple[Any, ...], error: Exception) -> Any:

@@ -33,7 +33,7 @@ from fxzip.passes.refit.pairs import Pair
 from fxzip.passes.refit.regression import Regression, Residuals
 from fxzip.passes.refit.reset import norm_behind, reset_scale
 from fxzip.passes.refit.ridge import START, Spread, Trial
-from fxzip.passes.refit.rounds import PROBED, STEPS, Rounds
+from fxzip.passes.refit.rounds import FARTHEST, PROBED, Rounds
 from fxzip.passes.refit.sums import add_residuals, columns, gram_samples, precise
 from fxzip.passes.refit.systems import noise_of
 from fxzip.passes.refit.units import Unit
@@ -98,7 +98,7 @@ class Fitter:
         self.number += 1
         found = self._fit(unit)
         for pair, inner in pairs.items():
-            Rounds(self).run(pair, inner, found, rounds)
+            Rounds(self, pair, inner, found).run(rounds)
         self.goals.forget()
         return found
 
@@ -112,6 +112,7 @@ class Fitter:
 
     def _fit(self, unit: Unit) -> Fit:
         found, (trial, made, whole) = self._held_to(unit)
+        self.goals.forget_linear()
         found.inputs = trial.together()
         ridge = self.options.ridge
         if ridge is None:
@@ -255,7 +256,7 @@ class Fitter:
             explained += float((change * residual).sum())
             moved += float(change.square().sum())
         explained, moved = self.lock.processes.numbers("the length of a step", explained, moved)
-        return min(max(explained / max(moved, 1e-30), 0.0), STEPS[0])
+        return min(max(explained / max(moved, 1e-30), 0.0), FARTHEST)
 
     def _write(self, fit: Fit, weights: Tensor, bias: Tensor) -> None:
         fit.weights, fit.bias = weights, bias

@@ -26,10 +26,16 @@ class Goals:
     def __init__(self, lock: LockStep, target: Target) -> None:
         self.lock, self.target = lock, target
         self._known: dict[Batch, Tensor] = {}
+        self._before: dict[Batch, Tensor] = {}
 
     def forget(self) -> None:
         """Forget the targets of one unit: another's are next."""
         self._known.clear()
+        self.forget_linear()
+
+    def forget_linear(self) -> None:
+        """Forget what `linear` alone needs: all that follows is one-sided."""
+        self._before.clear()
 
     def residual(self, batch: Batch, unit: Unit, has: Tensor) -> Tensor:
         """The residual of a unit's value; 0 where a ReLU makes 0 of it, as it should."""
@@ -41,11 +47,16 @@ class Goals:
 
     def linear(self, batch: Batch, unit: Unit, has: Tensor) -> Tensor:
         """The residual, by the parents' values before the ReLU where ReLUs give 0."""
-        if not self.one_sided(unit):
-            return self.residual(batch, unit, has)
+        return self._wanted_before(batch, unit) - has
+
+    def _wanted_before(self, batch: Batch, unit: Unit) -> Tensor:
         wanted = self.wanted(batch, unit)
-        below = self.target(unit.root.name, [env[unit.root.name] for env in batch.env[:-1]])
-        return below.clamp(max=0) * (wanted == 0) + wanted - has
+        if not self.one_sided(unit):
+            return wanted
+        if batch not in self._before:
+            below = self.target(unit.root.name, [env[unit.root.name] for env in batch.env[:-1]])
+            self._before[batch] = below.clamp(max=0) * (wanted == 0) + wanted
+        return self._before[batch]
 
     def wanted(self, batch: Batch, unit: Unit) -> Tensor:
         """What a unit should give, or the ReLU behind it."""

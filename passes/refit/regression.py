@@ -22,8 +22,9 @@ from fxzip.passes.refit.systems import (
 from fxzip.processes import Processes, Total, exact
 
 _SLICE = 2**24  # elements of the inputs that are multiplied at once, where there are not many of them
-FEW = 0.5
-"""Up to so many samples for each input they are solved with themselves, and not with the inputs' products."""
+FEW = 0.7
+"""Up to so many samples for each input it is less work to solve with these themselves than with the inputs' products,
+several ridges included."""
 
 
 class Residuals:

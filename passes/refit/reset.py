@@ -16,6 +16,7 @@ from fxzip.graphs import named_call, norm_of
 from fxzip.moments import is_noise
 from fxzip.passes.refit.layers import Layer
 from fxzip.passes.refit.slots import slot
+from fxzip.passes.refit.sums import precise
 from fxzip.processes import ALONE, Total
 
 
@@ -43,11 +44,10 @@ def reset_scale(
     assert call is not None
     assert found is not None
     assert old is not None
-    rows = [value.movedim(found.axis, 0).flatten(1).double() for value in values]
-    means = [row.mean(1) for row in rows]
-    variances = [row.var(1, correction=min(1, row.shape[1] - 1)) for row in rows]
-    own = [torch.stack(each).sum(0) for each in (means, variances)] if rows else None
-    count, mean, var = total("BatchNorm statistics", own and [own[0].new_tensor(len(rows)), *own])
+    rows = [precise(value.movedim(found.axis, 0).flatten(1)) for value in values]
+    moments = [torch.var_mean(row, 1, correction=min(1, row.shape[1] - 1)) for row in rows]
+    own = [torch.stack(each).double().sum(0) for each in zip(*moments, strict=True)] if rows else None
+    count, var, mean = total("BatchNorm statistics", own and [own[0].new_tensor(len(rows)), *own])
     mean, var = mean / count, var / count
     old, eps = old.detach().double(), call.arguments.get("eps", 1e-5)
     var = torch.where(is_noise(var, mean), old, var)

@@ -52,6 +52,20 @@ PERMUTED = {
         m.a = nn.Parameter(torch.randn(1, 1, 4))
         return torch.cat([m.a.expand(x.shape[0], -1, -1), x], 1).mean(1)
     """,
+    "a mean over tokens, half of which have their channels in reverse": """
+        x: (4, 3)
+        m.a = nn.Parameter(torch.randn(10, 3))
+        m.b = nn.Linear(10, 2)
+        v0, v1 = F.linear(x, m.a).split([2, 2], 1)
+        return m.b(torch.cat([v0.flip(2), v1], 1).mean(1))
+    """,
+    "a mean over tokens, the channels of each moved by another number": """
+        x: (4, 3)
+        m.a = nn.Linear(3, 4)
+        m.b = nn.Linear(4, 2)
+        v0 = m.a(x)
+        return m.b(torch.stack([v0[:, t].roll(t, 1) for t in range(4)], 1).amax(1))
+    """,
     "groups that read the same channel at other places": """
         x: (3, 3, 4)
         m.a = nn.Conv2d(3, 3, 1)

@@ -443,7 +443,7 @@ def test_interrupt_leaves_nothing_half_written(
     monkeypatch.setattr(owner, name, stop)
     done = run(*zip_arguments(place, tmp_path / "out", "--overwrite"))
     assert done.exit_code == 130
-    assert done.stderr.splitlines()[-1] == "fxzip: stopped; nothing was written"
+    assert done.stderr.splitlines()[-1] == "fxzip: stopped; no result was written"
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if earlier else [])
 
@@ -470,7 +470,7 @@ def test_a_real_ctrl_c(place: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert told == "fxzip: stopped; nothing was written\n"
+    assert told == "fxzip: stopped; no result was written\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -605,6 +605,27 @@ def test_methods_that_may_not_be_called(saved: Path, target: str) -> None:
     assert "may not" in refused(saved, change)
 
 
+def test_products_by_letters_are_saved(tmp_path: Path) -> None:
+    """A text may be the first argument of `einsum`, which is a function of torch's, and no method of the text's."""
+
+    class Net(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 3))
+            self.left, self.right = (nn.Parameter(torch.randn(8, 4)) for _ in range(2))
+            self.head = nn.Linear(4, classes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.einsum("nchw,dc->ndhw", x, self.weight).relu().mean((2, 3))
+            return self.head(torch.einsum("nd,de,df->ne", x, self.left, self.right))
+
+    zipped = fxzip.zip(Net(2).eval(), Net(3).eval(), torch.randn(16, 3, 4, 4).split(8), progress=False)
+    zipped.save(tmp_path / "merged")
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        assert all(map(torch.equal, fxzip.load(tmp_path / "merged")(x), zipped(x)))
+
+
 def test_a_method_of_a_string_is_refused(saved: Path) -> None:
     def change(plan: Plan) -> None:
         first(plan, "call_module").update(op="call_method", target="to", args=["text"])
@@ -778,6 +799,8 @@ LARGE: list[Callable[[Plan], Any]] = [
     call("operator.mul", [1], 10**10),
     call("operator.mod", "%1000000000d", 5),
     call("torch.diag_embed", "x", 10**9),
+    call("torch.einsum", "abcd,efgh,ijkl->d", "x", "x", "x"),
+    call("torch.einsum", "...,...,...->...", "x", "x", "x"),
     call("torch.ops.aten._to_copy.default", "x", dtype=1000),
     call("torch.ops.aten.arange.default", 4, dtype=1 << 31),
     call("torch.ops.aten.clone.default", "x", memory_format=99),

@@ -55,7 +55,7 @@ def test_many_merges_leave_nothing() -> None:
     grown = {name: (before[name], after[name]) for name in before if after[name] > before[name]}
     grown.pop("ShapeEnv", None)
     assert grown == {}
-    assert after["ShapeEnv"] < 60  # two for each merge without it; torch's sums of sizes remember some
+    assert after["ShapeEnv"] - before["ShapeEnv"] < 18  # two for each merge without it; torch remembers some
     assert after["asked"] == 0
 
 

@@ -464,4 +464,4 @@ def test_ctrl_c_from_the_first_moment(tmp_path: Path, delay: float) -> None:
         process.send_signal(signal.SIGINT)
         out, told = process.communicate(timeout=60)
     assert process.returncode == 130, told
-    assert (out, told) == ("", "fxzip: stopped; nothing was written\n")
+    assert (out, told) == ("", "fxzip: stopped; no result was written\n")
