@@ -2,9 +2,9 @@
 
     python -m benchmarks.serve [--threads 1] [--repeats 15] [--backends eager onnxruntime compile]
 
-The networks have random weights and are merged in full, by the default (refit, which folds BatchNorm away) and by the
-paper's rule (which keeps it). All contenders take turns in one process, and the medians of the ratios of each
-turn are reported: a busy machine slows all of them. Writes benchmarks/results/serve.json.
+The networks have random weights and are merged in full, by the default (refit, which folds BatchNorm away), by the
+paper's rule (which keeps it), and 1.15 times as wide. All contenders take turns in one process, and the medians of the
+ratios of each turn are reported: a busy machine slows all of them. Writes benchmarks/results/serve.json.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import statistics
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -32,18 +33,18 @@ from benchmarks.lib.tables import printed
 MODELS = ("resnet18", "resnet50")
 BATCHES = (1, 16)
 BACKENDS = ("eager", "onnxruntime", "compile")
-MERGES = {"refit": True, "paper's rule": False}
+MERGES: dict[str, dict[str, Any]] = {"refit": {}, "paper's rule": {"refit": False}, "width 1.15": {"width": 1.15}}
 
 Contenders = dict[str, Callable[[Tensor], object]]
 
 
-def networks(name: str, refit: bool) -> tuple[nn.Module, nn.Module, fxzip.ZippedModel]:
+def networks(name: str, options: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, fxzip.ZippedModel]:
     """Two originals of different tasks, and their merge."""
     torch.manual_seed(0)
     build = getattr(torchvision.models, name)
     a, b = build(num_classes=10).eval(), build(num_classes=7).eval()
     loader = [torch.randn(4, 3, 224, 224)]
-    return a, b, fxzip.zip(a, b, loader, refit=refit, progress=False)
+    return a, b, fxzip.zip(a, b, loader, progress=False, **options)
 
 
 def eager(a: nn.Module, b: nn.Module, zipped: fxzip.ZippedModel) -> Contenders:

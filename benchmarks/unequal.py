@@ -3,32 +3,45 @@
     python -m benchmarks.unequal --data ../shared/data --pairs 1 --images 2000
 
 The second task's network is that of `benchmarks.cifar`, ResNet-20 ×2; the first one's is half as wide, or ResNet-14 of
-the same width. The merged network is as wide and as deep as the large one. ``behind 0`` and ``behind 1`` are in points
-of accuracy, of each network alone. Figures go to benchmarks/results/unequal.json as they come.
+the same width, or a VGG-11. The merged network is as wide and as deep as the large one. ``stitch``: one of them goes on
+from the other's features (``fxzip.zip(..., stitch=True)``), within a budget of the mean network's FLOPs.
+``flops`` are multiples of the ResNet-20's. ``behind 0`` and ``behind 1`` are in points of accuracy, of each network
+alone. Figures go to benchmarks/results/unequal.json as they come.
 """
 
 from __future__ import annotations
 
 import itertools
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
+from torch import Tensor, nn
 
 import fxzip
 from benchmarks.lib.command import CommandLine
 from benchmarks.lib.data import load_cifar10
 from benchmarks.lib.machine import facts
-from benchmarks.lib.merges import timed_merge
+from benchmarks.lib.merges import timed_merge, timed_zip
 from benchmarks.lib.pairs import Setting, accuracies, calibration, halves, network
 from benchmarks.lib.runs import RESULTS, Kept, Row
 from benchmarks.lib.tables import shown
 
 KINDS = {"narrow": lambda setting: replace(setting, width=setting.width // 2),
-         "shallow": lambda setting: replace(setting, blocks=setting.blocks - 1)}  # fmt: skip
+         "shallow": lambda setting: replace(setting, blocks=setting.blocks - 1),
+         "vgg11": lambda setting: replace(setting, vgg=True)}  # fmt: skip
 """How the first task's network is smaller."""
-WAYS = {"select": {"method": "select"}, "zip": {"method": "zip"}, "default": {}}
+WAYS: dict[str, dict[str, Any]] = {
+    "select": {"method": "select"}, "zip": {"method": "zip"}, "default": {},
+    **{f"stitch {budget}x": {"cut": f"flops<={budget}x", "stitch": True} for budget in (1.2, 1.5, 1.8)},
+}  # fmt: skip
+
+
+def observed(networks: Sequence[nn.Module], loader: list[Tensor]) -> fxzip.Prepared:
+    """Both networks, observed once for all ways to merge them."""
+    return fxzip.prepare(*networks, example_inputs=loader[0][:2]).observe(loader, progress=False)
 
 
 def measure(setting: Setting, pair: int, kind: str, options: Namespace, wanted: list[str]) -> Iterator[Row]:
@@ -37,9 +50,13 @@ def measure(setting: Setting, pair: int, kind: str, options: Namespace, wanted: 
     networks = [network(each, pair, task, train) for task, each in enumerate((KINDS[kind](setting), setting))]
     alone = accuracies(lambda x: tuple(each(x) for each in networks), test, halves(pair))
     loader = calibration(train, pair, options.images)
-    prepared = fxzip.prepare(*networks, example_inputs=loader[0][:2]).observe(loader, progress=False)
+    prepared = None
     for way in wanted:
-        zipped, flops, seconds = timed_merge(prepared, **WAYS[way])
+        if "stitch" in WAYS[way]:
+            zipped, flops, seconds = timed_zip(networks, loader, **WAYS[way])
+        else:
+            prepared = prepared or observed(networks, loader)
+            zipped, flops, seconds = timed_merge(prepared, **WAYS[way])
         found = accuracies(zipped, test, halves(pair))
         behind = {f"behind {task}": alone[f"task{task}"] - found[f"task{task}"] for task in (0, 1)}
         yield {"pair": pair, "first": kind, "images": options.images, "method": way, "flops": flops, "seconds": seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -43,6 +44,7 @@ from fxzip.prepared import Prepared
 from fxzip.processes import ALONE, Processes, processes_of
 from fxzip.report import Verified
 from fxzip.settings import EACH
+from fxzip.stitching import Stitching, check_stitch
 from fxzip.surroundings import undisturbed
 from fxzip.widths import Width
 
@@ -61,7 +63,7 @@ def zip(
     effort: str = "default", heads: Heads = EACH, hold_back: bool = True, verify: bool = True, progress: bool = True,
     labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None,
     resume: str | PathLike[str] | None = None, memory: int | str | None = None,
-    stats_device: torch.device | str | None = None, part: str | None = None, **options: Any,
+    stats_device: torch.device | str | None = None, part: str | None = None, stitch: bool = False, **options: Any,
 ) -> ZippedModel | ZippedParts:  # fmt: skip
     """Merge trained networks of one architecture into one with a shared trunk and a head for each.
 
@@ -117,7 +119,12 @@ def zip(
             networks are.
         part: Merge one module only (``"backbone"`` of detectors), as ``get_submodule`` names it: the whole models run
             on the loader's batches up to it, and whole models are given back (`fxzip.zip_part`). It takes none of the
-            four above.
+            four above, nor ``stitch``.
+        stitch: For two networks that share nothing (a ResNet beside a VGG): the trunk is one of them up to a place, and
+            stays as it is; the other goes on from there through a linear map, which is solved for like the layers
+            behind it. Where, and which gives the trunk, is found by fidelity. ``cut`` is what both may cost (None:
+            ``"flops<=1.5x"``), the fidelity to keep, or the place where the trunk ends. It takes ``refit``, ``effort``,
+            ``names``, ``labels``, ``hold_back``, ``verify`` and ``progress`` beside.
         **options: Options of the method: ``alpha`` and ``beta`` of ``zip``, ``gamma`` of ``dual`` and of ``cca``;
             `fxzip.matching.settings_of` says what they do, and their ranges and defaults.
 
@@ -129,6 +136,7 @@ def zip(
     wanted |= {"verify": verify, "width": width, "budget": budget, "heads": heads, "effort": effort}
     if part is not None:
         whole = {"process_group": process_group, "resume": resume, "memory": memory, "stats_device": stats_device}
+        whole["stitch"] = stitch or None
         refused = [name for name, value in whole.items() if value is not None]
         if refused:
             raise OptionError(f"{refused[0]} is for merges of whole networks: leave it out, or leave part={part!r} out")
@@ -139,6 +147,11 @@ def zip(
     check_models(given)
     each, names = separated(given, names)
     check_merge(zip, len(each), points=points, hold_back=hold_back, **wanted, **options)
+    kept = {"resume": resume, "memory": memory, "stats_device": stats_device}
+    check_stitch(each, {**wanted, **kept, "stitch": stitch})
+    if stitch:
+        known = task_names(names, len(each)), labels, process_group
+        return _stitched(each, loader, *known, hold_back, **wanted)
     tasks, allowed = task_names(names, len(each)), parse_memory(memory)
     processes = processes_of(process_group)
     processes.hush()
@@ -210,12 +223,41 @@ def prepared_of(
     alike = widen(deepen(graphs, example), example)
     alignment = align(alike)
     if not alignment.shared_parameters():
-        raise AlignmentError(f"the models share no layer: {alignment.parting}")
+        raise AlignmentError(
+            f"the models share no layer: {alignment.parting}; stitch=True merges networks that share nothing"
+        )
     check_pixels(graphs, tasks, (args, kwargs))
     example = to_device(args, kwargs, device_of(alignment.modules[0]))
     spec, verified = _analysed(alignment.modules[0], example, verify)
     originals = Originals.of(each, alignment) if alike == graphs and not folded else None
     return Prepared(tasks, alignment, spec, verified, originals, gathered(each, tasks, labels, example), processes)
+
+
+def _stitched(
+    each: Sequence[Any], loader: Any, tasks: tuple[str, ...], labels: Mapping[str, Iterable[str]] | None,
+    process_group: Any, hold_back: bool, *, cut: Cut, refit: bool | RefitOptions, effort: str, verify: bool,
+    progress: bool, **_: Any,
+) -> ZippedModel:  # fmt: skip
+    """As `zip` with ``stitch=True``, of what was checked.
+
+    Raises:
+        OptionError: Several processes would share it.
+    """
+    if processes_of(process_group).count > 1:
+        raise OptionError("stitch=True works in one process: start one, or give process_group=False")
+    ready, options = ready_loader(loader, tasks, each), refit_options(refit, effort)
+    args, kwargs = ready_example(first_batch(ready), each)
+    assert options is not None
+    with bar_of(progress) as bar:
+        if bar is not None:
+            bar.phase("tracing and analysing")
+        graphs = [canonicalise(_traced(model, args, kwargs)) for model in each]
+        example = to_device(args, kwargs, device_of(graphs[0]))
+        specs, checked = map(tuple, builtins.zip(*(_analysed(graph, example, verify) for graph in graphs), strict=True))
+        check_pixels(graphs, tasks, (args, kwargs))
+        about = gathered(each, tasks, labels, example)
+        stitching = Stitching(tasks, tuple(graphs), specs, checked, ready, options, hold_back, bar or False)
+        return stitching.run(cut, about)
 
 
 @undisturbed

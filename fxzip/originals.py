@@ -110,7 +110,7 @@ def _originals(zipped: ZippedModel, models: Any) -> Originals:
     if models is None:
         if zipped.originals is None:
             raise RestoreError(
-                "this merged network does not know the models' own classes, as it was loaded, unpickled, "
+                "this merged network does not know the models' own classes, as it was loaded, unpickled, stitched, "
                 "merged from a merged one or from networks of different widths: give models of these classes, with any "
                 "weights: zipped.as_models([model_a, model_b])"
             )

@@ -24,6 +24,7 @@
 | `split`             | a `MergePlan`                  | `Split`: trunk and heads             | nothing         |
 | `verify`            | a `MergePlan`                  | how far a self-merge by it is off    | nothing         |
 | `refit`             | trunk, heads, plan, loader     | how many layers were solved          | trunk and heads |
+| `stitch`            | graphs that share nothing      | one that goes on from another's maps | nothing         |
 | `polish`            | trunk, heads, plan, images     | how many steps were taken            | trunk and heads |
 | `recalibrate`       | a network, loader              | how many BatchNorms were reset       | the network     |
 | `join`              | heads, how outputs become one  | one head                             | nothing         |

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import fxzip
 from benchmarks.lib.machine import timed
@@ -37,6 +37,14 @@ def timed_merge(prepared: fxzip.Prepared, **options: Any) -> tuple[fxzip.ZippedM
     """A merge, its FLOPs in networks, and the seconds that it took."""
     seconds, _, zipped = timed(lambda: prepared.convert(progress=False, **options))
     return zipped, zipped.report.flops_after / zipped.report.before[0].flops, seconds
+
+
+def timed_zip(
+    networks: Sequence[nn.Module], loader: Iterable[Any], **options: Any
+) -> tuple[fxzip.ZippedModel, float, float]:
+    """As `timed_merge`, of networks that nothing was prepared of; FLOPs are in those of the second network."""
+    seconds, _, zipped = timed(lambda: fxzip.zip(*networks, loader=loader, progress=False, **options))
+    return zipped, zipped.report.flops_after / zipped.report.before[-1].flops, seconds
 
 
 def measured(zipped: fxzip.ZippedModel) -> Row:

@@ -59,6 +59,23 @@ def resnet20(width: int = 4, classes: int = 10, blocks: int = 3) -> CifarResNet:
     return CifarResNet(blocks, width, classes)
 
 
+def vgg11(width: int = 4, classes: int = 10) -> nn.Sequential:
+    """VGG-11 with BatchNorm (arXiv 1409.1556, configuration A) for small images: ``16 * width`` channels at first.
+
+    The last pooling is a mean over what is left of the map, and one linear layer follows.
+    """
+    layers: list[nn.Module] = []
+    channels = 3
+    for size in (1, 0, 2, 0, 4, 4, 0, 8, 8, 0, 8, 8):  # as shares of the first layer's; 0: a pooling
+        if not size:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers += [nn.Conv2d(channels, 16 * width * size, 3, 1, 1, bias=False)]
+        channels = 16 * width * size
+        layers += [nn.BatchNorm2d(channels), nn.ReLU()]
+    return nn.Sequential(nn.Sequential(*layers), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
 RESNETS: dict[str, Callable[[int], nn.Module]] = {
     "resnet18": lambda classes: torchvision.models.resnet18(num_classes=classes),
     "resnet50": lambda classes: torchvision.models.resnet50(num_classes=classes),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.lib.data import Split
 from benchmarks.lib.merges import percent
-from benchmarks.lib.models import resnet20
+from benchmarks.lib.models import resnet20, vgg11
 from benchmarks.lib.runs import CHECKPOINTS
 from benchmarks.lib.training import train
 
@@ -25,12 +25,18 @@ class Setting:
     epochs: int = 7
     bf16: bool = False
     blocks: int = 3
+    vgg: bool = False
 
     @property
     def key(self) -> str:
         """A name for files."""
         other = f"_b{self.blocks}" if self.blocks != 3 else ""
+        other += "_vgg11" if self.vgg else ""
         return f"w{self.width}_s{self.size}_e{self.epochs}{'_bf16' if self.bf16 else ''}{other}"
+
+    def make(self) -> nn.Module:
+        """A network for five classes, from the current seed."""
+        return vgg11(self.width, 5) if self.vgg else resnet20(self.width, 5, self.blocks)
 
 
 def halves(pair: int) -> tuple[list[int], list[int]]:
@@ -56,7 +62,7 @@ def models(
 def network(setting: Setting, pair: int, task: int, split: Split, log: Callable[[str], None] = print) -> nn.Module:
     """One network of a pair, from its checkpoint if it was trained before."""
     return train(
-        lambda: resnet20(setting.width, 5, setting.blocks),
+        setting.make,
         split.of_classes(halves(pair)[task]),
         seed=100 * pair + task,
         epochs=setting.epochs,

@@ -38,8 +38,20 @@ def check_data(path: Path) -> None:
         raise CalibrationError(f"{path} is neither a folder of images nor an .npz archive")
 
 
-def check_checkpoints(paths: Sequence[str], model: str | None, least: int = 2) -> None:
-    """Raise unless checkpoints may be there, at least so many, and it is known of which model they are.
+def models_of(given: str | None, count: int, stitch: bool) -> list[str | None]:
+    """The name of each checkpoint's model; one for all, or with ``--stitch`` one for each, with commas between.
+
+    Raises:
+        OptionError: There are more or fewer.
+    """
+    names = given.split(",") if given is not None and stitch else [given]
+    if len(names) not in (1, count):
+        raise OptionError(f"--model {given}: give one name, or one for each of the {count} checkpoints")
+    return [name.strip() if name else name for name in names] * (count if len(names) == 1 else 1)
+
+
+def check_checkpoints(paths: Sequence[str], models: Sequence[str | None], least: int = 2) -> None:
+    """Raise unless checkpoints may be there, at least so many, and it is known of which model each is.
 
     Raises:
         OptionError: There are fewer, or no model is named.
@@ -47,7 +59,7 @@ def check_checkpoints(paths: Sequence[str], model: str | None, least: int = 2) -
     """
     if len(paths) < least:
         raise OptionError(f"{len(paths)} checkpoint given: merging takes two or more")
-    for text in paths:
+    for text, model in zip(paths, models, strict=True):
         path = Path(text.removeprefix(LOCAL))
         if text.startswith(REMOTE):
             continue
@@ -60,6 +72,11 @@ def check_checkpoints(paths: Sequence[str], model: str | None, least: int = 2) -
             raise CheckpointError(f"the checkpoint {path} does not exist")
         if model is None:
             raise OptionError(f"no model name for {text}: give one like --model timm:resnet50")
+    for model in models:
+        _check_model(model)
+
+
+def _check_model(model: str | None) -> None:
     source, colon, _ = (model or "timm:").partition(":")
     if not colon or source.replace("_", "-").lower() not in (*LIBRARIES, REMOTE[:-1], LOCAL[:-1]):
         raise OptionError(f"--model {model}: give timm:NAME, torchvision:NAME, local-dir:FOLDER or hf-hub:REPO")

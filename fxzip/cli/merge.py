@@ -13,6 +13,7 @@ from fxzip.cli import options as shared
 from fxzip.cli import parameters as p
 from fxzip.cli.alike import labels_of_folders, prepared_alike, read_labels
 from fxzip.cli.errors import warn
+from fxzip.cli.stitch import stitch_models
 from fxzip.errors import OptionError
 from fxzip.settings import AUTO, EACH, EFFORTS, MATCHING, RefitOptions
 
@@ -33,6 +34,7 @@ def zip_models(
     width: p.Width = None,
     budget: p.Budget = None,
     heads: p.Heads = EACH,
+    stitch: p.Stitch = False,
     method: p.Method = AUTO,
     alpha: p.Alpha = None,
     beta: p.Beta = None,
@@ -97,6 +99,9 @@ class Merge:
 
     def run(self) -> None:
         """Check, load, merge, save."""
+        if self.given.get("stitch"):
+            self._stitch()
+            return
         prepared, loader, config = self.observed()
         given = self.given
         zipped = prepared.convert(
@@ -123,12 +128,38 @@ class Merge:
         Returns:
             The models, prepared and observed; the images' loader; how images are prepared.
         """
+        models, loader, config = self._loaded()
+        given, names, journal = self.given, self.names, self._journal(models)
+        from fxzip.memory import bounded
+
+        with shared.spinner("tracing and analysing", self.quiet):
+            batch = next(iter(loader))[0]
+            prepared = self._prepared(models, batch, names)
+            prepared.journal = journal
+            prepared.place(self.cut, self.start, self.width, given["budget"])
+            prepared.check_heads(given["heads"])
+            self.fitting = bounded(prepared, self.memory, self.refit if given["refit"] else None) or False
+        some = {key: given[key] for key in ("points", "stats_device")}
+        prepared.observe(loader, hold_back=self.hold_back, progress=not self.quiet, **some)
+        return prepared, loader, config
+
+    def _stitch(self) -> None:
+        """The same for networks that share nothing: one goes on from the other's features."""
+        models, loader, config = self._loaded()
+        zipped = stitch_models(models, loader, self, self.given)
+        self._finish(zipped, config, loader.skipped())
+
+    def _loaded(self) -> tuple[list[Any], Any, dict[str, Any]]:
+        """Check, and load.
+
+        Returns:
+            The models; the images' loader; how images are prepared.
+        """
         self._check_first()
         with shared.spinner("starting PyTorch", self.quiet):
             from fxzip.checks import task_names
             from fxzip.data.groups import find_images
             from fxzip.data.images import ImageLoader
-            from fxzip.memory import bounded
             from fxzip.zoo import transform
 
         given = self.given
@@ -141,17 +172,7 @@ class Merge:
             channels=config["input_size"][0],
             **{key: given[key] for key in ("batch_size", "limit", "seed", "strict", "workers")},
         )
-        journal = self._journal(models)
-        with shared.spinner("tracing and analysing", self.quiet):
-            batch = next(iter(loader))[0]
-            prepared = self._prepared(models, batch, names)
-            prepared.journal = journal
-            prepared.place(self.cut, self.start, self.width, given["budget"])
-            prepared.check_heads(given["heads"])
-            self.fitting = bounded(prepared, self.memory, self.refit if given["refit"] else None) or False
-        some = {key: given[key] for key in ("points", "stats_device")}
-        prepared.observe(loader, hold_back=self.hold_back, progress=not self.quiet, **some)
-        return prepared, loader, config
+        return models, loader, config
 
     def _finish(self, zipped: Any, config: dict[str, Any], skipped: str | None) -> None:
         """Save, and say what was done."""
@@ -193,7 +214,8 @@ class Merge:
         """Raise what can be known without PyTorch."""
         given = self.given
         self._check_places()
-        first.check_checkpoints(self.checkpoints, given["model"], self.least)
+        self.models = first.models_of(given["model"], len(self.checkpoints), bool(given.get("stitch")))
+        first.check_checkpoints(self.checkpoints, self.models, self.least)
         first.check_data(given["data"])
         first.check_matching(self.method, self.options)
         if given["names"] and len(given["names"]) != len(self.checkpoints):
@@ -234,10 +256,8 @@ class Merge:
 
         models, given = [], self.given
         with counted(len(self.checkpoints), not self.quiet, "loading") as step:
-            for path in self.checkpoints:
-                model = load(
-                    given["model"], path, num_classes=given["num_classes"], ema=given["ema"], **self.model_args
-                )
+            for name, path in zip(self.models, self.checkpoints, strict=True):
+                model = load(name, path, num_classes=given["num_classes"], ema=given["ema"], **self.model_args)
                 models.append(model.to(self.device))
                 step()
         return models

@@ -69,7 +69,8 @@ Model = Annotated[
     str | None,
     _models(
         metavar="NAME",
-        help="The architecture, timm:NAME or torchvision:NAME; not needed for local-dir: and hf-hub: checkpoints.",
+        help="The architecture, timm:NAME or torchvision:NAME; with --stitch one for each checkpoint, with commas "
+        "between. Not needed for local-dir: and hf-hub: checkpoints.",
     ),
 ]
 Names = Annotated[
@@ -127,6 +128,14 @@ Heads = Annotated[
     _merging(
         help="A head for 'each' task; or one answer from all, for networks of the same classes: the 'mean' of their "
         "outputs, or the 'product' of their probabilities; or 'concat': all classes in one list.",
+    ),
+]
+Stitch = Annotated[
+    bool,
+    _merging(
+        "--stitch",
+        help="For two networks that share nothing: the trunk is one of them up to a place (--cut says what it may "
+        "cost, default 'flops<=1.5x'), and the other goes on from there.",
     ),
 ]
 Method = Annotated[

@@ -23,7 +23,7 @@ def shrink_model(ctx: typer.Context, **_given: Any) -> None:
 
 like_zip(
     shrink_model,
-    without=("start", "heads"),
+    without=("start", "heads", "stitch"),
     other={
         "checkpoints": lambda own: own.replace(annotation=p.Checkpoint),
         "method": lambda own: own.replace(default="select"),

@@ -39,7 +39,7 @@ Methods = Annotated[
 Plot = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Also draw the curve: a picture in .svg, .png or .pdf.")
 ]
-_OF_ONE_MERGE = ("out", "overwrite", "report", "labels", "cut", "start", "width", "budget", "heads", "method")
+_OF_ONE_MERGE = ("out", "overwrite", "report", "labels", "cut", "start", "width", "budget", "heads", "stitch", "method")
 _OF_ONE_METHOD = ("alpha", "beta", "options")
 
 

@@ -27,6 +27,7 @@ from fxzip.data.loops import device_of
 from fxzip.errors import CalibrationError
 from fxzip.passes.refit.fit import Fit
 from fxzip.passes.refit.goals import Goals, Target
+from fxzip.passes.refit.layers import ANEW
 from fxzip.passes.refit.lockstep import Batch, LockStep, Stream
 from fxzip.passes.refit.pairs import Pair
 from fxzip.passes.refit.regression import Regression, Residuals
@@ -200,7 +201,9 @@ class Fitter:
         return residual.mean(2, dtype=torch.float64)
 
     def _told(self, unit: Unit, made: Spread) -> Tensor:
-        """The outputs (groups, o) that depend on the inputs: under W₀ they vary by more than rounding."""
+        """The outputs (groups, o) that depend on the inputs: under W₀ they vary by more than rounding, or have none."""
+        if any(ANEW in layer.node.meta for layer in unit.layers):
+            return torch.ones_like(made.each, dtype=torch.bool)
         first, power = unit.layers[0].contraction, torch.zeros((), dtype=torch.float64)
         for batch in self.lock.seen:
             wanted = precise(self.goals.wanted(batch, unit))

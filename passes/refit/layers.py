@@ -17,6 +17,9 @@ from fxzip.passes.refit.lines import line_of
 from fxzip.passes.refit.slots import Uses, fill, own_parameter, slot
 from fxzip.rules.keys import key_of
 
+ANEW = "fxzip_anew"
+"""Key in the meta of layers that no parent has: their weights begin as zeros, which they are not to stay."""
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:

@@ -99,6 +99,35 @@ def refit(
     return solved
 
 
+def refit_rest(
+    merged: fx.GraphModule, parent: fx.GraphModule, before: Sequence[fx.Node], images: Images, options: RefitOptions,
+    progress: Shown = False, whole: bool = True,
+) -> int:  # fmt: skip
+    """Refit a network in place to what its one parent gives behind some of its nodes; returns how many layers.
+
+    Args:
+        merged: The network; what is marked as a stem (`fxzip.passes.split.stems`) stays as it is.
+        parent: The parent, whose nodes it has the names of.
+        before: The parent's nodes that it does not have.
+        images: The calibration images.
+        options: See `RefitOptions`.
+        progress: Show a bar.
+        whole: False: only the layers are solved that read nothing of another one's.
+    """
+    feeds = []
+    for args, kwargs in images.own:
+        pairs = [bind_inputs(module, args, kwargs) for module in (parent, merged)]
+        feeds.append([{node.name: value for node, value in given.items()} for given in pairs])
+    streams = [Stream(parent, {}), Stream(merged, {})]
+    run = _Refitter(streams, feeds, lambda _, values: values[0], options, set(), images, before, whole=whole)
+    run.run(progress, "refitting what goes on", Records(NONE, "rest"))
+    if run.placed:
+        settle(Split(merged, ()), run.placed, images)
+    if run.few:
+        _warn_of_few(images.count, run.few)
+    return run.solved
+
+
 def _trunk_refitter(parts: Split, plan: MergePlan, images: Images, options: RefitOptions) -> _Refitter:
     """The parents and the trunk in lock step."""
     streams = [

@@ -712,3 +712,17 @@ def test_images_that_were_prepared_otherwise(place: Path, tmp_path: Path) -> Non
 def test_it_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "fxzip", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("fxzip ")
+
+
+def test_two_architectures_are_stitched(place: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    other = timm.create_model("test_byobnet", num_classes=3)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    name = f"{NAME},timm:test_byobnet"
+    arguments = ("zip", place / "birds.safetensors", tmp_path / "other.safetensors", "--data", place / "IMAGES")
+    out = ("--out", tmp_path / "stitched", "--quiet", *SIZE)
+    result = run(*arguments, *out, "--model", name, "--stitch", "--cut", "flops<=1.9x")
+    assert result.exit_code == 0, result.output
+    assert " stitched to " in fxzip.load(tmp_path / "stitched").report.cut
+    result = run(*arguments, *out, "--model", f"{name},{NAME}", "--stitch", "--overwrite")
+    assert "give one name, or one for each of the 2 checkpoints" in result.output

@@ -103,7 +103,7 @@ def test_zip_takes_a_part(detectors: list[nn.Module]) -> None:
         fxzip.zip(*detectors, part="backbone")
 
 
-@pytest.mark.parametrize("given", [{"resume": "kept"}, {"memory": "4GB"}, {"stats_device": "cpu"}])
+@pytest.mark.parametrize("given", [{"resume": "kept"}, {"memory": "4GB"}, {"stats_device": "cpu"}, {"stitch": True}])
 def test_what_a_part_does_not_take_is_said(detectors: list[nn.Module], given: dict[str, str]) -> None:
     with pytest.raises(fxzip.OptionError, match=f"{next(iter(given))} is for merges of whole networks"):
         fxzip.zip(*detectors, [], part="backbone", **given)
