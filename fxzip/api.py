@@ -275,7 +275,7 @@ def analyse(model: nn.Module, example_inputs: Any, *, verify: bool = True) -> Ch
     """
     args, kwargs = ready_example(example_inputs, [model])
     traced = canonicalise(trace(model, args, kwargs))
-    return _analysed(traced, to_device(args, kwargs, device_of(traced)), verify)[0]
+    return linearity(traced, _analysed(traced, to_device(args, kwargs, device_of(traced)), verify)[0])
 
 
 def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
@@ -286,7 +286,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _analysed(module: fx.GraphModule, example: Inputs, verify: bool) -> tuple[ChannelSpec, Verified | None]:
     """The channel spaces, and what was checked of them: nothing where parameters have no values."""
-    spec, verified = analyse_graph(module, *example), None
-    if verify and not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-        spec, verified = Verifier(module, example).checked_spec(spec)
-    return linearity(module, spec), verified
+    spec = analyse_graph(module, *example)
+    if not verify or any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        return spec, None
+    return Verifier(module, example).checked_spec(spec)

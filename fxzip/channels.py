@@ -82,7 +82,7 @@ class ChannelSpace:
         parent: Name of the space of blocks that these channels lie in, if they do.
         block: For each channel the channel of ``parent`` that it moves with, int64 (size,); ascending.
         fixed: Why there must be as many channels as there are; None where there may be more or fewer.
-        bent: Why an orthogonal map of the channels changes the function (`fxzip.passes.linearity`); None: it does not.
+        bent: Why an orthogonal map of the channels changes the function (`fxzip.analyse` asks); None: it does not.
     """
 
     name: str

@@ -106,7 +106,7 @@ def has_effect(node: fx.Node, module: nn.Module) -> bool:
     return node.op == "call_module" and getattr(module.get_submodule(str(node.target)), "_is_impure", False) is True
 
 
-# ---- what the rule of a node's operation says of it
+# ---- what the rule of a node's operation says of it, and what it depends on
 
 
 def _entry(module: nn.Module, node: fx.Node) -> Entry | None:
@@ -151,9 +151,6 @@ def is_fresh(module: nn.Module, node: fx.Node) -> bool:
     return entry is not None and entry.fresh and not writes_in_place(node, module)
 
 
-# ---- what a node depends on
-
-
 def is_static(node: Any) -> bool:
     """Whether a node is a parameter or buffer, or one that is only moved about."""
     if not isinstance(node, fx.Node):
@@ -169,8 +166,12 @@ def static_value(module: nn.Module, node: Any) -> Tensor | None:
     """The tensor that a static node stands for; None for anything else."""
     if not is_static(node):
         return None
-    value = compute(module, node, lambda source: static_value(module, source))
+    value = _made(module, node)
     return value.detach() if isinstance(value, Tensor) else None
+
+
+def _made(module: nn.Module, node: fx.Node) -> Any:
+    return compute(module, node, lambda source: _made(module, source))
 
 
 def learned(module: fx.GraphModule) -> dict[fx.Node, frozenset[str]]:

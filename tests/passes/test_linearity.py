@@ -293,3 +293,22 @@ def test_a_linear_space_shows_it() -> None:
     assert spec["first"].linear
     assert not spec["second"].linear
     assert spec["second"].bent == "act acts on each channel, or on several, in a way that is not linear"
+
+
+def test_halves_of_a_parameter_scale_and_shift() -> None:
+    """What is moved out of a parameter is known as the whole is: rotary tables of EVA-02 lie so."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 2)
+            self.both = nn.Parameter(torch.randn(2, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale, shift = self.both.unbind(0)
+            return self.second(self.first(x) * scale + shift)
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    model = randomise(Halves(), x)
+    assert "both#2" in linear(model, x)
+    assert rotation_error(model, x)[""] < EXACT
