@@ -210,10 +210,11 @@ class Report:
 def spec_table(spec: ChannelSpec) -> str:
     """The channel spaces of a network as a table."""
     title = f"{len(spec.spaces)} channel spaces cover {spec.coverage:.2%} of the weights"
-    table = new_table(title, "space", "channels", "sites", "linear", "in blocks of")
+    asked = any(space.bent != type(space).bent for space in spec.spaces)  # else it is the default
+    table = new_table(title, "space", "channels", "sites", *["linear"] * asked, "in blocks of")
     for space in spec.spaces:
-        linear = "yes" if space.linear else ""
-        table.add_row(space.name, str(space.size), str(len(space.sites)), linear, space.parent or "")
+        linear = ["yes" if space.linear else ""] * asked
+        table.add_row(space.name, str(space.size), str(len(space.sites)), *linear, space.parent or "")
     text = render(table)
     if spec.frozen:
         frozen = new_table("kept in place", "channels of", "number", "why")
