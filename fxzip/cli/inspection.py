@@ -55,13 +55,15 @@ def _analysed(name: str, checkpoint: str | None, size: Any, model_args: dict[str
     import torch
 
     import fxzip
+    from fxzip.passes.linearity import linearity
     from fxzip.zoo import data_config, load
 
     model = load(name, checkpoint, **model_args)
     shape = data_config(model, input_size=size)["input_size"]
     prepared = fxzip.prepare(model, model, example_inputs=torch.randn(2, *shape))
-    text = f"{prepared.spec}\n{len(prepared.cuts)} valid cuts: {', '.join(prepared.cuts)}"
-    return text, {**_values(prepared.spec), "input_size": list(shape), "cuts": list(prepared.cuts)}
+    spec = linearity(prepared.alignment.modules[0], prepared.spec)
+    text = f"{spec}\n{len(prepared.cuts)} valid cuts: {', '.join(prepared.cuts)}"
+    return text, {**_values(spec), "input_size": list(shape), "cuts": list(prepared.cuts)}
 
 
 def _values(spec: ChannelSpec) -> dict[str, Any]:
