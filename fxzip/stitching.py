@@ -40,7 +40,7 @@ from fxzip.views.outline import outline
 OF_SEAMS = Short(8, 64, 250, 2**14, steps=0, whole_heads=True)
 """By which places are compared with one another. What comes behind the map is solved, too: the map alone says little of
 a network that goes on early, in which small errors grow."""
-_NOT_TAKEN = ("start", "width", "budget", "part", "resume", "memory", "stats_device")
+_NOT_TAKEN = ("start", "width", "budget", "resume", "memory", "stats_device")
 """Arguments of `fxzip.zip` that mean nothing where nothing is matched."""
 
 
