@@ -333,3 +333,18 @@ def test_a_view_behind_the_place_where_merging_starts() -> None:
     models = build(program), build(program, 1)
     zipped = fxzip.zip(*models, [x], start="b", refit=False, progress=False)
     assert [tuple(out.shape) for out in zipped(x)] == [(16, 2), (16, 2)]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "v1 = torch.bmm(v0.mT, v0)\nreturn m.c(m.b(v1)[0].mean(2))",  # along the steps as along the inputs
+        "v1 = torch.bmm(v0.mT, v0)\nreturn m.c(torch.linalg.solve_triangular(v1, v1 + 0, upper=False).mean(2))",
+        "return m.c(torch.cdist(v0.mT, v0.mT.cumsum(1)).mean(2))",
+    ],
+)  # fmt: skip
+def test_channels_that_lie_along_two_axes_of_what_is_probed(steps: str) -> None:
+    """That an operation takes any order along the one says nothing of the other."""
+    text = "x: (3, 5)\nm.a = nn.Linear(5, 8)\nm.b = nn.GRU(8, 6, batch_first=True)\nm.c = nn.Linear(8, 2)\n"
+    outcome = outcome_of(text + "v0 = m.a(x)\n" + steps)
+    assert not outcome.findings
