@@ -60,37 +60,6 @@ def varying(factor: Tensor) -> frozenset[int]:
     return frozenset([axis for axis, size in enumerate(factor.shape) if size > 1])
 
 
-def compress(labels: Tensor) -> Tensor | None:
-    """Shrink to size 1 every axis along which labels do not vary; None if nothing is labelled at all.
-
-    `VOID` agrees with every label, so that zero padding of pixels leaves a factor as it is.
-    """
-    if labels.numel() == 0:
-        return None
-    for axis, stride in enumerate(labels.stride()):
-        if stride == 0:  # an expanded axis needs no look
-            labels = labels.narrow(axis, 0, 1)
-    for axis in range(labels.dim()):
-        if labels.shape[axis] == 1 or (labels.numel() > SMALL and _differ(labels, axis)):
-            continue
-        first = labels.narrow(axis, 0, 1)
-        if bool((labels == first).all()):
-            labels = first
-            continue
-        top = labels.amax(axis, keepdim=True)
-        if bool(((labels == top) | (labels == VOID)).all()):
-            labels = top
-    if labels.numel() == 1 and int(labels) <= FIXED:
-        return None
-    return None if bool((labels == VOID).all()) else labels.contiguous()
-
-
-def _differ(labels: Tensor, axis: int) -> bool:
-    """Whether the first two positions along an axis tell that labels vary along it; often they do."""
-    first, second = labels.select(axis, 0), labels.select(axis, 1)
-    return bool(((first != second) & (first != VOID) & (second != VOID)).any())
-
-
 def aligned(value: Labelled, rank: int) -> Labelled:
     """The value with leading axes of size 1, as broadcasting adds them."""
     if len(value.shape) == rank:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from fxzip.labelling.compress import compress
 from fxzip.labelling.folding import determines
-from fxzip.labelling.labels import VOID, LabelGraph, Labelled, aligned, compress, in_place, varying
+from fxzip.labelling.labels import VOID, LabelGraph, Labelled, aligned, in_place, varying
 
 
 def meet(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:

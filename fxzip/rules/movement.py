@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxzip.labelling.compress import compress
 from fxzip.labelling.folding import mixed
-from fxzip.labelling.labels import FIXED, VOID, Labelled, compress, varying
+from fxzip.labelling.labels import FIXED, VOID, Labelled, varying
 from fxzip.rules import jointly
 from fxzip.rules.keys import key_of
 from fxzip.rules.order import Copies, constants_apart
@@ -217,7 +218,7 @@ def _gather(outputs: Any, results: list[tuple[Any, Copies]], uniform: bool, path
     shape = tuple(outputs.shape)
     if any(result.shape != outputs.shape for result, _ in results):
         raise Unsupported("an operation whose result depends on more than the positions of its input")
-    found = [(constants_apart(compress(result), copies), copies) for result, copies in results]
+    found = [(compress(constants_apart(result, copies), copies.apart), copies) for result, copies in results]
     known = [(factor, copies.version(factor, shape, path)) for factor, copies in found if factor is not None]
     return Labelled(shape, tuple(f for f, _ in known), uniform=uniform, versions=tuple(v for _, v in known))
 

@@ -95,6 +95,10 @@ class Copies:
             self.ctx.graph.place(f"{self.ctx.name}:join", factor, torch.tensor(known.index(version)))
         return self.ctx.name
 
+    def apart(self, labels: Tensor, patterns: Tensor) -> None:
+        """Channels with constants at other places are not exchanged."""
+        self.ctx.graph.place(f"{self.ctx.name}:constants", labels, patterns)
+
     def _apart(self) -> bool:
         """Whether no channel is in two of the tensors that are joined."""
         labels = [_channels(factor) for _, factor in self.sources]
@@ -205,9 +209,9 @@ class Copies:
         return counts
 
 
-def constants_apart(factor: Tensor | None, copies: Copies) -> Tensor | None:
+def constants_apart(factor: Tensor, copies: Copies) -> Tensor:
     """A factor that came out; where constants of several origins lie among its channels, these stay in place."""
-    if factor is None or not bool((factor == VOID).any()):
+    if not bool((factor == VOID).any()):
         return factor
     before = sum(bool((known == VOID).any()) for _, known in copies.sources)
     added = copies.fills + sum(value.uniform for value in {id(v): v for v in copies.values}.values())

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxzip.labelling.labels import Labelled, compress
+from fxzip.labelling.compress import compress
+from fxzip.labelling.labels import Labelled
 from fxzip.rules import jointly
 from fxzip.rules.registry import RuleContext, as_labelled, register_rule
 

@@ -387,3 +387,18 @@ def test_a_constant_that_is_written_over_in_part() -> None:
     text = "x: (6,)\nm.a = nn.Linear(6, 12)\nm.b = nn.Linear(12, 8)\nm.c = nn.Linear(8, 3)\nv0 = m.a(x)\n"
     text += "v1 = torch.full_like(v0, 0.5)\nv1[:, :2] = v1[:, :2] * 3\nreturn m.c(m.b(v1) + m.b(v0))"
     assert not outcome_of(text).findings
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "return m.c(v1.unflatten(1, (2, 5)).flip(1).flatten(1))",
+        "return m.c(v1 * v1.unflatten(1, (2, 5)).flip(1).flatten(1))",
+        "return m.c(torch.stack([v1[:, :5], v1[:, 5:]], 1).flip(1).flatten(1))",
+        "return m.c((v1.unflatten(1, (2, 5)) + v1.unflatten(1, (2, 5)).flip(1)).flatten(1))",
+    ],
+)
+def test_constants_among_channels_that_are_folded_over_one_another(steps: str) -> None:
+    """Where one row has a channel the other has a constant, and for the next channel it is the other way round."""
+    text = "x: (6,)\nm.a = nn.Linear(6, 10)\nm.c = nn.Linear(10, 2)\nv1 = m.a(x) * 1\nv1[:, ::2] = 0.5\n"
+    assert not outcome_of(text + steps).findings
