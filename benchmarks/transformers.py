@@ -34,7 +34,7 @@ from benchmarks.lib.small_transformers import Setting, Task, gpt, gpt_other, net
 from benchmarks.lib.tables import printed
 
 POLISH = 12
-METHODS = ("average", "permute", "zip", "select")
+METHODS = ("average", "permute", "zip", "select", "pca")
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,18 @@ def merges(name: str, setting: Setting) -> Iterator[Merge]:
         for method in METHODS:
             yield Merge(method, fit)
     yield Merge("select", "polish")
+    yield Merge("pca", "polish")
     yield Merge("select", "refit", width=1.2)
     yield Merge("select", "polish", width=1.2)
+    yield Merge("pca", "refit", width=1.2)
     for cut in setting.cuts[1:]:
         yield Merge("select", "refit", cut=cut)
     if name.endswith("other"):
         yield Merge("average", "polish")
         yield Merge("select", "refit", images=2_500)
         yield Merge("select", "polish", images=2_500)
+        yield Merge("pca", "polish", images=2_500)
+        yield Merge("pca", "polish", width=1.3, images=2_500)
 
 
 @torch.no_grad()
@@ -127,15 +131,17 @@ def measure(name: str, data: Path, kept: Kept) -> Iterator[Row]:
     if (name, "alone", "none", "full", 1.0, 0) not in kept:
         found = [scores(model, task) for model, task in zip(models, setting.tasks, strict=True)]
         yield _row(name, alone, 0, found, flops=2.0, seconds=0.0)
-    observed: dict[int, fxzip.Prepared] = {}
+    observed: dict[tuple[int, bool], fxzip.Prepared] = {}
     for merge in merges(name, setting):
         images = merge.images or setting.calibration
         if (name, merge.method, merge.fit, merge.cut or "full", merge.width or 1.0, images) in kept:
             continue
-        if images not in observed:
+        key = images, merge.method == "pca"
+        if key not in observed:
             loader = drawn(setting, images, pair.seed)
-            observed[images] = fxzip.prepare(*models, example_inputs=loader[0][:2]).observe(loader, progress=False)
-        zipped, ratio, seconds = timed_merge(observed[images], **merge.options)
+            prepared = fxzip.prepare(*models, example_inputs=loader[0][:2], linearise=key[1])
+            observed[key] = prepared.observe(loader, progress=False)
+        zipped, ratio, seconds = timed_merge(observed[key], **merge.options)
         heads = zip(zipped.heads, setting.tasks, strict=True)
         found = [scores(partial(zipped, task=key), task) for key, task in heads]
         fidelity = zipped.report.fidelity

@@ -9,40 +9,42 @@ from os import PathLike
 from typing import Any, overload
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxzip.channels import ChannelSpec
-from fxzip.checks import check_merge, check_models, models_and_loader, refit_options, task_names
+from fxzip.checks import (
+    check_flag,
+    check_linear,
+    check_merge,
+    check_models,
+    models_and_loader,
+    needs_linear,
+    refit_options,
+    task_names,
+)
 from fxzip.data.bars import bar_of
-from fxzip.data.batches import Inputs, to_device
+from fxzip.data.batches import to_device
 from fxzip.data.checks import check_order, first_batch, ready_example, ready_loader
 from fxzip.data.loops import device_of
 from fxzip.data.pixels import check_pixels
-from fxzip.errors import AlignmentError, OptionError
-from fxzip.fingerprint import check_same, run_of
+from fxzip.errors import OptionError
+from fxzip.fingerprint import run_of
 from fxzip.information import gathered
-from fxzip.joining import inner_names, is_task, separated
+from fxzip.joining import separated
 from fxzip.joint import Heads
 from fxzip.journal import Journal
 from fxzip.memory import bounded, parse_memory
 from fxzip.merged import ZippedModel
-from fxzip.originals import Originals
 from fxzip.parts import ZippedParts, zip_part
-from fxzip.passes.align import align
-from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.cut import Cut
-from fxzip.passes.deepen import deepen
-from fxzip.passes.fold import fold
 from fxzip.passes.linearity import linearity
 from fxzip.passes.points import Points
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.trace import trace
-from fxzip.passes.verify import Verifier
-from fxzip.passes.widen import widen
 from fxzip.prepared import Prepared
-from fxzip.processes import ALONE, Processes, processes_of
-from fxzip.report import Verified
+from fxzip.preparing import analysed, prepared_of, traced
+from fxzip.processes import processes_of
 from fxzip.settings import EACH
 from fxzip.stitching import Stitching, check_stitch
 from fxzip.surroundings import undisturbed
@@ -87,7 +89,8 @@ def zip(
             or is to keep (``"fidelity>=0.98"``, as cheaply as can be): the widths are found by what each space leaves
             unexplained for what it costs (`fxzip.passes.allocate`).
         method: ``auto`` tries some and takes the best by fidelity (`fxzip.passes.choose`); or ``select``, ``zip``,
-            ``permute``, ``average``, ``optimal``, ``weights``, ``dual`` or ``cca`` (see `fxzip.matching`).
+            ``permute``, ``average``, ``optimal``, ``weights``, ``dual``, ``cca`` or ``pca`` (see `fxzip.matching`);
+            for ``pca`` the networks are written as of ``linearise`` of `prepare`.
         names: Names of the tasks; default: ``task0``, ``task1`` ...
         points: One merge point for each space (``last``), or ``all`` of them pooled.
         refit: Solve each merged layer in closed form, so that it gives what the parents give on the loader's images
@@ -162,7 +165,8 @@ def zip(
         shown = bar or False
         if bar is not None:
             bar.phase("tracing and analysing")
-        prepared = prepared_of(each, first_batch(ready), tasks, verify, labels, processes)
+        prepared = prepared_of(each, first_batch(ready), tasks, verify, labels, processes, needs_linear(method))
+        check_linear(method, prepared.spec)
         prepared.journal = journal
         prepared.place(cut, start, width, budget)
         prepared.check_heads(heads)
@@ -178,7 +182,7 @@ def zip(
 @undisturbed
 def prepare(
     *models: nn.Module, example_inputs: Any, names: Iterable[str] | None = None, verify: bool = True,
-    labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None,
+    labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None, linearise: bool = False,
 ) -> Prepared:  # fmt: skip
     """Trace and analyse networks, so that they can be observed once and merged many times.
 
@@ -193,6 +197,8 @@ def prepare(
         verify: Check the channel spaces on the example (`fxzip.passes.verify`); spaces that fail are kept in place.
         labels: As for `zip`.
         process_group: As for `zip`.
+        linearise: Write LayerNorms and RMSNorms as RMSNorms without scales where that is exact
+            (`fxzip.passes.linearise`), as method ``pca`` needs; the models' own classes cannot hold the result.
 
     Raises:
         TraceError: A model cannot be traced.
@@ -205,32 +211,8 @@ def prepare(
     each, names = separated(models, names)
     processes = processes_of(process_group)
     processes.hush()
-    return prepared_of(each, example_inputs, task_names(names, len(each)), verify, labels, processes)
-
-
-def prepared_of(
-    each: Sequence[Any], example_inputs: Any, tasks: tuple[str, ...], verify: bool,
-    labels: Mapping[str, Iterable[str]] | None = None, processes: Processes = ALONE,
-) -> Prepared:  # fmt: skip
-    """As `prepare`, of one network or more that were checked."""
-    check_same(processes, each)
-    args, kwargs = ready_example(example_inputs, each)
-    graphs = [canonicalise(_traced(model, args, kwargs)) for model in each]
-    folded = any(map(is_task, each))
-    if folded:
-        graphs = [fold(graph) for graph in graphs]
-    example = to_device(args, kwargs, device_of(graphs[0]))
-    alike = widen(deepen(graphs, example), example)
-    alignment = align(alike)
-    if not alignment.shared_parameters():
-        raise AlignmentError(
-            f"the models share no layer: {alignment.parting}; stitch=True merges networks that share nothing"
-        )
-    check_pixels(graphs, tasks, (args, kwargs))
-    example = to_device(args, kwargs, device_of(alignment.modules[0]))
-    spec, verified = _analysed(alignment.modules[0], example, verify)
-    originals = Originals.of(each, alignment) if alike == graphs and not folded else None
-    return Prepared(tasks, alignment, spec, verified, originals, gathered(each, tasks, labels, example), processes)
+    check_flag("linearise", linearise)
+    return prepared_of(each, example_inputs, task_names(names, len(each)), verify, labels, processes, linearise)
 
 
 def _stitched(
@@ -251,9 +233,9 @@ def _stitched(
     with bar_of(progress) as bar:
         if bar is not None:
             bar.phase("tracing and analysing")
-        graphs = [canonicalise(_traced(model, args, kwargs)) for model in each]
+        graphs = [canonicalise(traced(model, args, kwargs)) for model in each]
         example = to_device(args, kwargs, device_of(graphs[0]))
-        specs, checked = map(tuple, builtins.zip(*(_analysed(graph, example, verify) for graph in graphs), strict=True))
+        specs, checked = map(tuple, builtins.zip(*(analysed(graph, example, verify) for graph in graphs), strict=True))
         check_pixels(graphs, tasks, (args, kwargs))
         about = gathered(each, tasks, labels, example)
         stitching = Stitching(tasks, tuple(graphs), specs, checked, ready, options, hold_back, bar or False)
@@ -274,19 +256,5 @@ def analyse(model: nn.Module, example_inputs: Any, *, verify: bool = True) -> Ch
         VerificationError: As for `prepare`.
     """
     args, kwargs = ready_example(example_inputs, [model])
-    traced = canonicalise(trace(model, args, kwargs))
-    return linearity(traced, _analysed(traced, to_device(args, kwargs, device_of(traced)), verify)[0])
-
-
-def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    """A model's graph; that of a merged network's task has the names that its layers had before."""
-    graph = trace(model, args, kwargs)
-    return inner_names(graph) if is_task(model) else graph
-
-
-def _analysed(module: fx.GraphModule, example: Inputs, verify: bool) -> tuple[ChannelSpec, Verified | None]:
-    """The channel spaces, and what was checked of them: nothing where parameters have no values."""
-    spec = analyse_graph(module, *example)
-    if not verify or any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-        return spec, None
-    return Verifier(module, example).checked_spec(spec)
+    graph = canonicalise(trace(model, args, kwargs))
+    return linearity(graph, analysed(graph, to_device(args, kwargs, device_of(graph)), verify)[0])

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxzip.channels import ChannelSpec
 from fxzip.data.bars import Bar
 from fxzip.data.checks import check_order
 from fxzip.errors import AlignmentError, OptionError
 from fxzip.joint import Heads, check_heads
-from fxzip.matching import chosen_options, is_sized, match, settings_of
+from fxzip.matching import chosen_options, elsewhere, is_sized, match, settings_of
 from fxzip.names import bad_name
 from fxzip.passes.cut import check_span, parse_budget, parse_fidelity
 from fxzip.passes.points import check_points
@@ -125,6 +126,27 @@ def check_method(method: str, given: Mapping[str, Any], n_models: int) -> dict[s
     chosen = chosen_options(method, given)
     match(method, torch.eye(n_models), n_models=n_models, **chosen)
     return chosen
+
+
+def needs_linear(method: str) -> bool:
+    """Whether a matcher is for linear spaces only, and networks are to be written so that they have some."""
+    return method != AUTO and elsewhere(method) is not None
+
+
+def check_linear(method: str, spec: ChannelSpec) -> None:
+    """Raise where a matcher is for linear spaces only and there is none.
+
+    Raises:
+        OptionError: There is none, or the networks were not written so that it would be exact.
+    """
+    if not needs_linear(method) or any(space.linear for space in spec.spaces):
+        return
+    widest = max(spec.spaces, key=lambda space: len(space.sites), default=None)
+    why = "there is no channel space" if widest is None else f"of {widest.name}: {widest.bent}"
+    raise OptionError(
+        f"method {method!r} is for channel spaces that are linear (fxzip.analyse tells them), and none is, {why}; "
+        f"take {elsewhere(method)!r}, or prepare the networks by fxzip.prepare(..., linearise=True)"
+    )
 
 
 def refit_options(refit: object, effort: object = "default") -> RefitOptions | None:

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from fxzip.channels import ChannelSpec
-from fxzip.checks import Choice, check_method
+from fxzip.checks import Choice, check_linear, check_method
 from fxzip.data.bars import Bar, Shown
 from fxzip.data.batches import to_device, with_batch_size
 from fxzip.data.calibration import Images, read_images
@@ -20,7 +20,8 @@ from fxzip.fidelity import Fidelity
 from fxzip.fitted import Fitted, Whole, polished
 from fxzip.joint import CONCAT, NAME, joint_of
 from fxzip.learning import learn_as_parents
-from fxzip.matching import is_sized
+from fxzip.matching import elsewhere, is_sized
+from fxzip.matching import methods as all_methods
 from fxzip.merged import ZippedModel
 from fxzip.passes.choose import CANDIDATES, OF_BOUNDS, OF_METHODS, Short, Tried, candidates, choose, latest
 from fxzip.passes.compare import compare, compare_joint
@@ -127,6 +128,8 @@ class Conversion:
         if self.choice.method != AUTO:
             return self.choice, ()
         methods = candidates(self.prepared.alignment) if len(self.prepared.names) > 1 else CANDIDATES
+        if any(space.linear for space in self.prepared.spec.spaces):
+            methods = (*methods, *filter(elsewhere, all_methods()))
         if self.sizing is not None:
             methods = tuple(filter(is_sized, methods))
         span = self.prepared.places.span(self.cut, self.start)
@@ -162,6 +165,7 @@ class Conversion:
 
     def plan(self, choice: Choice, blocks: Mapping[str, int] | None = None) -> MergePlan:
         """The plan of a choice whose method is known; ``blocks``: with these numbers of channels."""
+        check_linear(choice.method, self.prepared.spec)
         span = self.prepared.places.span(self.cut, self.start)
         if blocks is None and self.sizing is not None:
             blocks = {root.name: self.sizing.blocks.get(root.name, root.size) for root in self.prepared.spec.spaces}

@@ -154,16 +154,15 @@ EACH = "each"
 AUTO = "auto"
 """The method that tries others and takes the best (`fxzip.passes.choose`)."""
 
+_SAMPLES = Setting(None, "how many independent samples the covariances are of: few make regressions cautious", 1)
+
 MATCHING: Mapping[str, Mapping[str, Setting]] = {
     "zip": {
         "alpha": Setting(1.0, "how readily merged channels merge again (arXiv 2305.03053, section 4.3)", 0, 1),
         "beta": Setting(1.0, "share of a model's merges that may lie within it", 0, 1),
     },
-    "select": {
-        "samples": Setting(
-            None, "how many independent samples the covariances are of: few make regressions cautious", 1
-        ),
-    },
+    "select": {"samples": _SAMPLES},
+    "pca": {"samples": _SAMPLES},
     "permute": {},
     "average": {},
     "optimal": {},

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from fxzip.api import prepared_of
 from fxzip.checks import check_merge, check_models
 from fxzip.data.bars import bar_of
 from fxzip.data.checks import first_batch, ready_loader
@@ -18,6 +17,7 @@ from fxzip.passes.cut import Cut
 from fxzip.passes.points import Points
 from fxzip.passes.refit import RefitOptions
 from fxzip.prepared import Prepared
+from fxzip.preparing import prepared_of
 from fxzip.processes import processes_of
 from fxzip.surroundings import undisturbed
 from fxzip.widths import Width

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fxzip.channels import ChannelSpace, ChannelSpec
-from fxzip.matching import MergeMap, evidence, match
+from fxzip.matching import MergeMap, elsewhere, evidence, keeps_wholes, match
 from fxzip.moments import Moments
-from fxzip.passes.blocks import block_scores, match_blocks
+from fxzip.passes.blocks import block_scores, keep_blocks, match_blocks
 
 
 def match_spaces(
@@ -27,8 +27,9 @@ def match_spaces(
 
     Spaces that are split into blocks (groups of a convolution, attention heads) are matched block by block
     first: the blocks of different models are assigned one to one by the best assignment of the channels in
-    them, then ``method`` matches channels inside each set of assigned blocks. Where there are to be more or fewer
-    blocks, they stay apart or are left out as wholes (`fxzip.passes.blocks`).
+    them, then ``method`` matches channels inside each set of assigned blocks. A method that keeps channels keeps blocks
+    or leaves them out as wholes; where there are to be more or fewer blocks, others do so, too
+    (`fxzip.passes.blocks`).
 
     Args:
         spec: The channel spaces.
@@ -46,7 +47,10 @@ def match_spaces(
     maps: dict[str, MergeMap] = {}
     for space in spec.by_depth:
         size = (sizes or {}).get(space.name, space.size)
-        if space.name in wanted and size != space.size and (spec.children(space.name) or space.name not in moments):
+        seen = any(below.name in moments for below in spec.inside(space.name))
+        if space.name in wanted and space.parent is None and seen and keeps_wholes(method):
+            maps[space.name] = keep_blocks(spec, space, moments, n_models, size)
+        elif space.name in wanted and size != space.size and (spec.children(space.name) or space.name not in moments):
             maps[space.name] = match_blocks(spec, space, moments, n_models, size, method)
         elif space.name in wanted:
             maps[space.name] = match_space(spec, space, own, similar, maps, method, n_models, options, size)
@@ -88,6 +92,8 @@ def match_space(
         size: How many merged channels there are to be, in a space that lies in no blocks and has none; None: n.
     """
     within = list(spec.inside(space.name))
+    if not space.linear or within or space.parent is not None:
+        method = elsewhere(method) or method
     similarity = (similar if within else own).get(space.name)
     if within:
         method, options = ("average" if method == "average" else "permute"), {}

@@ -195,9 +195,10 @@ class Merge:
 
     def _prepared(self, models: list[Any], batch: Any, names: tuple[str, ...]) -> Any:
         import fxzip
+        from fxzip.checks import needs_linear
 
-        given = self.given
-        return fxzip.prepare(*models, example_inputs=batch, names=names, verify=given["verify"], labels=self.labels)
+        options = {"verify": self.given["verify"], "linearise": needs_linear(self.method)}
+        return fxzip.prepare(*models, example_inputs=batch, names=names, labels=self.labels, **options)
 
     def _inform(self, zipped: Any, config: dict[str, Any]) -> None:
         """Let what is known of images and classes travel with the network."""

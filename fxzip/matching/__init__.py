@@ -15,6 +15,7 @@ covariances. The options that it takes are declared there, too, and checked befo
     def mine(similarity, n_models, strength): ...
 
 One that can leave any number of merged channels, not only n, says ``sized=True`` and takes that number as ``size``.
+One that keeps channels instead of merging them says ``whole=True``: heads and groups are kept or left out then, too.
 
 Dead channels (similarity 0 to every other channel, as zero variance gives) match last in every matcher.
 """
@@ -22,20 +23,33 @@ Dead channels (similarity 0 to every other channel, as zero variance gives) matc
 from fxzip.matching import assign as _assign
 from fxzip.matching import cca as _cca
 from fxzip.matching import greedy as _greedy
+from fxzip.matching import pca as _pca
 from fxzip.matching import selection as _selection
 from fxzip.matching.greedy import zip_merges
 from fxzip.matching.merge_map import MergeMap
-from fxzip.matching.registry import chosen_options, evidence, is_sized, match, matcher, methods, settings_of
+from fxzip.matching.registry import (
+    chosen_options,
+    elsewhere,
+    evidence,
+    is_sized,
+    keeps_wholes,
+    match,
+    matcher,
+    methods,
+    settings_of,
+)
 from fxzip.settings import Setting
 
-del _assign, _cca, _greedy, _selection  # imported to register their matchers
+del _assign, _cca, _greedy, _pca, _selection  # imported to register their matchers
 
 __all__ = [
     "MergeMap",
     "Setting",
     "chosen_options",
+    "elsewhere",
     "evidence",
     "is_sized",
+    "keeps_wholes",
     "match",
     "matcher",
     "methods",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy.typing as npt
@@ -17,15 +18,27 @@ from fxzip.settings import Setting
 Matcher: TypeAlias = Callable[..., Ints | MergeMap]
 Registered = TypeVar("Registered", bound=Matcher)
 Evidence = Literal["correlation", "covariance", "weights"]
-_MATCHERS: dict[str, Matcher] = {}
-_EVIDENCE: dict[str, Evidence] = {}
-_SETTINGS: dict[str, dict[str, Setting]] = {}
-_SIZED: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A matcher as it was registered; the attributes are what `matcher` takes."""
+
+    function: Matcher
+    of: Evidence
+    options: Mapping[str, Setting]
+    sized: bool
+    whole: bool
+    elsewhere: str | None
+
+
+_MATCHERS: dict[str, Entry] = {}
 
 
 def matcher(
-    name: str, of: Evidence = "correlation", options: Mapping[str, Setting] | None = None, sized: bool = False
-) -> Callable[[Registered], Registered]:
+    name: str, of: Evidence = "correlation", options: Mapping[str, Setting] | None = None, sized: bool = False,
+    whole: bool = False, elsewhere: str | None = None,
+) -> Callable[[Registered], Registered]:  # fmt: skip
     """Registers a matcher under a name.
 
     Args:
@@ -34,6 +47,9 @@ def matcher(
         options: The options that it takes, by name: it is called with all of them.
         sized: Whether it gives as many merged channels as it is asked for, by a keyword ``size``; else it is one
             model's number.
+        whole: Whether blocks of channels (heads, groups) are kept or left out as wholes, not merged with one another.
+        elsewhere: Where maps are not of single channels, and so exact only in linear spaces (`ChannelSpace.linear`):
+            the matcher for all other spaces, which takes the same options.
 
     Raises:
         ValueError: The name is taken.
@@ -41,10 +57,8 @@ def matcher(
 
     def register(function: Registered) -> Registered:
         if name in _MATCHERS:
-            raise ValueError(f"matcher {name!r} is registered already: {_MATCHERS[name].__qualname__}")
-        _MATCHERS[name], _EVIDENCE[name], _SETTINGS[name] = function, of, dict(options or {})
-        if sized:
-            _SIZED.add(name)
+            raise ValueError(f"matcher {name!r} is registered already: {_MATCHERS[name].function.__qualname__}")
+        _MATCHERS[name] = Entry(function, of, dict(options or {}), sized, whole, elsewhere)
         return function
 
     return register
@@ -52,8 +66,7 @@ def matcher(
 
 def unregister(name: str) -> None:
     """Forget a matcher; KeyError where there is none of that name."""
-    del _MATCHERS[name], _EVIDENCE[name], _SETTINGS[name]
-    _SIZED.discard(name)
+    del _MATCHERS[name]
 
 
 def evidence(method: str) -> Evidence:
@@ -62,8 +75,7 @@ def evidence(method: str) -> Evidence:
     Raises:
         OptionError: No matcher has that name.
     """
-    _find(method)
-    return _EVIDENCE[method]
+    return _find(method).of
 
 
 def methods() -> tuple[str, ...]:
@@ -77,8 +89,25 @@ def is_sized(method: str) -> bool:
     Raises:
         OptionError: No matcher has that name.
     """
-    _find(method)
-    return method in _SIZED
+    return _find(method).sized
+
+
+def keeps_wholes(method: str) -> bool:
+    """Whether a matcher keeps blocks of channels, or leaves them out, as wholes.
+
+    Raises:
+        OptionError: No matcher has that name.
+    """
+    return _find(method).whole
+
+
+def elsewhere(method: str) -> str | None:
+    """The matcher in the place of one that is for linear spaces only, in all others; None: it is for all.
+
+    Raises:
+        OptionError: No matcher has that name.
+    """
+    return _find(method).elsewhere
 
 
 def settings_of(method: str) -> dict[str, Setting]:
@@ -87,8 +116,7 @@ def settings_of(method: str) -> dict[str, Setting]:
     Raises:
         OptionError: No matcher has that name.
     """
-    _find(method)
-    return dict(_SETTINGS[method])
+    return dict(_find(method).options)
 
 
 def chosen_options(method: str, given: Mapping[str, object]) -> dict[str, Any]:
@@ -124,27 +152,27 @@ def match(
         OptionError: The method is unknown, does not take an option or not this size, an option is out of range, the
             similarity is not square, does not divide by N or is not finite, or N is less than one.
     """
-    function, options = _find(method), chosen_options(method, chosen)
+    entry, options = _find(method), chosen_options(method, chosen)
     values = as_similarity(similarity, n_models)
     total, n = len(values), len(values) // n_models
     wanted = n if size is None else size
     if not 1 <= wanted <= total:
         raise OptionError(f"{total} channels cannot be merged into {wanted}: give a size of 1 to {total}")
-    if method in _SIZED:
+    if entry.sized:
         options["size"] = wanted
     elif wanted != n:
         raise OptionError(
             f"method {method!r} merges {n_models} times {n} channels into {n}, not into {wanted}; other widths take "
-            f"{' or '.join(repr(name) for name in sorted(_SIZED))}"
+            f"{' or '.join(repr(name) for name, found in sorted(_MATCHERS.items()) if found.sized)}"
         )
-    found = function(values, n_models, **options)
+    found = entry.function(values, n_models, **options)
     merged = found if isinstance(found, MergeMap) else MergeMap.from_assignment(found, n_models)
     if merged.size != wanted:
         raise OptionError(f"method {method!r} merged {total} channels into {merged.size}, not into {wanted}")
     return merged
 
 
-def _find(method: str) -> Matcher:
+def _find(method: str) -> Entry:
     if isinstance(method, str) and method in _MATCHERS:
         return _MATCHERS[method]
     near = difflib.get_close_matches(str(method), _MATCHERS) or sorted(_MATCHERS)
