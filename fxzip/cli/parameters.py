@@ -55,7 +55,8 @@ LabelledData = Annotated[
     typer.Option(
         metavar="PATH",
         help="Labelled images: a folder with a folder for each task, which has a folder for each class; or an .npz "
-        "with arrays called TASK.images and TASK.labels.",
+        "with arrays called TASK.images and TASK.labels. For language models an .npz with TASK.tokens and, where "
+        "sequences are padded, TASK.mask.",
     ),
 ]
 Overwrite = Annotated[
