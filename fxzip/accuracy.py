@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxzip.data.batches import Inputs, model_inputs, to_device
 from fxzip.data.loops import counted, device_of, evaluating, run
-from fxzip.data.tokens import BATCH, TokenBatches, Tokens
+from fxzip.data.tokens import BATCH, TokenBatches
 from fxzip.errors import CalibrationError
 from fxzip.merged import ZippedModel
 from fxzip.scores import LEFT_OUT, logits_for
@@ -135,16 +134,11 @@ def measure_tokens(
     unknown = sorted(set(masks or ()) - set(tokens))
     if unknown:
         raise CalibrationError(f"there is a mask of {unknown[0]!r}, and tokens of {', '.join(tokens)} only")
-    groups = {
-        task: Tokens(task, _array(ids), _array(masks[task]) if masks and task in masks else None)
+    loaders = {
+        task: TokenBatches(zipped, task, ids, (masks or {}).get(task), batch_size=batch_size)
         for task, ids in tokens.items()
     }
-    loaders = {task: TokenBatches(zipped, task, group, batch_size=batch_size) for task, group in groups.items()}
     return measure(zipped, loaders, progress=progress)
-
-
-def _array(values: Any) -> Any:
-    return np.asarray(values.cpu() if isinstance(values, Tensor) else values)
 
 
 def table(rows: Sequence[Accuracy], tasks: Sequence[str]) -> str:

@@ -120,7 +120,10 @@ def _token_loaders(zipped: Any, groups: Mapping[str, Any], given: Mapping[str, A
         name: tokens.some(shuffled(len(tokens), None if limit is None else given["seed"])[:limit])
         for name, tokens in groups.items()
     }
-    return {name: TokenBatches(zipped, name, tokens, batch_size=given["batch_size"]) for name, tokens in chosen.items()}
+    return {
+        name: TokenBatches(zipped, name, tokens.ids, tokens.mask, batch_size=given["batch_size"])
+        for name, tokens in chosen.items()
+    }
 
 
 def _image_loaders(groups: Mapping[str, Any], saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

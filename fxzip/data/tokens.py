@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from fxzip.merged import ZippedModel
 
 BATCH = 32
+_CAUSAL = 1e-3
+"""What a later token may change in a causal model's scores, by rounding: this share of the largest."""
 _MASK, _POSITIONS = "attention_mask", "position_ids"
 _FOLLOWING = (_MASK, _POSITIONS)
 """Inputs that follow from what is masked, by the names that Hugging Face's models have for them."""
@@ -91,22 +93,25 @@ class TokenBatches:
     `LEFT_OUT` where there is none or its mask is 0.
     """
 
-    def __init__(self, zipped: ZippedModel, task: str, tokens: Tokens, *, batch_size: int = BATCH) -> None:
+    def __init__(self, zipped: ZippedModel, task: str, ids: Any, mask: Any = None, *, batch_size: int = BATCH) -> None:
         """Make a loader, and see whether the network can be measured on it.
 
         Args:
             zipped: The network.
             task: The head.
-            tokens: Sequences of the length that the network was traced with.
+            ids: An array or tensor (n, length) of whole numbers; the length is that which the network was traced with.
+            mask: (n, length), 1 where a token counts, 0 where it is padding; None: all count.
             batch_size: Sequences in a batch.
 
         Raises:
-            CalibrationError: The length is another, an id is not in the head's vocabulary, no token is left to tell, or
-                the network takes no tokens, or more than tokens.
+            CalibrationError: The length is another, an id is not in the head's vocabulary, arrays have other shapes or
+                types, no token is left to tell, or the network is no causal language model, or takes more than tokens.
+            OptionError: There is no such task.
         """
+        tokens = Tokens(task, _array(ids), None if mask is None else _array(mask))
         self._form = _Form.of(zipped)
         _check_length(task, tokens, self._form.length)
-        _check_vocabulary(zipped, task, self._form, tokens.ids)
+        _check_head(zipped, task, self._form, tokens.ids)
         self._ids = torch.from_numpy(tokens.ids.astype(np.int64))
         given = np.ones(tokens.ids.shape) if tokens.mask is None else tokens.mask
         self._mask = torch.from_numpy(given.astype(np.int64))
@@ -190,6 +195,10 @@ class _Form:
         return Given(tuple(values.values())[:by_place], dict(list(values.items())[by_place:]))
 
 
+def _array(values: Any) -> npt.NDArray[Any]:
+    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+
+
 def _is_batch(value: Any, size: int) -> bool:
     """Whether an input has a row for each sample."""
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
@@ -206,15 +215,29 @@ def _check_length(task: str, tokens: Tokens, length: int) -> None:
         )
 
 
-def _check_vocabulary(zipped: ZippedModel, task: str, form: _Form, ids: npt.NDArray[Any]) -> None:
-    """Raise unless a head gives scores for each place, and the ids are among what it has scores for."""
-    args, kwargs = to_device(*form.example, device_of(zipped))
-    with torch.no_grad(), evaluating(zipped):
-        output = zipped(*args, task=task, **kwargs)
-    size = logits_for(output, task, form.named[form.tokens].shape).shape[-1]
+def _check_head(zipped: ZippedModel, task: str, form: _Form, ids: npt.NDArray[Any]) -> None:
+    """Raise unless a head gives scores for the next token at each place, and the ids are among those tokens."""
+    example = form.named[form.tokens].to(torch.int64)
+    logits = _logits(zipped, task, form, example)
+    size = logits.shape[-1]
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= size:
         raise CalibrationError(
             f"{task}: the token ids are {low} to {high}, and the vocabulary of its head is 0 to {size - 1}: "
             "give ids of the tokenizer that the network was trained with, in masked places, too"
         )
+    example = example.clone()
+    example[:, -1] = (example[:, -1] + 1) % size
+    gap = (_logits(zipped, task, form, example) - logits)[:, :-1].abs().max() if example.shape[1] > 1 else 0.0
+    if gap > _CAUSAL * logits.abs().max():
+        raise CalibrationError(
+            f"{task}: what its head gives for a token depends on the tokens behind it, so it does not tell the next "
+            "one: perplexity is of causal language models"
+        )
+
+
+def _logits(zipped: ZippedModel, task: str, form: _Form, ids: Tensor) -> Tensor:
+    """A head's scores for a few sequences without padding."""
+    args, kwargs = to_device(*form.inputs(ids, torch.ones_like(ids)), device_of(zipped))
+    with torch.no_grad(), evaluating(zipped):
+        return logits_for(zipped(*args, task=task, **kwargs), task, ids.shape).float()

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 import fxzip
 from fxzip import cli
 from fxzip.accuracy import measure, measure_one, measure_tokens, table
-from fxzip.data.tokens import LEFT_OUT, TokenBatches, Tokens, find_tokens
+from fxzip.data.tokens import LEFT_OUT, TokenBatches, find_tokens
 from fxzip.errors import CalibrationError, OptionError
 from tests.fxzip.served import hand_made
 
@@ -152,7 +152,7 @@ def test_a_mask_is_for_networks_without_one_too(plain: fxzip.ZippedModel) -> Non
 
 def test_a_parent_is_measured_on_the_same(plain: fxzip.ZippedModel) -> None:
     parent, tokens = models(Plain)[1].train(), texts(1)
-    loader = TokenBatches(plain, "code", Tokens("code", tokens.numpy()), batch_size=4)
+    loader = TokenBatches(plain, "code", tokens, batch_size=4)
     found = measure_one("code", parent, loader, progress=False)
     assert parent.training
     perplexity, percent, _ = by_hand(parent(tokens), tokens)
@@ -180,7 +180,7 @@ def test_a_network_in_half_precision_and_one_that_knows_nothing() -> None:
 
 def test_the_next_token_is_the_label(plain: fxzip.ZippedModel) -> None:
     tokens, mask = np.array([[5, 6, 7, 8, 9, 10, 11]]), np.array([[0, 0, 1, 1, 1, 0, 1]])
-    ((inputs, labels),) = TokenBatches(plain, "prose", Tokens("prose", tokens, mask))
+    ((inputs, labels),) = TokenBatches(plain, "prose", tokens, mask)
     assert inputs.args[0].tolist() == tokens.tolist()
     assert labels.tolist() == [[LEFT_OUT, 7, 8, 9, LEFT_OUT, 11, LEFT_OUT]]
 
@@ -220,6 +220,13 @@ class Pooled(Plain):
         return super().forward(tokens).mean(1)
 
 
+class Cloze(Plain):
+    """One that sees the whole text, as BERT does."""
+
+    def body(self, x: Tensor, allowed: Tensor | None) -> Tensor:
+        return super().body(x, torch.zeros(LENGTH, LENGTH))
+
+
 class Translator(Plain):
     """One that takes two texts."""
 
@@ -234,6 +241,11 @@ def test_networks_that_are_no_language_models(plain: fxzip.ZippedModel) -> None:
         CalibrationError, match=r"task0 gives float32\[2, 13\]; perplexity needs logits \(batch, tokens"
     ):
         measure_tokens(hand_made(pooled, pooled, x=tokens), two, progress=False)
+    cloze = torch.fx.symbolic_trace(Cloze())
+    with pytest.raises(
+        CalibrationError, match="task0: what its head gives for a token depends on the tokens behind it"
+    ):
+        measure_tokens(hand_made(cloze, cloze, x=tokens), two, progress=False)
     images = hand_made(nn.Identity(), nn.Identity(), x=torch.zeros(2, 3, 4, 4))
     with pytest.raises(CalibrationError, match=r"takes no token ids \(batch, length\), but x float32\[2, 3, 4, 4\]"):
         measure_tokens(images, two, progress=False)
