@@ -33,7 +33,7 @@ from fxzip.passes.split import Split, split
 from fxzip.passes.stitch import Seam, Spot, Spots, Wanted, find_spots, head_of, seams, weave
 from fxzip.passes.verify.precision import own_precision
 from fxzip.passes.verify.reference import error_of, run
-from fxzip.report import Report, Verified
+from fxzip.report import STITCH, Report, Verified
 from fxzip.report_builder import measure_cost
 from fxzip.views.outline import outline
 
@@ -234,7 +234,7 @@ class Stitching:
         trunk, crossing = measure_cost(parts.trunk, args, kwargs)
         return Report(
             names=self.names,
-            method="stitch",
+            method=STITCH,
             cut=seam.shown(self.names),
             traced_by=tuple(str(graph.meta.get("traced_by")) for graph in self.graphs),
             parting=None,
