@@ -170,7 +170,9 @@ Rounds = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['rounds
 KeepNorms = Annotated[
     bool,
     _merging(
-        "--keep-norms", help="Leave BatchNorms in the network, so that they train; default: fold them into layers."
+        "--keep-norms",
+        help="Leave BatchNorms in the network, so that they train; default: refit folds them into layers. With "
+        "--no-refit they stay anyway.",
     ),
 ]
 
