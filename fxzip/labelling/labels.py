@@ -50,6 +50,11 @@ class Labelled:
         return next((version for known, version in pairs if known is factor), "")
 
 
+def in_place(factor: Tensor) -> Tensor:
+    """A factor whose constants are all alike no more: each stays where it is."""
+    return torch.where(factor == VOID, FIXED, factor) if bool((factor == VOID).any()) else factor
+
+
 def varying(factor: Tensor) -> frozenset[int]:
     """The axes along which the labels of a factor vary."""
     return frozenset([axis for axis, size in enumerate(factor.shape) if size > 1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxzip.labelling.folding import determines
-from fxzip.labelling.labels import FIXED, VOID, LabelGraph, Labelled, aligned, compress, varying
+from fxzip.labelling.labels import VOID, LabelGraph, Labelled, aligned, compress, in_place, varying
 
 
 def meet(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:
@@ -68,9 +68,7 @@ def _held(factor: Tensor, other: Labelled) -> Tensor:
     """A factor whose uniform constants met values that differ by their positions: they are all alike no more."""
     seen: frozenset[int] = frozenset().union(*(varying(g) for g in other.factors))
     positional = any(size > 1 and axis not in seen for axis, size in enumerate(other.shape))
-    if seen & varying(factor) or not positional or not bool((factor == VOID).any()):
-        return factor
-    return torch.where(factor == VOID, FIXED, factor)
+    return factor if seen & varying(factor) or not positional else in_place(factor)
 
 
 def _at_positions(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:

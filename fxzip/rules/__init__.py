@@ -5,6 +5,7 @@ from fxzip.rules.calls import Call, Joint, Linear, Norm, product
 from fxzip.rules.registry import (
     RuleContext,
     Unsupported,
+    find_entry,
     find_rule,
     kind_of,
     register_rule,
@@ -21,6 +22,7 @@ __all__ = [
     "Unsupported",
     "contractions",
     "elementwise",
+    "find_entry",
     "find_rule",
     "kind_of",
     "movement",

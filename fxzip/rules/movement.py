@@ -49,6 +49,8 @@ _SHAPED = {"expand_as", "type_as", "view_as", "reshape_as"}
 """What takes only the shape of its second operand."""
 _FILLS = {"pad": 3, "constant_pad_nd": 2}
 """Where operations take the value that they fill up with."""
+_PATCHES = {"unfold", "im2col"}
+"""What may fill up the patches at the borders by zeros."""
 
 MODULES = [nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle]
 PADS = [
@@ -128,12 +130,13 @@ def run(ctx: RuleContext, op: Callable[[Any, Any], Any], args: Any, kwargs: Any)
 
     name = str(key_of(ctx.node.target))
     moved = found[:1] if name in _SHAPED else found
+    fills = name in _FILLS or name in _PATCHES or hasattr(ctx.module, "value") or isinstance(ctx.module, nn.Unfold)
     results = []
     for slot in _slots(found):
         copies = Copies(ctx, instead, moved, slot, name in _JOINS, name in _KEEPS)
-        copies.fills = name in _FILLS or hasattr(ctx.module, "value")
+        copies.fills = fills
         results.append((instead(partial(_dense, slot=slot)), copies))
-    uniform = bool(found) and all(v.uniform for v in found)
+    uniform = len({id(v) for v in found}) == 1 and found[0].uniform and not fills
     return _gather(ctx.outputs, results, uniform)
 
 

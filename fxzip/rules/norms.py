@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fxzip.labelling.folding import along
-from fxzip.labelling.labels import FIXED, VOID, Labelled, varying
+from fxzip.labelling.labels import VOID, Labelled, in_place, varying
 from fxzip.rules.calls import Norm
 from fxzip.rules.registry import RuleContext, Unsupported, register_rule
 
@@ -179,7 +179,7 @@ def group_norm(
     filled = any(1 in varying(f) and bool((f == VOID).any()) for f in input.factors)
     result = _per_channel(ctx, input, [weight, bias])
     if filled and num_groups > 1:  # constants are no longer alike: in each group they become something else
-        held = [torch.where(f == VOID, FIXED, f) if 1 in varying(f) else f for f in result.factors]
+        held = [in_place(f) if 1 in varying(f) else f for f in result.factors]
         result = replace(result, factors=tuple(held), versions=())
     channels = along(ctx.graph, result if filled else input, 1)
     if channels is not None:

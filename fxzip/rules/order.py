@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fxzip.labelling.folding import occurrences
-from fxzip.labelling.labels import FIRST, FIXED, VOID, Labelled, varying
+from fxzip.labelling.labels import FIRST, VOID, Labelled, in_place, varying
 from fxzip.rules.registry import RuleContext
 
 Run = Callable[[Callable[[Labelled], Any]], Any]
@@ -211,9 +211,7 @@ def constants_apart(factor: Tensor | None, copies: Copies) -> Tensor | None:
         return factor
     before = sum(bool((known == VOID).any()) for _, known in copies.sources)
     added = copies.fills + sum(value.uniform for value in {id(v): v for v in copies.values}.values())
-    if before + added < 2:
-        return factor
-    return torch.where(factor == VOID, FIXED, factor)
+    return factor if before + added < 2 else in_place(factor)
 
 
 def _channels(factor: Tensor) -> Tensor:

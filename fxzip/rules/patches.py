@@ -13,7 +13,7 @@ from fxzip.rules import jointly
 from fxzip.rules.registry import RuleContext, as_labelled, register_rule
 
 
-@register_rule("fold", "col2im", nn.Fold, kind="passive", joint=jointly.spreads)
+@register_rule("fold", "col2im", nn.Fold, kind="passive", joint=jointly.spreads, uniform=False)
 def fold(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
     """Patches back into an image: overlapping patches are summed, and labels that are summed are tied."""
     called = isinstance(args[0], nn.Fold)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxzip.labelling.labels import Labelled
+from fxzip.labelling.labels import Labelled, varying
 from fxzip.rules.registry import RuleContext, Unsupported, mapped
 from fxzip.rules.trial import Operation, Slot, Trial, tensors_of
 
@@ -66,8 +66,8 @@ def probe(ctx: RuleContext, given: Any, fakes: Any) -> tuple[Any, str]:
     known = {slot for finding in findings for slot in finding.slots}
     if not any(slot.labels is not None for slot in known):
         raise Unsupported("when tried, it kept to no order of channels")
-    for value in operation.values[: operation.n_given]:
-        _freeze_rest(ctx, value, [s for s in known if operation.values[s.operand] is value])
+    for number, value in enumerate(operation.values[: operation.n_given]):
+        _freeze_rest(ctx, value, [slot for slot in known if slot.operand == number])
     result = _labelled(ctx, operation, findings)
     return result, "; ".join(map(str, findings))
 
@@ -131,10 +131,14 @@ def _labels(ctx: RuleContext, operation: Operation, slot: Slot, ends: bool) -> T
 
 
 def _freeze_rest(ctx: RuleContext, value: Any, known: Sequence[Slot]) -> None:
-    """Keep in place what an operand carries beside what was understood."""
+    """Keep in place what an operand carries beside what was understood: labels of two axes may be understood on one."""
     if not isinstance(value, Labelled) or (value.parameter is not None and not value.factors):
         return
-    understood = [slot.labels for slot in known if slot.labels is not None]
     for factor in value.factors:
-        if not any(torch.equal(factor.reshape(-1), labels) for labels in understood):
+        if not any(_is_of(slot, factor) for slot in known):
             ctx.graph.freeze(factor, f"{ctx.name} depends on the order of channels")
+
+
+def _is_of(slot: Slot, factor: Tensor) -> bool:
+    """Whether a slot's labels are those of a factor, along the same axis."""
+    return slot.labels is not None and {slot.axis} == varying(factor) and torch.equal(factor.reshape(-1), slot.labels)

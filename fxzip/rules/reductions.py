@@ -108,10 +108,11 @@ def _register_pools() -> None:
 
         register_rule(f"max_pool{dims}d_with_indices", kind="passive")(function)
         for joint, pools in _POOLS.items():
+            uniform = joint is not jointly.spreads  # at the borders a mean is of fewer
             names = [f"{pool}{dims}d" for pool in pools]
             classes = [getattr(nn, _title(name)) for name in names if hasattr(nn, _title(name))]
-            register_rule(*names, kind="passive", joint=joint)(function)
-            register_rule(*classes, kind="passive", joint=joint)(module)
+            register_rule(*names, kind="passive", joint=joint, uniform=uniform)(function)
+            register_rule(*classes, kind="passive", joint=joint, uniform=uniform)(module)
 
 
 _register_pools()

@@ -71,6 +71,7 @@ class Entry:
     joint: JointRule | None = None
     fresh: bool = False
     of_module: bool = False
+    uniform: bool = False
 
     @cached_property
     def _signature(self) -> inspect.Signature:
@@ -217,6 +218,7 @@ def register_rule(
     joint: JointRule | None = None,
     fresh: bool = False,
     by_name: bool = True,
+    uniform: bool | None = None,
 ) -> Callable[[R], R]:
     """Register a rule for module classes, functions, methods of torch.Tensor, or names of PyTorch operators.
 
@@ -236,16 +238,19 @@ def register_rule(
         fresh: Whether the result is memory of its own, no view and no input, that what follows may write over.
         by_name: Whether a function of PyTorch stands for all that have its name (its ATen operators, its method).
             False: the rule is for these very functions, whose arguments come in another order.
+        uniform: Whether constants that are all alike (a channel of zeros beside others) are all alike in the result,
+            too, wherever they stand. None: they are if the kind is ``pointwise`` or ``passive``.
 
     Raises:
         OptionError: A rule for one of the targets exists already.
     """
+    keeps = kind in ("pointwise", "passive") if uniform is None else uniform
 
     def register(rule: R) -> R:
         for key in dict.fromkeys(key_of(target) if by_name else target for target in targets):
             if key in _RULES:
                 raise OptionError(f"a rule for {key!r} is registered already: {_RULES[key].rule.__qualname__}")
-            _RULES[key] = Entry(rule, kind, linear, norm, idle, joint, fresh, isinstance(key, type))
+            _RULES[key] = Entry(rule, kind, linear, norm, idle, joint, fresh, isinstance(key, type), keeps)
         return rule
 
     return register

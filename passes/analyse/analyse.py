@@ -27,10 +27,10 @@ from fxzip.errors import FrozenSpaceWarning, RuleError
 from fxzip.graphs import attribute, run_call
 from fxzip.labelling.counting import with_reasons
 from fxzip.labelling.folding import simplified
-from fxzip.labelling.labels import LabelGraph, Labelled
+from fxzip.labelling.labels import LabelGraph, Labelled, in_place
 from fxzip.labelling.partition import partition
 from fxzip.passes.analyse.shapes import propagate_shapes
-from fxzip.rules import RuleContext, Unsupported, find_rule, target_of
+from fxzip.rules import RuleContext, Unsupported, find_entry, target_of
 from fxzip.rules.movement import move, move_module
 from fxzip.rules.probe import probe
 from fxzip.rules.registry import as_labelled, mapped
@@ -135,13 +135,15 @@ class Flow:
         module = target if node.op == "call_module" else None
         ctx = RuleContext(self.graph, node, out, module)
         self.graph.node = node.name
-        rule = find_rule(target)
-        if rule is None:
+        entry = find_entry(target)
+        if entry is None:
             return self._probe(ctx, args, kwargs, "no rule for it")
+        rule = entry.rule
         own = () if module is None else (module,)
         args, kwargs = mapped((args, kwargs), _operand)
         try:
             result = mapped(rule(ctx, *own, *args, **kwargs), self._simplified)
+            result = result if entry.uniform else mapped(result, _in_place)
             # Where the values change, all channels must be treated alike; a move says so itself.
             return result if rule in (move, move_module) else mapped(result, ctx.changed)
         except Unsupported as error:
@@ -167,7 +169,7 @@ class Flow:
             result, found = probe(ctx, (args, kwargs), fakes)
         except Unsupported as error:
             return self._freeze(ctx, args, kwargs, f"{why}, {error}")
-        result = mapped(result, ctx.changed)
+        result = mapped(mapped(result, _in_place), ctx.changed)
         self.probed.append(f"{_title(ctx)}: {found}")
         return result
 
@@ -225,6 +227,11 @@ def _takes(rule: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
 def _operand(value: Any) -> Any:
     """A constant among the operands as a labelled value; integers and masks are indices, and stay as they are."""
     return as_labelled(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _in_place(value: Any) -> Any:
+    """What an operation gives that may treat constants of one value by where they stand."""
+    return replace(value, factors=tuple(map(in_place, value.factors))) if isinstance(value, Labelled) else value
 
 
 def _title(ctx: RuleContext) -> str:

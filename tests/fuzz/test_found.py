@@ -333,3 +333,57 @@ def test_a_view_behind_the_place_where_merging_starts() -> None:
     models = build(program), build(program, 1)
     zipped = fxzip.zip(*models, [x], start="b", refit=False, progress=False)
     assert [tuple(out.shape) for out in zipped(x)] == [(16, 2), (16, 2)]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "v1 = torch.bmm(v0.mT, v0)\nreturn m.c(m.b(v1)[0].mean(2))",  # along the steps as along the inputs
+        "v1 = torch.bmm(v0.mT, v0)\nreturn m.c(torch.linalg.solve_triangular(v1, v1 + 0, upper=False).mean(2))",
+        "return m.c(torch.cdist(v0.mT, v0.mT.cumsum(1)).mean(2))",
+    ],
+)  # fmt: skip
+def test_channels_that_lie_along_two_axes_of_what_is_probed(steps: str) -> None:
+    """That an operation takes any order along the one says nothing of the other."""
+    text = "x: (3, 5)\nm.a = nn.Linear(5, 8)\nm.b = nn.GRU(8, 6, batch_first=True)\nm.c = nn.Linear(8, 2)\n"
+    outcome = outcome_of(text + "v0 = m.a(x)\n" + steps)
+    assert not outcome.findings
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "v2 = v1.softmax(1)",
+        "v2 = F.normalize(v1, dim=1)",
+        "v2 = F.avg_pool2d(v1, 3, 1, 1)",
+        "v2 = F.layer_norm(v1.permute(0, 2, 3, 1), (9,)).permute(0, 3, 1, 2)",
+        "v2 = v1.cumsum(2)",
+        "v2 = v1.tril()",
+        "v2 = F.fold(F.unfold(v1, 3, padding=1), (4, 4), 3, padding=1)",
+        "v2 = F.unfold(v1, 3, padding=1).unflatten(2, (4, 4))",
+        "v2 = torch.copysign(v1, torch.linspace(-1, 1, 4, dtype=v1.dtype))",
+    ],
+)
+def test_constants_that_are_alike_until_an_operation_tells_them_apart(steps: str) -> None:
+    """A channel of ones beside others; what follows gives it other values at other places."""
+    text = "x: (3, 4, 4)\nm.a = nn.Conv2d(3, 8, 1)\nm.b = nn.LazyLinear(3)\nv0 = m.a(x)\n"
+    text += f"v1 = torch.cat([v0, torch.ones_like(v0[:, :1])], 1)\n{steps}\nreturn m.b(v2.flatten(1))"
+    text = text.replace("nn.LazyLinear(3)", f"nn.Linear({81 * 16 if 'unflatten' in steps else 144}, 3)")
+    assert not outcome_of(text).findings
+
+
+@pytest.mark.parametrize(
+    "made", ["F.pad(v1[:, :, :2], (0, 0, 1, 1))", "torch.cat([v1[:, :, :2], v1[:, :, :2] * 0], 2)", "v1.cumsum(3)"]
+)
+def test_constants_of_several_values_are_not_alike(made: str) -> None:
+    """What a constant is padded or joined with may be another one."""
+    text = "x: (3, 4, 4)\nm.a = nn.Conv2d(3, 8, 1)\nm.b = nn.Linear(144, 3)\nv0 = m.a(x)\n"
+    text += f"v1 = torch.ones_like(v0[:, :1])\nreturn m.b(torch.cat([v0, {made}], 1).flatten(1))"
+    assert not outcome_of(text).findings
+
+
+def test_a_constant_that_is_written_over_in_part() -> None:
+    """It is all alike no more."""
+    text = "x: (6,)\nm.a = nn.Linear(6, 12)\nm.b = nn.Linear(12, 8)\nm.c = nn.Linear(8, 3)\nv0 = m.a(x)\n"
+    text += "v1 = torch.full_like(v0, 0.5)\nv1[:, :2] = v1[:, :2] * 3\nreturn m.c(m.b(v1) + m.b(v0))"
+    assert not outcome_of(text).findings
