@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: guides are made from docs/examples, tables from the benchmarks' JSON."""
+"""Hooks of mkdocs: guides are made from docs/examples, tables from the benchmarks' JSON and from docstrings."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 from mkdocs.structure.files import File
 
 DOCS = Path(__file__).parent
-sys.path[:0] = [str(DOCS.parent), str(DOCS / "examples")]
+sys.path[:0] = [str(DOCS.parent), str(DOCS), str(DOCS / "examples")]
 
+from api_tables import fill_api
 from run import OUTPUTS, cells, examples
 
 from benchmarks.lib.tables import fill
@@ -30,7 +31,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in the tables."""
-    return fill(markdown, sources=True)
+    return fill_api(fill(markdown, sources=True))
 
 
 def page_of(source: str, outputs: Sequence[str]) -> str:

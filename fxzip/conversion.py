@@ -31,6 +31,7 @@ from fxzip.passes.maps import find_maps
 from fxzip.passes.recalibrate import recalibrate
 from fxzip.passes.refit import RefitOptions
 from fxzip.passes.refit import refit as refit_parts
+from fxzip.passes.refit.kept import norms_as_modules
 from fxzip.passes.reuse import reuse_memory
 from fxzip.passes.split import split
 from fxzip.report import Verified
@@ -239,6 +240,8 @@ class Conversion:
         prepared, places, parts = self.prepared, self.prepared.places, fitted.parts
         cut = places.shown(self.cut, plan.end)
         start = places.shown(self.start, plan.begin) if plan.begin else None
+        for part in (parts.trunk, *parts.heads):
+            norms_as_modules(part)
         learn_as_parents(plan, parts)
         names, fitted = self._joined(fitted)
         parts = fitted.parts

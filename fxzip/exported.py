@@ -24,10 +24,14 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def input_names(zipped: ZippedModel, example: Inputs) -> tuple[str, ...]:
     """A name for each input tensor: that of the forward's argument, with the place inside it."""
+    return tuple(name for key, value in named_inputs(zipped, example).items() for name in _leaf_names(key, value))
+
+
+def named_inputs(zipped: ZippedModel, example: Inputs) -> dict[str, Any]:
+    """The inputs by the names of the forward's arguments, those by position first."""
     args, kwargs = example
     own = [str(node.target) for node in placeholders(zipped.trunk)]
-    named = {**dict(zip(own, args, strict=False)), **kwargs}
-    return tuple(name for key, value in named.items() for name in _leaf_names(key, value))
+    return {**dict(zip(own, args, strict=False)), **kwargs}
 
 
 def output_names(zipped: ZippedModel, task: str | None, outputs: Any) -> tuple[str, ...]:

@@ -208,7 +208,8 @@ class ZippedModel(nn.Module, OnHub):
             The models by task, in eval mode.
 
         Raises:
-            RestoreError: Something in the merged network has no place in the class, and is named.
+            RestoreError: Something in the merged network has no place in the class, and is named; or the network is
+                stitched, so that there is no such class.
             OptionError: ``models`` are not one for each task.
         """
         from fxzip.originals import as_models

@@ -19,6 +19,7 @@ from fxzip.passes.canonicalise import canonicalise
 from fxzip.passes.restore import Values, restore
 from fxzip.passes.trace import trace
 from fxzip.passes.trace.copies import unwrap
+from fxzip.report import STITCH
 
 if TYPE_CHECKING:
     from fxzip.merged import ZippedModel
@@ -97,6 +98,12 @@ def as_models(zipped: ZippedModel, models: Any = None) -> dict[str, nn.Module]:
     Raises:
         RestoreError, OptionError: As there.
     """
+    if zipped.report.method == STITCH:
+        raise RestoreError(
+            f"this network is stitched ({zipped.report.cut}): of two networks one goes on from the other's features, "
+            "through a map that is part of neither, so it has no original class. The one that gives the trunk is as it "
+            "was: take your own; the other is zipped(x, task=...), zipped.select([...]) or what zipped.export gives"
+        )
     originals = _originals(zipped, models)
     shared: dict[tuple[str, ...], Tensor] = {}
     made: dict[str, nn.Module] = {}
@@ -110,7 +117,7 @@ def _originals(zipped: ZippedModel, models: Any) -> Originals:
     if models is None:
         if zipped.originals is None:
             raise RestoreError(
-                "this merged network does not know the models' own classes, as it was loaded, unpickled, stitched, "
+                "this merged network does not know the models' own classes, as it was loaded, unpickled, "
                 "merged from a merged one or from networks of different widths: give models of these classes, with any "
                 "weights: zipped.as_models([model_a, model_b])"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxzip.data.loops import device_of, evaluating
 from fxzip.errors import OptionError
-from fxzip.exported import tensors_in
+from fxzip.scores import logits_in
 from fxzip.surroundings import undisturbed
 
 if TYPE_CHECKING:
@@ -103,11 +103,10 @@ def _best(zipped: ZippedModel, task: str, output: Any, top: int) -> tuple[Predic
     Raises:
         OptionError: It has no classes.
     """
-    scores = output.get("logits") if isinstance(output, Mapping) else None
-    found = [scores] if isinstance(scores, Tensor) else tensors_in(output)
-    if not found or found[0].dim() != 2 or not found[0].is_floating_point():
+    scores = logits_in(output)
+    if scores is None or scores.dim() != 2:
         raise OptionError(f"the output of {task} is not a score for each class, so there is nothing to name")
-    chances = found[0][0].double().softmax(0)
+    chances = scores[0].double().softmax(0)
     labels = zipped.information.labels.get(task, ())
     names = labels if len(labels) == len(chances) else tuple(map(str, range(len(chances))))
     best = chances.topk(min(top, len(chances)))

@@ -99,6 +99,10 @@ class Verified:
         return f"{', '.join(parts)} off, in {self.dtype}"
 
 
+STITCH = "stitch"
+"""The method of networks of which one goes on from the other's features (`fxzip.stitching`)."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What was merged, and what it costs; printed as a table.
@@ -111,7 +115,8 @@ class Report:
         parting: Where and why the models diverge; None if they do not.
         spaces: The merged channel spaces.
         frozen: Names of the spaces in the trunk that an operation keeps in place, with the reasons.
-        coverage: Share of the first model's weight elements that lie in a channel space.
+        coverage: Share of the first model's weight elements that lie in a channel space; where networks were stitched,
+            of the one that gives the trunk.
         before: Cost of each model.
         trunk: Cost of the trunk.
         heads: Cost of each head.

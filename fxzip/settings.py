@@ -107,9 +107,11 @@ class RefitOptions:
         seed: Seed for the random choice of positions.
         biases: Whether a layer or norm without a bias may get one, which mostly fits better. False: only biases that
             the model's class has, or its BatchNorms hold, so that `ZippedModel.as_models` finds a place for each.
+        keep_norms: Whether BatchNorms stay where they are, the same in eval mode, and in train mode normalise by the
+            batch and learn. False: they are folded into layers. (Without refit nothing is folded: they stay.)
 
     Raises:
-        OptionError: A value is no number, or out of range, or ``biases`` is neither True nor False.
+        OptionError: A value is no number, or out of range, or ``biases`` or ``keep_norms`` is neither True nor False.
     """
 
     ridge: float | None = _field(

@@ -28,12 +28,13 @@ from fxzip.passes.compare import compare
 from fxzip.passes.cut import MergePlan
 from fxzip.passes.cut.budget import Counts, count
 from fxzip.passes.refit import RefitOptions, refit_rest
+from fxzip.passes.refit.kept import norms_as_modules
 from fxzip.passes.reuse import reuse_memory
 from fxzip.passes.split import Split, split
 from fxzip.passes.stitch import Seam, Spot, Spots, Wanted, find_spots, head_of, seams, weave
 from fxzip.passes.verify.precision import own_precision
 from fxzip.passes.verify.reference import error_of, run
-from fxzip.report import Report, Verified
+from fxzip.report import STITCH, Report, Verified
 from fxzip.report_builder import measure_cost
 from fxzip.views.outline import outline
 
@@ -234,7 +235,7 @@ class Stitching:
         trunk, crossing = measure_cost(parts.trunk, args, kwargs)
         return Report(
             names=self.names,
-            method="stitch",
+            method=STITCH,
             cut=seam.shown(self.names),
             traced_by=tuple(str(graph.meta.get("traced_by")) for graph in self.graphs),
             parting=None,
@@ -254,6 +255,7 @@ class Stitching:
         """The network with its report."""
         own = [learns([graph]) for graph in self.graphs]
         for part, known in zip((*parts.heads, parts.trunk), (*own, {**own[0], **own[1]}), strict=True):
+            norms_as_modules(part)
             learn_as(part, known)
             reuse_memory(part)
         example = with_batch_size(*to_device(*self.example, "cpu"), 2)

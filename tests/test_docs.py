@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+import fxzip
 from benchmarks.lib import tables
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
+API = ROOT / "docs" / "api"
 pytestmark = pytest.mark.slow
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("digits", "run"))
 
@@ -159,6 +161,48 @@ def test_every_guide_has_a_test_and_a_place_in_the_navigation() -> None:
     assert tested == set(NAMES)
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert [name for name in NAMES if f"guides/{name}.md" not in navigation] == []
+
+
+# ---- the API
+
+
+@pytest.fixture(scope="module")
+def api_tables() -> Iterator[ModuleType]:
+    """docs/api_tables.py."""
+    pytest.importorskip("griffe", reason="docstrings are read by griffe: pip install 'fxzip[docs]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs"))
+        yield importlib.import_module("api_tables")
+    sys.modules.pop("api_tables", None)
+
+
+def test_every_public_name_is_on_one_page_of_the_api(api_tables: ModuleType) -> None:
+    pages = [path.stem for path in API.glob("*.md") if path.stem != "index"]
+    names = [name for page in pages for name in api_tables.documented(page)]
+    assert sorted(names) == sorted(set(names))
+    assert [name for name in fxzip.__all__ if f"fxzip.{name}" not in names] == []
+    assert [name for name in fxzip.testing.__all__ if f"fxzip.testing.{name}" not in names] == []
+
+
+def test_the_tables_of_the_api(api_tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = api_tables.fill_api("before <!-- api: errors --> after")
+    assert "| [`fxzip.CutError`][fxzip.CutError] | The cut is unknown, or no trunk would be left before it. |" in text
+    monkeypatch.setattr(api_tables, "DOCS", tmp_path)
+    (tmp_path / "api").mkdir()
+    (tmp_path / "api" / "one.md").write_text("# One\n\n::: fxzip.testing\n\n::: fxzip.testing.TOLERANCE\n")
+    assert list(api_tables.documented("one")) == ["fxzip.testing.TOLERANCE"]
+    (tmp_path / "api" / "one.md").write_text("::: fxzip.zip\n::: fxzip.zip\n")
+    with pytest.raises(ValueError, match="twice"):
+        api_tables.table("one")
+
+
+def test_the_overview_and_the_navigation_have_every_page_of_the_api() -> None:
+    overview, navigation = (API / "index.md").read_text(), (ROOT / "mkdocs.yml").read_text()
+    for path in API.glob("*.md"):
+        assert f"api/{path.name}\n" in navigation
+        if path.stem != "index":
+            assert f"]({path.name})" in overview
+            assert f"<!-- api: {path.stem} -->" in overview
 
 
 # ---- tables

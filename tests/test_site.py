@@ -27,7 +27,17 @@ pytestmark = [
 ]
 WIDTHS = (1280, 400)
 GUIDES = sorted(p.stem for p in (ROOT / "docs" / "examples").glob("*.py") if p.stem not in ("digits", "run"))
-PAGES = ["", "how/", "results/", "zoo/", "security/", *(f"guides/{name}/" for name in GUIDES)]
+PAGES = [
+    "",
+    "how/",
+    "results/",
+    "zoo/",
+    "security/",
+    "api/",
+    "api/prepared/",
+    "api/measuring/",
+    *(f"guides/{name}/" for name in GUIDES),
+]
 DARK = ("", "results/", "guides/report_and_drawing/")
 
 FACTS = """() => ({

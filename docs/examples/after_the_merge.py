@@ -42,8 +42,9 @@ models[0].load_state_dict(own["low"].state_dict())
 # ## Train it further
 #
 # What your networks trained, the merged one does, too: biases that came from BatchNorms as well. Norms are folded, so a
-# small learning rate does. With `refit=fxzip.RefitOptions(keep_norms=True)` BatchNorms stay where they were: the same
-# in eval mode, and in train mode they normalise by the batch and learn, as when your networks were trained.
+# small learning rate does. With `refit=fxzip.RefitOptions(keep_norms=True)`, or `fxzip zip --keep-norms`, BatchNorms
+# stay where they were: the same in eval mode, and in train mode they normalise by the batch and learn, as when your
+# networks were trained. It is refit that folds them: with `refit=False` they stay anyway, their statistics reset.
 
 # %%
 pixels, labels = digits().train.tensors

@@ -153,8 +153,9 @@ print("layers solved by refit:", own.report.refitted)
 
 # %% [markdown]
 # Rules that move data, reduce over axes or contract channels with weights are as short: see the
-# [API](../api.md) of `fxzip.rules`. Test yours as above: a permuted copy must compute the same. `fxzip.testing` has
-# that and more. It computes in 64 bits, where an error is not taken for rounding; for this kernel it must be 32.
+# [API](../api/rules.md) of `fxzip.rules`. Test yours as above: a permuted copy must compute the same.
+# [`fxzip.testing`](../api/testing.md) has that and more. It computes in 64 bits, where an error is not taken for
+# rounding; for this kernel it must be 32.
 
 # %%
 small = Scaled()

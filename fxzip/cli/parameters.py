@@ -55,7 +55,8 @@ LabelledData = Annotated[
     typer.Option(
         metavar="PATH",
         help="Labelled images: a folder with a folder for each task, which has a folder for each class; or an .npz "
-        "with arrays called TASK.images and TASK.labels.",
+        "with arrays called TASK.images and TASK.labels. For language models an .npz with TASK.tokens and, where "
+        "sequences are padded, TASK.mask.",
     ),
 ]
 Overwrite = Annotated[
@@ -169,7 +170,9 @@ Rounds = Annotated[int | None, _merging(help=f"For refit: {read.DECLARED['rounds
 KeepNorms = Annotated[
     bool,
     _merging(
-        "--keep-norms", help="Leave BatchNorms in the network, so that they train; default: fold them into layers."
+        "--keep-norms",
+        help="Leave BatchNorms in the network, so that they train; default: refit folds them into layers. With "
+        "--no-refit they stay anyway.",
     ),
 ]
 

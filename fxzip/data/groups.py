@@ -7,13 +7,16 @@ Layouts, by group (a single one has the name ""):
 - an ``.npz`` archive with ``dogs.images`` and ``dogs.labels``, or ``images`` and ``labels`` for the only group.
   uint8 images (n, height, width) or (n, height, width, channels) are prepared like files; floating-point ones are
   taken as they are, as (n, channels, height, width).
+
+Archives of token ids, for language models, are read by `fxzip.data.tokens`.
 """
 
 from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,22 +117,55 @@ def _labelled_folders(root: Path) -> list[Group]:
 
 
 def _archive(path: Path, labelled: bool) -> list[Group]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files if name.rpartition(".")[2] in ("images", "labels")}
-    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise CalibrationError(f"{path} cannot be read as an .npz archive: {error}") from error
     groups = []
-    for name in (name for name in arrays if name.rpartition(".")[2] == "images"):
-        task = name.rpartition(".")[0]
-        labels = arrays.get(f"{task}.labels" if task else "labels")
-        _check_arrays(f"{path}: {name}", arrays[name], labels, labelled)
-        groups.append(Group(task, arrays[name], None if labels is None else labels.tolist()))
+    for task, (images, labels) in read_arrays(path, "images", "labels").items():
+        _check_arrays(f"{path}: {array_name(task, 'images')}", images, labels, labelled)
+        groups.append(Group(task, images, None if labels is None else labels.tolist()))
     if not groups:
         raise CalibrationError(
-            f"{path} has no array called images or TASK.images; it has {', '.join(arrays) or 'none'}"
+            f"{path} has no array called images or TASK.images; it has {', '.join(_names(path)) or 'none'}"
         )
     return groups
+
+
+def array_name(task: str, kind: str) -> str:
+    """What an array of a group is called in an archive."""
+    return f"{task}.{kind}" if task else kind
+
+
+def read_arrays(path: Path, kind: str, beside: str) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any] | None]]:
+    """The arrays of one kind in an .npz archive, by group, each with the one of another kind that lies beside it.
+
+    Args:
+        path: The archive.
+        kind: What the arrays are called, alone or behind the name of a group: ``dogs.images``.
+        beside: What those are called that may be missing.
+
+    Raises:
+        CalibrationError: It cannot be read.
+    """
+    with _opened(path) as archive:
+        tasks = [name.rpartition(".")[0] for name in archive.files if name.rpartition(".")[2] == kind]
+        others = {task: array_name(task, beside) for task in tasks}
+        return {
+            task: (archive[array_name(task, kind)], archive[other] if other in archive.files else None)
+            for task, other in others.items()
+        }
+
+
+def _names(path: Path) -> list[str]:
+    with _opened(path) as archive:
+        return list(archive.files)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An .npz archive; what is wrong with it is found when arrays are read, too."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            yield archive
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise CalibrationError(f"{path} cannot be read as an .npz archive: {error}") from error
 
 
 def _check_arrays(name: str, images: npt.NDArray[Any], labels: npt.NDArray[Any] | None, labelled: bool) -> None:

@@ -122,7 +122,7 @@ class _Images(Dataset[_Item]):
         self, groups: Sequence[Group], transform: Transform, mode: str, limit: int | None, seed: int | None
     ) -> None:
         self.groups, self.transform, self.mode = groups, transform, mode
-        turns = itertools.zip_longest(*(_order(len(group), seed, number) for number, group in enumerate(groups)))
+        turns = itertools.zip_longest(*(shuffled(len(group), seed, number) for number, group in enumerate(groups)))
         mixed = ((g, i) for turn in turns for g, i in enumerate(turn) if i is not None)
         self.chosen = list(itertools.islice(mixed, limit))
 
@@ -170,7 +170,8 @@ def in_bytes(image: Image.Image) -> Image.Image:
     return Image.fromarray((values * (255 / most)).round().astype(np.uint8))
 
 
-def _order(count: int, seed: int | None, group: int) -> list[int]:
+def shuffled(count: int, seed: int | None, group: int = 0) -> list[int]:
+    """The numbers of a group's samples in a random order; in theirs without a seed."""
     if seed is None:
         return list(range(count))
     found: list[int] = np.random.default_rng((seed, group)).permutation(count).tolist()

@@ -104,17 +104,26 @@ def feed(
     loop = batches(loader, device=place, max_batches=max_batches, least=least, **shown)
     with torch.no_grad(), loop as inputs:
         for args, kwargs in inputs:
-            try:
-                module(*args, **kwargs)
-            except torch.OutOfMemoryError:
-                raise
-            except CalibrationError as error:
-                raise CalibrationError(f"batch {count}: {error}") from error
-            except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-                message = f"batch {count} of {describe(args, kwargs)} does not fit the model: {error}"
-                raise CalibrationError(message) from error
+            run(module, count, args, kwargs)
             count += 1
     return count
+
+
+def run(module: Callable[..., Any], number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module gives for one batch of a loader.
+
+    Raises:
+        CalibrationError: As `feed`.
+    """
+    try:
+        return module(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except CalibrationError as error:
+        raise CalibrationError(f"batch {number}: {error}") from error
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        message = f"batch {number} of {describe(args, kwargs)} does not fit the model: {error}"
+        raise CalibrationError(message) from error
 
 
 def describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

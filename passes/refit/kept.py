@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxzip.data.calibration import Images
-from fxzip.graphs import named_call, norm_of, static_value
+from fxzip.graphs import drop_dead_code, drop_unused, named_call, norm_of, static_value
 from fxzip.passes.refit.layers import Layer, find_layer
 from fxzip.passes.refit.slots import Uses, empty, slot
 from fxzip.passes.split import Split
@@ -154,6 +154,18 @@ def put_back(module: fx.GraphModule, kept: Sequence[Kept]) -> list[Placed]:
             found.append(Placed(each.made, bias))
             _become(module, each, each.node.all_input_nodes[0], each.made)
     return found
+
+
+def norms_as_modules(module: fx.GraphModule) -> None:
+    """Make modules of the BatchNorms of a graph that are functions, in eval mode for ever: so they train, too."""
+    before = set(module.state_dict())
+    functions = [node for node in module.graph.nodes if node.op != "call_module"]
+    for node in functions:
+        made = _made(module, node)
+        if made is not None:
+            _as_module(module, Kept(node, _owner(module, node), made, None, False))
+    drop_dead_code(module)
+    drop_unused(module, before)
 
 
 def _taken_over(module: fx.GraphModule, kept: Kept) -> Tensor | None:

@@ -322,6 +322,8 @@ def test_eval_of_an_archive_without_a_recipe(place: Path, tmp_path: Path) -> Non
     assert "no images of the task 'birds'" in one_line(
         run("eval", tmp_path / "bare", "--data", tmp_path / "d.npz", "--quiet")
     )
+    np.savez(tmp_path / "only.npz", images=x, labels=np.zeros(5, dtype=int))
+    assert run("eval", tmp_path / "bare", "--data", tmp_path / "only.npz", "--task", "dogs").stdout == done.stdout
     done = run("eval", tmp_path / "bare", "--data", place / "IMAGES", "--quiet")
     assert "give --input-size, --mean, --std" in one_line(done)
     assert run("eval", tmp_path / "told", "--data", place / "IMAGES", "--quiet").exit_code == 0

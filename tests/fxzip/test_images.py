@@ -198,7 +198,7 @@ def test_accuracy_by_task_and_joint() -> None:
     data = {"task0": batch([0, 1, 1, 1], [0, 1, 0, 0]), "task1": batch([2, 1], [2, 1])}
     found = measure(zipped(), data, progress=False)
     assert found.tasks == {"task0": 50.0, "task1": 100.0}
-    assert found.images == {"task0": 4, "task1": 2}
+    assert found.measured == {"task0": 4, "task1": 2}
     assert found.average == 75.0
     assert found.joint == pytest.approx(100 * (2 + 1) / 6)
     only = measure(zipped(), {"task1": data["task1"]}, progress=False)

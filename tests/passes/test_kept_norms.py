@@ -71,6 +71,28 @@ def test_statistics_are_those_of_the_images(name: str) -> None:
     assert all(moved)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("cut", [None, 0.0])
+def test_without_refit_they_stay_anyway(name: str, cut: float | None, tmp_path: Path) -> None:
+    """Also where a model's class writes them as functions, which would be in eval mode for ever."""
+    make, x = NETWORKS[name]
+    models = make()
+    zipped = merged(models, x, False, cut=cut)
+    if cut == 0:
+        assert max(difference(model(x), y) for model, y in zip(models, call(zipped, x), strict=True)) < 1e-10
+    else:
+        assert zipped.report.recalibrated == len(norms(zipped))
+    assert len(norms(zipped)) == len(norms(models[0])) * (1 if cut is None else 2)
+    assert sorted(norms(fxzip.load(zipped.save(tmp_path / "out")))) == sorted(norms(zipped))
+    parameters = dict(zipped.named_parameters())
+    assert all(parameters[f"{name}.{key}"].requires_grad for name in norms(zipped) for key in ("weight", "bias"))
+    before = {name: norm.running_mean.clone() for name, norm in norms(zipped).items()}  # type: ignore[operator]
+    zipped.train()(x)
+    assert not any(torch.equal(before[name], norm.running_mean) for name, norm in norms(zipped).items())  # type: ignore[arg-type]
+    for model, again in zip(models, zipped.eval().as_models().values(), strict=True):
+        assert list(again.state_dict()) == list(model.state_dict())
+
+
 def test_they_train() -> None:
     zipped = merged(pair(Residual, X))
     trainable = {name for name, p in zipped.named_parameters() if p.requires_grad}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxzip
-from fxzip.errors import AlignmentError, CutError, OptionError
+from fxzip.errors import AlignmentError, CutError, OptionError, RestoreError
 from fxzip.passes.align import align
 from fxzip.passes.analyse import analyse_graph
 from fxzip.passes.canonicalise import canonicalise
@@ -114,6 +114,25 @@ def test_save_and_load_to_the_bit_and_select(nets: list[nn.Module], tmp_path: Pa
         assert torch.equal(found, expected)
     assert loaded.report.cut == zipped.report.cut
     assert torch.equal(zipped.select(["task1"])(LOADER[0])[0], zipped(LOADER[0])[1])
+
+
+def test_it_has_no_original_class(nets: list[nn.Module], tmp_path: Path) -> None:
+    zipped = stitched(*nets)
+    zipped.save(tmp_path / "out")
+    for network in (zipped, fxzip.load(tmp_path / "out"), zipped.select(["task1"])):
+        for given in (None, nets[: len(network.names)]):
+            with pytest.raises(
+                RestoreError, match=r"is stitched \(.* of task., stitched to .*\): .* no original class"
+            ):
+                network.as_models(given)
+    with pytest.raises(RestoreError, match="is stitched"):
+        zipped.save(tmp_path / "models", layout="models")
+
+
+def test_coverage_is_that_of_the_trunk_s_network(nets: list[nn.Module]) -> None:
+    zipped = stitched(*nets)
+    (trunk,) = (k for k in (0, 1) if f"of task{k}, stitched" in zipped.report.cut)
+    assert zipped.report.coverage == fxzip.analyse(nets[trunk], X[:2].float()).coverage
 
 
 def test_export(nets: list[nn.Module], tmp_path: Path) -> None:

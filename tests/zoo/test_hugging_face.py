@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import fxzip
+from fxzip import cli
 from tests.oracles import (
     TOLERANCE,
     call,
@@ -110,6 +114,37 @@ def test_language_models_as_users_have_them(name: str) -> None:
     whole = torch.ones_like(generated)  # as long as the examples: a traced network takes no other length
     given = {"input_ids": generated, "attention_mask": whole, "position_ids": whole.cumsum(1) - 1}
     assert torch.equal(zipped(**given, task="code")["logits"][:, 3:5].argmax(-1), generated[:, 4:])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_perplexity_is_what_the_models_own_loss_says(name: str, tmp_path: Path) -> None:
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(causal(name).eval())
+    mask = torch.ones_like(TOKENS)
+    mask[::3, 4:] = 0
+    batch = {"input_ids": TOKENS, "attention_mask": mask, "use_cache": False}
+    options: dict[str, Any] = {"method": "permute", "refit": False, "progress": False}
+    fxzip.zip(*models, [batch], names=("prose", "code"), **options).save(tmp_path / "m")
+    side_by_side = fxzip.zip(*models, [batch], names=("prose", "code"), cut=0.0, **options)
+    side_by_side.save(tmp_path / "e")
+    tokens, lengths = TOKENS.flip(0), mask.flip(0)
+    arrays = {f"{task}.{kind}": value.numpy() for task in ("prose", "code") for kind, value in
+              (("tokens", tokens), ("mask", lengths))}  # fmt: skip
+    np.savez(tmp_path / "t.npz", **arrays)
+    for folder, parts in (
+        ("m", fxzip.load(tmp_path / "m").as_models(models)),
+        ("e", {"prose": models[0], "code": models[1]}),
+    ):
+        arguments = ["eval", tmp_path / folder, "--data", tmp_path / "t.npz", "--quiet", "--json", tmp_path / "r.json"]
+        done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+        assert done.exit_code == 0, done.output
+        (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+        for task, model in parts.items():
+            given = {"input_ids": tokens, "attention_mask": lengths}
+            loss = model(**given, labels=tokens.masked_fill(lengths == 0, -100)).loss
+            assert row["perplexity"][task] == pytest.approx(loss.exp().item(), rel=1e-4)
 
 
 # ---- back into their own classes
