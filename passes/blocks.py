@@ -2,10 +2,6 @@
 
 Blocks (groups of a convolution, attention heads) are merged as wholes, one of each model. Where there are to be fewer,
 those are left out that carry the least variance; where there are to be more, those that fit worst stay apart.
-
-By methods that keep channels, blocks are kept as they are, from whichever model, and the others are left out: a head
-that is merged of two attends to what neither of them does, while what is behind the heads that are kept can be solved
-for what the others gave.
 """
 
 from __future__ import annotations
@@ -19,7 +15,6 @@ from torch import Tensor
 
 from fxzip.channels import ChannelSpace, ChannelSpec
 from fxzip.matching import MergeMap, match
-from fxzip.matching.selection import kept_blocks
 from fxzip.moments import Moments
 
 
@@ -82,26 +77,6 @@ def match_blocks(
     groups = groups.clone()
     groups[worst.sort().values] = torch.arange(space.size, size)
     return MergeMap.from_assignment(groups, n_models)
-
-
-def keep_blocks(
-    spec: ChannelSpec, space: ChannelSpace, moments: Mapping[str, Moments], n_models: int, size: int
-) -> MergeMap:
-    """The map of a space of blocks that keeps ``size`` of all models' blocks (`fxzip.matching.selection.kept_blocks`).
-
-    Args:
-        spec: The channel spaces.
-        space: The blocks.
-        moments: What was observed, by space, of channels in the blocks among others.
-        n_models: Number of models N.
-        size: How many blocks to keep.
-    """
-    inside = [below.name for below in spec.inside(space.name) if below.name in moments]
-    covariances = [moments[name].covariance.cpu().numpy() for name in inside]
-    kept = torch.tensor(kept_blocks(covariances, n_models, space.size, size))
-    merge = torch.zeros(size, n_models * space.size, dtype=torch.float64)
-    merge[torch.arange(size), kept] = 1.0
-    return MergeMap.from_matrices(merge, merge.T.clone(), n_models)
 
 
 def _shares(variance: Tensor, n_models: int, total: int) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fxzip.channels import ChannelSpace, ChannelSpec
-from fxzip.matching import MergeMap, elsewhere, evidence, keeps_wholes, match
+from fxzip.matching import MergeMap, elsewhere, evidence, match
 from fxzip.moments import Moments
-from fxzip.passes.blocks import block_scores, keep_blocks, match_blocks
+from fxzip.passes.blocks import block_scores, match_blocks
 
 
 def match_spaces(
@@ -27,9 +27,8 @@ def match_spaces(
 
     Spaces that are split into blocks (groups of a convolution, attention heads) are matched block by block
     first: the blocks of different models are assigned one to one by the best assignment of the channels in
-    them, then ``method`` matches channels inside each set of assigned blocks. A method that keeps channels keeps blocks
-    or leaves them out as wholes; where there are to be more or fewer blocks, others do so, too
-    (`fxzip.passes.blocks`).
+    them, then ``method`` matches channels inside each set of assigned blocks. Where there are to be more or fewer
+    blocks, they stay apart or are left out as wholes (`fxzip.passes.blocks`).
 
     Args:
         spec: The channel spaces.
@@ -47,10 +46,7 @@ def match_spaces(
     maps: dict[str, MergeMap] = {}
     for space in spec.by_depth:
         size = (sizes or {}).get(space.name, space.size)
-        seen = any(below.name in moments for below in spec.inside(space.name))
-        if space.name in wanted and space.parent is None and seen and keeps_wholes(method):
-            maps[space.name] = keep_blocks(spec, space, moments, n_models, size)
-        elif space.name in wanted and size != space.size and (spec.children(space.name) or space.name not in moments):
+        if space.name in wanted and size != space.size and (spec.children(space.name) or space.name not in moments):
             maps[space.name] = match_blocks(spec, space, moments, n_models, size, method)
         elif space.name in wanted:
             maps[space.name] = match_space(spec, space, own, similar, maps, method, n_models, options, size)

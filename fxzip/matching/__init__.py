@@ -15,7 +15,6 @@ covariances. The options that it takes are declared there, too, and checked befo
     def mine(similarity, n_models, strength): ...
 
 One that can leave any number of merged channels, not only n, says ``sized=True`` and takes that number as ``size``.
-One that keeps channels instead of merging them says ``whole=True``: heads and groups are kept or left out then, too.
 
 Dead channels (similarity 0 to every other channel, as zero variance gives) match last in every matcher.
 """
@@ -32,7 +31,6 @@ from fxzip.matching.registry import (
     elsewhere,
     evidence,
     is_sized,
-    keeps_wholes,
     match,
     matcher,
     methods,
@@ -49,7 +47,6 @@ __all__ = [
     "elsewhere",
     "evidence",
     "is_sized",
-    "keeps_wholes",
     "match",
     "matcher",
     "methods",

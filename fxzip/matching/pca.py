@@ -18,7 +18,7 @@ from fxzip.matching.similarity import Floats
 from fxzip.settings import MATCHING
 
 
-@matcher("pca", of="covariance", options=MATCHING["pca"], sized=True, whole=True, elsewhere="select")
+@matcher("pca", of="covariance", options=MATCHING["pca"], sized=True, elsewhere="select")
 def _pca(covariance: Floats, n_models: int, samples: float | None, size: int) -> MergeMap:
     """The ``size`` directions of the greatest variance, each model's channels first scaled to the same variance.
 

@@ -28,7 +28,6 @@ class Entry:
     of: Evidence
     options: Mapping[str, Setting]
     sized: bool
-    whole: bool
     elsewhere: str | None
 
 
@@ -37,7 +36,7 @@ _MATCHERS: dict[str, Entry] = {}
 
 def matcher(
     name: str, of: Evidence = "correlation", options: Mapping[str, Setting] | None = None, sized: bool = False,
-    whole: bool = False, elsewhere: str | None = None,
+    elsewhere: str | None = None,
 ) -> Callable[[Registered], Registered]:  # fmt: skip
     """Registers a matcher under a name.
 
@@ -47,7 +46,6 @@ def matcher(
         options: The options that it takes, by name: it is called with all of them.
         sized: Whether it gives as many merged channels as it is asked for, by a keyword ``size``; else it is one
             model's number.
-        whole: Whether blocks of channels (heads, groups) are kept or left out as wholes, not merged with one another.
         elsewhere: Where maps are not of single channels, and so exact only in linear spaces (`ChannelSpace.linear`):
             the matcher for all other spaces, which takes the same options.
 
@@ -58,7 +56,7 @@ def matcher(
     def register(function: Registered) -> Registered:
         if name in _MATCHERS:
             raise ValueError(f"matcher {name!r} is registered already: {_MATCHERS[name].function.__qualname__}")
-        _MATCHERS[name] = Entry(function, of, dict(options or {}), sized, whole, elsewhere)
+        _MATCHERS[name] = Entry(function, of, dict(options or {}), sized, elsewhere)
         return function
 
     return register
@@ -90,15 +88,6 @@ def is_sized(method: str) -> bool:
         OptionError: No matcher has that name.
     """
     return _find(method).sized
-
-
-def keeps_wholes(method: str) -> bool:
-    """Whether a matcher keeps blocks of channels, or leaves them out, as wholes.
-
-    Raises:
-        OptionError: No matcher has that name.
-    """
-    return _find(method).whole
 
 
 def elsewhere(method: str) -> str | None:

@@ -7,8 +7,6 @@ let the next layers' weights find the rest from them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
@@ -20,12 +18,11 @@ from fxzip.settings import MATCHING
 _EXPLAINED = 1e-6
 """Share of the largest variance below which what is left of a channel counts as explained: U stays of moderate size."""
 _DAMPING = 1e-10
-_BLOCK_DAMPING = 1e-8
 _COPY = 1e-6
 """What a channel may differ from a kept one and still be its copy, as a share of its variance."""
 
 
-@matcher("select", of="covariance", options=MATCHING["select"], sized=True, whole=True)
+@matcher("select", of="covariance", options=MATCHING["select"], sized=True)
 def _select(covariance: Floats, n_models: int, samples: float | None, size: int) -> MergeMap:
     """Keep the ``size`` channels that leave the least variance unexplained, each next one given those before.
 
@@ -61,40 +58,6 @@ def equalised(covariance: Floats, n_models: int) -> Floats:
     """The covariance with each model's variances scaled to a mean of one."""
     scale = scales(covariance, n_models)
     found: Floats = covariance * scale[:, None] * scale[None, :]
-    return found
-
-
-def kept_blocks(covariances: Sequence[Floats], n_models: int, blocks: int, size: int) -> list[int]:
-    """The ``size`` blocks that leave the least of all blocks' channels unexplained, one after the other.
-
-    Args:
-        covariances: Of some spaces whose channels lie in the blocks, each (Σn, Σn), channels ordered by block.
-        n_models: N.
-        blocks: Blocks in each model.
-        size: How many to keep.
-
-    Returns:
-        Their numbers through the models, ascending; of equals the first is kept.
-    """
-    left = [equalised(covariance, n_models) for covariance in covariances]
-    power = [max(float(np.trace(each)), np.finfo(float).tiny) for each in left]
-    kept: list[int] = []
-    for _ in range(size):
-        rest = sum(own.diagonal().reshape(n_models * blocks, -1).sum(1) / p for own, p in zip(left, power, strict=True))
-        gain = np.asarray(rest).round(12)
-        gain[kept] = -1.0
-        kept.append(int(gain.argmax()))
-        left = [_without(own, kept[-1], n_models * blocks) for own in left]
-    return sorted(kept)
-
-
-def _without(covariance: Floats, block: int, blocks: int) -> Floats:
-    """What the channels of a block leave of all channels' covariance."""
-    width = len(covariance) // blocks
-    here = slice(block * width, (block + 1) * width)
-    own = covariance[here, here].copy()
-    own.flat[:: width + 1] += _BLOCK_DAMPING * own.diagonal().mean() + np.finfo(float).tiny
-    found: Floats = covariance - covariance[:, here] @ np.linalg.solve(own, covariance[here])
     return found
 
 

@@ -61,7 +61,10 @@ class Place:
     def finding(self) -> Place:
         """In the place of M the sum of each model's channels that are found again from the merged one."""
         found = self.map.assignment
-        return replace(self, map=MergeMap(self.map.n_models, (found, torch.ones(len(found))), n_out=self.map.size))
+        return replace(
+            self,
+            map=MergeMap(self.map.n_models, (found, torch.ones(len(found), dtype=torch.float64)), n_out=self.map.size),
+        )
 
     @property
     def touched(self) -> tuple[int, ...]:
