@@ -1,9 +1,8 @@
 """The values that describe channels: where they lie (`Site`, `MergePoint`) and what must move together.
 
-A *channel space* is a set of channels that must share one merge map. Its channels touch parameters at
-*sites*. Spaces may be split into blocks (groups of a grouped convolution, attention heads): maps of such a
-space move whole blocks and act inside them. The blocks are themselves the channels of another space, its
-``parent``.
+A *channel space* is a set of channels that must share one merge map. Its channels touch parameters at *sites*. Spaces
+may be split into blocks (groups of a grouped convolution, attention heads): maps of such a space move whole blocks and
+act inside them. The blocks are themselves the channels of another space, its ``parent``.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 Role = Literal["produce", "contract"]
 Statistic = Literal["mean", "variance"]
+NOT_ASKED = "it was not asked"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class ChannelSpace:
     parent: str | None = None
     block: Tensor | None = None
     fixed: str | None = None
-    bent: str | None = "it was not asked"
+    bent: str | None = NOT_ASKED
 
     @property
     def linear(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxzip.channels import ChannelSpec
+from fxzip.channels import NOT_ASKED, ChannelSpec
 from fxzip.data.bars import Bar
 from fxzip.data.checks import check_order
 from fxzip.errors import AlignmentError, OptionError
@@ -142,10 +142,12 @@ def check_linear(method: str, spec: ChannelSpec) -> None:
     if not needs_linear(method) or any(space.linear for space in spec.spaces):
         return
     widest = max(spec.spaces, key=lambda space: len(space.sites), default=None)
-    why = "there is no channel space" if widest is None else f"of {widest.name}: {widest.bent}"
+    if widest is not None and widest.bent == NOT_ASKED:
+        raise OptionError(f"method {method!r} needs networks prepared by fxzip.prepare(..., linearise=True)")
+    why = "" if widest is None else f", for one not {widest.name}: {widest.bent}"
     raise OptionError(
-        f"method {method!r} is for channel spaces that are linear (fxzip.analyse tells them), and none is, {why}; "
-        f"take {elsewhere(method)!r}, or prepare the networks by fxzip.prepare(..., linearise=True)"
+        f"method {method!r} is for channel spaces that any orthogonal map leaves as they are (fxzip.analyse calls them "
+        f"linear), and here none is{why}; take {elsewhere(method)!r}"
     )
 
 

@@ -119,7 +119,8 @@ def _originals(zipped: ZippedModel, models: Any) -> Originals:
             raise RestoreError(
                 "this merged network does not know the models' own classes, as it was loaded, unpickled, "
                 "merged from a merged one or from networks of different widths: give models of these classes, with any "
-                "weights: zipped.as_models([model_a, model_b])"
+                "weights: zipped.as_models([model_a, model_b]); or its norms were written without scales "
+                "(linearise=True, or method='pca'), which the classes cannot hold"
             )
         return zipped.originals
     given = [models[name] for name in zipped.names if name in models] if isinstance(models, Mapping) else list(models)

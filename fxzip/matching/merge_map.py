@@ -114,7 +114,7 @@ class MergeMap:
         """M, float64 of shape (n_out, Σn); rows sum to one.
 
         By the paper Uᵀ with each row divided by its group's size; one 1 in each row where channels are kept, not
-        averaged.
+        averaged; any numbers where directions are (`pca`, `cca`).
         """
         if self.dense is not None:
             return self.dense[0]

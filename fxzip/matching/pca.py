@@ -1,9 +1,10 @@
 """`pca`: the principal components of all models' channels together, for spaces that any orthogonal map is exact for.
 
 No linear map to as many channels leaves less of the models' channels unexplained. With V the components (Σn, n_out) of
-the models side by side, M = Vᵀ and U = V. By the CS decomposition of two models, V is an orthogonal map of each one's
-channels and then a weighted mean of those of equal number, the squares of the weights summing to 1: RMSNorms without
-scales, as `fxzip.passes.linearise` writes them, are indifferent to the first.
+the models side by side, M = Vᵀ / √N and U = √N V, so that what is merged is as large as what each model has. By the CS
+decomposition of two models, V is an orthogonal map of each one's channels and then a weighted mean of those of equal
+number, the squares of the weights summing to 1: RMSNorms without scales, as `fxzip.passes.linearise` writes them, are
+indifferent to the first.
 """
 
 from __future__ import annotations
@@ -28,6 +29,6 @@ def _pca(covariance: Floats, n_models: int, samples: float | None, size: int) ->
     vectors = np.linalg.eigh(covariance * scale[:, None] * scale[None, :])[1][:, ::-1][:, :size]
     largest = np.abs(vectors).argmax(0)
     vectors = vectors * np.sign(vectors[largest, np.arange(size)])  # a direction's sign is no more than a convention
-    unit = scale.mean()
+    unit = scale.mean() * np.sqrt(n_models)  # the merged stream is then as large as each model's: norms see no change
     merge, unmerge = vectors.T * (scale / unit)[None, :], vectors * (unit / scale)[:, None]
     return MergeMap(n_models, None, (torch.from_numpy(merge.copy()), torch.from_numpy(unmerge.copy())))
