@@ -64,9 +64,15 @@ def permute(spec: ChannelSpec, model: nn.Module, orders: Mapping[str, Tensor]) -
     state = model.state_dict(keep_vars=True)
     sites = [(site, orders[space.name]) for space in spec.spaces for site in space.sites]
     with torch.no_grad():
-        for site, order in sorted(sites, key=lambda pair: pair[0].rows is not None):
-            tensor = state[site.parameter]
-            tensor.copy_(_moved(tensor, site, order.to(tensor.device)))
+        for site, order in sites:
+            if site.rows is None:
+                tensor = state[site.parameter]
+                index = site.index.to(tensor.device)
+                tensor.copy_(_arranged(tensor, site.axis, index, index[order.to(tensor.device)]))
+        inside = [(site, order) for site, order in sites if site.rows is not None]
+        before = {site.parameter: state[site.parameter].clone() for site, _ in inside}
+        for site, order in inside:
+            _move_in_rows(before[site.parameter], state[site.parameter], site, order)
     return model
 
 
@@ -79,17 +85,14 @@ def _fresh_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _moved(tensor: Tensor, site: Site, order: Tensor) -> Tensor:
-    """The parameter with one site's channels moved."""
-    index = site.index.to(tensor.device)
-    if site.rows is None:
-        return _arranged(tensor, site.axis, index, index[order])
-    result = tensor.clone()
-    width = len(index) // len(site.rows)
+def _move_in_rows(before: Tensor, tensor: Tensor, site: Site, order: Tensor) -> None:
+    """Move one site's channels in the rows of each block; where one space's lie, another's may have lain before."""
+    assert site.rows is not None
+    width = len(site.index) // len(site.rows)
     for block, rows in enumerate(site.rows.to(tensor.device)):
         here = slice(block * width, (block + 1) * width)
-        result[rows] = _arranged(tensor[rows], site.axis, index[here], index[order[here]])
-    return result
+        places, sources = (index.reshape(-1).to(tensor.device) for index in (site.index[here], site.index[order[here]]))
+        tensor[rows] = tensor[rows].index_copy(site.axis, places, before[rows].index_select(site.axis, sources))
 
 
 def _arranged(tensor: Tensor, axis: int, places: Tensor, sources: Tensor) -> Tensor:

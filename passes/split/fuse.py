@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxzip.channels import ChannelSpace, ChannelSpec, Role, Site
 from fxzip.matching import MergeMap
-from fxzip.passes.split.laid import Laid, Move, by_axes, moved_along, moved_in_rows
+from fxzip.passes.split.laid import Laid, Move, by_axes, move_in_rows, moved_along
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +48,13 @@ class Place:
         return cls(own, (site.axis,), site.index, site.role, site.rows, into)
 
     def mix(self, tensor: Tensor, model: int) -> Tensor:
-        """One model's tensor with M_p or U_p applied here."""
-        index = self.index.to(tensor.device)
-        if self.rows is None:
-            return mixed_along(tensor, self.axes, index, Mixing.of(self.map, model, self.role))
-        matrix = self.map.part(model, self.role)
-        if self.into is not None:
-            return moved_in_rows(tensor, self.axes[0], self.index, self.into, matrix)
-        return _mixed_in_rows(tensor, self.axes[0], index, self.rows.to(tensor.device), matrix)
+        """One model's tensor with M_p or U_p applied here; not inside rows."""
+        return mixed_along(tensor, self.axes, self.index.to(tensor.device), Mixing.of(self.map, model, self.role))
+
+    def mix_in_rows(self, tensor: Tensor, result: Tensor, model: int) -> None:
+        """Write into a result what M_p or U_p makes of a tensor's channels here, in the rows of each block."""
+        into = self.into or Laid(self.index, (), self.rows)
+        move_in_rows(tensor, result, self.axes[0], self.index, into, self.map.part(model, self.role))
 
     @property
     def finding(self) -> Place:
@@ -148,10 +147,14 @@ def transformed(tensor: Tensor, places: Sequence[Place], model: int) -> Tensor:
     moves = ((p.axes, Move(p.index, Mixing.of(p.map, model, p.role), p.into)) for p in laid if p.into is not None)
     for axes, together in by_axes(moves).items():
         tensor = moved_along(tensor, axes, together)
-    places = [place for place in places if place.into is None or place.rows is not None]
-    for place in sorted(places, key=lambda place: place.rows is not None):
-        tensor = place.mix(tensor, model)
-    return tensor
+    for place in places:
+        if place.into is None and place.rows is None:
+            tensor = place.mix(tensor, model)
+    inside = [place for place in places if place.rows is not None]
+    result = tensor.clone() if inside else tensor
+    for place in inside:
+        place.mix_in_rows(tensor, result, model)
+    return result
 
 
 def _weights(total: Tensor, produced: Sequence[Place], n_models: int) -> Tensor | None:
@@ -199,25 +202,6 @@ def mixed_along(tensor: Tensor, axes: tuple[int, ...], index: Tensor, mixing: Mi
     mixed = mixing(rows if mixing.moves else rows.flatten(1)).reshape(len(here), *flat.shape[1:])
     laid: Tensor = (mixed if whole else flat.index_copy(0, here, mixed)).unflatten(0, moved.shape[: len(axes)])
     return laid.movedim(front, axes)
-
-
-def _mixed_in_rows(tensor: Tensor, axis: int, index: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
-    """Apply a matrix that maps blocks to blocks, each inside its own rows of axis 0.
-
-    The rows are those of the merged blocks already, so what is left of the matrix is how it acts inside: the
-    sum over source blocks, of which only one is not zero.
-    """
-    blocks, width = len(rows), len(index) // len(rows)
-    parts = matrix.reshape(blocks, width, blocks, width)
-    inner, source = parts.sum(2), parts.abs().sum((1, 3)).argmax(1)  # channels may lie otherwise in the source block
-    result, places = tensor.clone(), index.reshape(blocks, width, -1)
-    for block in range(blocks):
-        here, there = places[block], places[source[block]]
-        part = tensor[rows[block]]
-        if not torch.equal(here, there):
-            part = part.index_copy(axis, here.reshape(-1), part.index_select(axis, there.reshape(-1)))
-        result[rows[block]] = mixed_along(part, (axis,), here, Mixing(width, matrix=inner[block]))
-    return result
 
 
 @dataclass(frozen=True, eq=False)

@@ -93,11 +93,16 @@ def _rest(indices: Iterable[Tensor], size: int) -> Tensor:
     return free.nonzero().flatten()
 
 
-def moved_in_rows(tensor: Tensor, axis: int, index: Tensor, into: Laid, matrix: Tensor) -> Tensor:
-    """As `fxzip.passes.split.fuse` mixes channels inside groups; the rows are those of the merged blocks already.
+def move_in_rows(tensor: Tensor, result: Tensor, axis: int, index: Tensor, into: Laid, matrix: Tensor) -> None:
+    """Write what a matrix that maps blocks to blocks makes of a grouped weight's channels, each block in its own rows.
+
+    The rows are those of the merged blocks already, so what is left of the matrix is how it acts inside: the sum over
+    source blocks, of which only one is not zero. Where a space's channels lie may differ from block to block, so that
+    another's lie there: all spaces are read from one tensor and written into another.
 
     Args:
         tensor: One model's weight, with the merged rows.
+        result: Where the merged channels are written; of the same shape, or of other numbers of channels.
         axis: Where the channels lie, inside groups.
         index: Where the model's lie, (channels, copies), ordered by block.
         into: Where the merged ones come to lie.
@@ -108,14 +113,13 @@ def moved_in_rows(tensor: Tensor, axis: int, index: Tensor, into: Laid, matrix: 
     width = len(into.index) // blocks
     parts = matrix.reshape(blocks, width, -1, width)
     inner, source = parts.sum(2), parts.abs().sum((1, 3)).argmax(1)
-    result = tensor.clone()
     new, old = into.index.reshape(blocks, width, -1), index.reshape(parts.shape[2], width, -1)
     for block, rows in enumerate(into.rows.to(tensor.device)):
         here, there = new[block].to(tensor.device), old[source[block]].to(tensor.device)
         part = tensor[rows].movedim(axis, 0)
         mixed = torch.tensordot(inner[block].to(part), part[there.reshape(-1)].unflatten(0, tuple(there.shape)), 1)
-        result[rows] = part.index_copy(0, here.reshape(-1), mixed.flatten(0, 1)).movedim(0, axis)
-    return result
+        laid = result[rows].movedim(axis, 0).index_copy(0, here.reshape(-1), mixed.flatten(0, 1))
+        result[rows] = laid.movedim(0, axis)
 
 
 def by_axes(moves: Iterable[tuple[tuple[int, ...], Move]]) -> dict[tuple[int, ...], list[Move]]:

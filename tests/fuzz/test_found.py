@@ -402,3 +402,13 @@ def test_constants_among_channels_that_are_folded_over_one_another(steps: str) -
     """Where one row has a channel the other has a constant, and for the next channel it is the other way round."""
     text = "x: (6,)\nm.a = nn.Linear(6, 10)\nm.c = nn.Linear(10, 2)\nv1 = m.a(x) * 1\nv1[:, ::2] = 0.5\n"
     assert not outcome_of(text + steps).findings
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+@pytest.mark.parametrize("order", [[1, 11, 2, 7, 4, 9, 5, 8, 0, 3, 10, 6], [0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11]])
+def test_channels_in_any_order_between_two_grouped_layers(groups: int, order: list[int]) -> None:
+    """In one group a space's channels lie where in another group those of another space do."""
+    text = "x: (10, 3)\nm.a = nn.Conv1d(10, 12, 1, groups=2)\n"
+    text += f"m.b = nn.Conv1d(12, {2 * groups}, 1, groups={groups})\nm.c = nn.Linear({2 * groups}, 3)\n"
+    outcome = outcome_of(text + f"v0 = m.a(x)[:, {order}]\nreturn m.c(m.b(v0).mean(2))")
+    assert not outcome.findings
