@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,8 @@ _EMPTY: dict[Any, Any] = {
 }
 """What is filled later: with zeros, so that what stays unfilled is the same each time."""
 _FILLS = {"fill_": 1, "zero_": None}
+_COPIES_ON_CPU = {"channel_shuffle", "native_channel_shuffle"}
+"""What PyTorch computes by a kernel of its own on the CPU, and elsewhere by views, as of fake tensors."""
 
 
 def functionalise(module: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
@@ -62,6 +65,7 @@ class Functionaliser:
         self._values = values
         self._aliases: dict[fx.Node, Alias] = {}
         self._memories: dict[int, Alias] = {}
+        self._copies: dict[int, list[Memory]] = defaultdict(list)
         fakes = [
             leaf for value in values.values() for leaf in pytree.tree_leaves(value) if isinstance(leaf, FakeTensor)
         ]
@@ -124,8 +128,15 @@ class Functionaliser:
         ]
         if not keys or node.op == "output":
             return
+        if self._is_copy(node):
+            memory = Memory(node)
+            self._copies[keys[0]].append(memory)
+            self._aliases[node] = Alias(memory, None, node, None, node, 0)
+            return
+        first = self._memories.get(keys[0])
+        known_as = [*self._copies[keys[0]], *(() if first is None else (first.memory,))]
         for source, alias in inputs.items():
-            if self._memories.get(keys[0]) is not None and alias.memory is self._memories[keys[0]].memory:
+            if any(alias.memory is memory for memory in known_as):
                 self._aliases[node] = Alias(alias.memory, alias, node, source, node, alias.memory.version)
                 return
         if not isinstance(self._values[node], Tensor):
@@ -137,6 +148,11 @@ class Functionaliser:
         elif not alike(self._values[known.made], self._values[node]):  # type: ignore[index]
             known = Alias(known.memory, known, None, None, node, 0)
         self._aliases[node] = known
+
+    def _is_copy(self, node: fx.Node) -> bool:
+        """Whether a node gives a copy where fake tensors look at its input."""
+        value = self._values[node]
+        return name_of(node) in _COPIES_ON_CPU and isinstance(value, Tensor) and value.device.type == "cpu"
 
     # ---- writing
 

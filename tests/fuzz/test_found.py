@@ -412,3 +412,13 @@ def test_channels_in_any_order_between_two_grouped_layers(groups: int, order: li
     text += f"m.b = nn.Conv1d(12, {2 * groups}, 1, groups={groups})\nm.c = nn.Linear({2 * groups}, 3)\n"
     outcome = outcome_of(text + f"v0 = m.a(x)[:, {order}]\nreturn m.c(m.b(v0).mean(2))")
     assert not outcome.findings
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("shuffle", ["F.channel_shuffle(v1, {})", "m.s(v1)"])
+def test_a_shuffle_is_a_copy_on_the_cpu(groups: int, shuffle: str) -> None:
+    """Fake tensors, and GPUs, give a view of its input where it moves nothing."""
+    text = "x: (3, 2, 2)\nm.a = nn.Conv2d(3, 4, 3, padding=1)\nm.b = nn.Linear(16, 2)\n"
+    text += f"m.s = nn.ChannelShuffle({groups})\nv1 = m.a(x)\nv2 = {shuffle.format(groups)}\n"
+    outcome = outcome_of(text + "v1[:, :, :, :1].mul_(3)\nreturn m.b((v2 + v1).flatten(1))")
+    assert not outcome.findings
