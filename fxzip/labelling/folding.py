@@ -86,8 +86,9 @@ def mixed(graph: LabelGraph, factor: Tensor, axes: Sequence[int], reason: str) -
 
 
 def reduce(
-    graph: LabelGraph, node: str, value: Labelled, axes: Sequence[int], keepdim: bool = False, weighted: bool = False
-) -> Labelled:
+    graph: LabelGraph, node: str, value: Labelled, axes: Sequence[int], keepdim: bool = False, weighted: bool = False,
+    product: bool = False,
+) -> Labelled:  # fmt: skip
     """Take a symmetric function (sum, mean, maximum, norm) over axes.
 
     Where labels vary along other axes too, what is left is labelled by block: the channels that were reduced
@@ -100,6 +101,7 @@ def reduce(
         axes: What it is taken over.
         keepdim: Whether they stay, with size 1.
         weighted: Whether it is a sum with a parameter's weights, which does not depend on how many channels there are.
+        product: Whether it is the sum of a product: it matters then which summand an element is in.
     """
     value = graph.opened(value)
     rank = len(value.shape)
@@ -112,9 +114,10 @@ def reduce(
                 graph.summed.append((node, f, tuple(sorted(varying(f) & gone))))
             if varying(f) <= gone:
                 continue
-            blocks = _blocks(graph, f, sorted(varying(f) - gone))
+            blocks = _blocks(graph, f, sorted(varying(f) - gone), product)
             graph.nest(graph.relation(f"{node}:reduce"), f, blocks)
-            _place_in_rows(graph, node, f, blocks)
+            first = sorted(varying(f) & gone)  # which summand it is tells elements apart, then where
+            _place_in_rows(graph, node, *(t.movedim(first, list(range(len(first)))) for t in (f, blocks)))
             f = blocks
         factors.append(f)
     shape = tuple(1 if a in gone else size for a, size in enumerate(value.shape))
@@ -124,13 +127,15 @@ def reduce(
     return Labelled(shape, tuple(factors), uniform=value.uniform)
 
 
-def _blocks(graph: LabelGraph, factor: Tensor, axes: Sequence[int]) -> Tensor:
+def _blocks(graph: LabelGraph, factor: Tensor, axes: Sequence[int], ordered: bool) -> Tensor:
     """Labels for what is reduced together at each place along ``axes``; equal sets of labels are one block.
 
-    A set with an element that must stay where it is is `FIXED` as a whole.
+    ``ordered``: Only equal rows are, as each element has a factor of its own. A set with an element that must stay
+    where it is is `FIXED` as a whole.
     """
     rows = factor.movedim(list(axes), list(range(len(axes))))
-    rows = rows.reshape(int(torch.Size(rows.shape[: len(axes)]).numel()), -1).sort(1).values
+    rows = rows.reshape(int(torch.Size(rows.shape[: len(axes)]).numel()), -1)
+    rows = rows if ordered else rows.sort(1).values
     distinct, number = torch.unique(rows, dim=0, return_inverse=True)
     free = (distinct > FIXED).any(1) & (distinct != FIXED).all(1)
     labels = torch.where((distinct == FIXED).any(1), FIXED, VOID)

@@ -26,7 +26,7 @@ def meet(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:
     if len(x.factors) == len(y.factors) == 1 and x.factors[0].shape == y.factors[0].shape:  # as in most nodes
         graph.unite(x.factors[0], y.factors[0])
         first, second = (y, x) if x.parameter else (x, y)
-        return Labelled(shape, (_filled(first.factors[0], second.factors),))
+        return Labelled(shape, _told_apart(graph, node, [_filled(first.factors[0], second.factors)], x, y))
     x, y = _at_repeats(graph, node, x, y), _at_repeats(graph, node, y, x)
     x, y = _at_positions(graph, node, x, y), _at_positions(graph, node, y, x)
     left, right, kept = list(x.factors), list(y.factors), []
@@ -50,7 +50,19 @@ def meet(graph: LabelGraph, node: str, x: Labelled, y: Labelled) -> Labelled:
     kept = [_filled(f, every) for f in kept]
     kept += [_held(_filled(f, every), y) for f in left]
     kept += [_held(_filled(f, every), x) for f in right]
-    return Labelled(shape, tuple(kept))
+    return Labelled(shape, _told_apart(graph, node, kept, x, y))
+
+
+def _told_apart(graph: LabelGraph, node: str, found: Sequence[Tensor], x: Labelled, y: Labelled) -> tuple[Tensor, ...]:
+    """The factors of a result; channels that met a constant on the one side are not like those that did on the other.
+
+    A gate of zeros is something else than zeros with a gate.
+    """
+    for side, operand in enumerate((x, y), 1):
+        for known in (f for f in operand.factors if bool((f == VOID).any())):
+            for factor in (f for f in found if varying(f) & varying(known)):
+                graph.place(f"{node}:constants{side}", factor, (known == VOID).long())
+    return tuple(found)
 
 
 def _filled(factor: Tensor, others: Iterable[Tensor]) -> Tensor:

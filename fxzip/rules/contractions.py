@@ -226,7 +226,8 @@ def matmul(ctx: RuleContext, input: Any, other: Any) -> Labelled:
     _contracted_by(ctx, x, -1)
     _contracted_by(ctx, y, -2)
     product = meet(ctx.graph, ctx.name, _inserted(x, -1), _inserted(y, -3))
-    return reduce(ctx.graph, ctx.name, product, [-2], weighted=x.parameter is not None or y.parameter is not None)
+    weighted = x.parameter is not None or y.parameter is not None
+    return reduce(ctx.graph, ctx.name, product, [-2], weighted=weighted, product=True)
 
 
 @register_rule("einsum", kind="layer", linear=weights.einsum_product, joint=jointly.multiplies)
@@ -250,7 +251,7 @@ def einsum(ctx: RuleContext, equation: str, *operands: Any) -> Labelled:
         product = spread if product is None else meet(ctx.graph, ctx.name, product, spread)
     assert product is not None
     gone = list(range(len(right), len(order)))
-    return reduce(ctx.graph, ctx.name, product, gone, weighted=weighted) if gone else product
+    return reduce(ctx.graph, ctx.name, product, gone, weighted=weighted, product=True) if gone else product
 
 
 def _arranged(value: Labelled, term: str, order: str) -> Labelled:

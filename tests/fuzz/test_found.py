@@ -422,3 +422,18 @@ def test_a_shuffle_is_a_copy_on_the_cpu(groups: int, shuffle: str) -> None:
     text += f"m.s = nn.ChannelShuffle({groups})\nv1 = m.a(x)\nv2 = {shuffle.format(groups)}\n"
     outcome = outcome_of(text + "v1[:, :, :, :1].mul_(3)\nreturn m.b((v2 + v1).flatten(1))")
     assert not outcome.findings
+
+
+@pytest.mark.parametrize("gated", ["F.glu(v1, 1)", "v1[:, :4] * v1[:, 4:]", "v1[:, :4] - v1[:, 4:].tanh()"])
+def test_a_gate_of_zeros_is_not_zeros_with_a_gate(gated: str) -> None:
+    """The channel that a constant gates is not like the one that gates a constant."""
+    text = "x: (5,)\nm.a = nn.Linear(5, 8)\nm.b = nn.Linear(4, 3)\nv0 = m.a(x)\n"
+    assert not outcome_of(text + f"v1 = F.pad(v0[:, :6], (1, 1))\nreturn m.b({gated})").findings
+
+
+@pytest.mark.parametrize("product", ["torch.einsum('bct,oc->bot', v1, m.d)", "m.d @ v1"])
+def test_channels_that_a_product_takes_in_another_order_from_some_rows(product: str) -> None:
+    """Two sums of the same channels are not alike where each summand has a weight of its own."""
+    text = "x: (6, 2)\nm.b = nn.Linear(2, 10)\nm.d = nn.Parameter(torch.randn(9, 6))\nm.e = nn.Linear(90, 2)\n"
+    text += "v0 = m.b(x)\nv1 = torch.cat([v0[:, :3].flip(2), v0[:, 3:]], 1)\n"
+    assert not outcome_of(text + f"return m.e(({product}).flatten(1))").findings
