@@ -31,6 +31,8 @@ from benchmarks.lib.tables import shown
 PAIRS = {"halves": ("first", "second"), "half and MNIST": ("first", "mnist")}
 CLASSIFIER = {"resnet8": "fc", "lite0": "classifier"}
 OURS = ("average", "average + refit", "select + refit", "zip + refit", "default")
+LINEAR = {"pca + refit": {"method": "pca"}}
+"""For networks with linear spaces (bottlenecks without an activation), which are prepared for it."""
 
 
 def weights_of(name: str, models: Sequence[nn.Module], base: nn.Module, images: Sequence[Tensor]) -> Any:
@@ -68,13 +70,14 @@ def measure(base: str, pair: str, images: int, data: Any, done: Kept) -> Iterato
     for name in filter(wanted, ("task arithmetic", "TIES", "RegMean")):
         seconds, _, weights = timed(partial(weights_of, name, models, start, mixed))
         yield row(name, baselines.as_models(models, weights, mixed, CLASSIFIER[base]), seconds)
-    todo = list(filter(wanted, OURS))
-    if not todo:
-        return
-    prepared = fxzip.prepare(*models, example_inputs=mixed[0][:2]).observe(mixed, progress=False)
-    for name in todo:
-        zipped, _, seconds = timed_merge(prepared, **METHODS[name])
-        yield row(name, answers_of(zipped), seconds) | measured(zipped)
+    for names, linear in ((OURS, False), (LINEAR if base == "lite0" else {}, True)):
+        todo = list(filter(wanted, names))
+        if not todo:
+            continue
+        prepared = fxzip.prepare(*models, example_inputs=mixed[0][:2], linearise=linear).observe(mixed, progress=False)
+        for name in todo:
+            zipped, _, seconds = timed_merge(prepared, **{**METHODS, **LINEAR}[name])
+            yield row(name, answers_of(zipped), seconds) | measured(zipped)
 
 
 def main() -> None:
