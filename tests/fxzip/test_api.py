@@ -397,8 +397,8 @@ def test_batch_norm_as_a_function() -> None:
     seen: list[Tensor] = []
     zipped.trunk.stem.register_forward_hook(lambda *args: seen.append(args[2]))
     call(zipped, X)
-    assert difference(seen[0].mean((0, 2, 3)), zipped.get_buffer("trunk.norm.mean")) < TOLERANCE
-    assert difference(before.get_buffer("trunk.norm.mean"), zipped.get_buffer("trunk.norm.mean")) > 1e-3
+    assert difference(seen[0].mean((0, 2, 3)), zipped.get_buffer("trunk.norm.running_mean")) < TOLERANCE
+    assert difference(before.get_buffer("trunk.norm.running_mean"), zipped.get_buffer("trunk.norm.running_mean")) > 1e-3
 
 
 def test_no_batch_norm_reads_the_loader_no_second_time() -> None:
