@@ -20,10 +20,9 @@ from fxzip.fidelity import Fidelity
 from fxzip.fitted import Fitted, Whole, polished
 from fxzip.joint import CONCAT, NAME, joint_of
 from fxzip.learning import learn_as_parents
-from fxzip.matching import elsewhere, is_sized
-from fxzip.matching import methods as all_methods
+from fxzip.matching import is_sized
 from fxzip.merged import ZippedModel
-from fxzip.passes.choose import CANDIDATES, OF_BOUNDS, OF_METHODS, Short, Tried, candidates, choose, latest
+from fxzip.passes.choose import OF_BOUNDS, OF_METHODS, Short, Tried, candidates, choose, latest
 from fxzip.passes.compare import compare, compare_joint
 from fxzip.passes.cut import Cut, MergePlan, Span, parse_fidelity
 from fxzip.passes.join import join
@@ -128,9 +127,7 @@ class Conversion:
         """The choice with a method in the place of ``auto``, and what was tried to find it."""
         if self.choice.method != AUTO:
             return self.choice, ()
-        methods = candidates(self.prepared.alignment) if len(self.prepared.names) > 1 else CANDIDATES
-        if any(space.linear for space in self.prepared.spec.spaces):
-            methods = (*methods, *filter(elsewhere, all_methods()))
+        methods = candidates(self.prepared.alignment, self.prepared.spec)
         if self.sizing is not None:
             methods = tuple(filter(is_sized, methods))
         span = self.prepared.places.span(self.cut, self.start)

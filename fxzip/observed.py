@@ -125,7 +125,7 @@ def save_observed(prepared: Prepared, path: Path) -> None:
 
 def load_prepared(
     path: Path, models: tuple[Any, ...], loader: Any, verify: bool, labels: Mapping[str, Iterable[str]] | None,
-    process_group: Any,
+    process_group: Any, linearise: bool,
 ) -> Prepared:  # fmt: skip
     """As of `Prepared.load`."""
     from fxzip.api import prepare
@@ -135,7 +135,7 @@ def load_prepared(
     args, kwargs = found.example
     prepared = prepare(
         *given, example_inputs=kwargs or args, names=found.names, verify=verify, labels=labels,
-        process_group=process_group,
+        process_group=process_group, linearise=linearise,
     )  # fmt: skip
     take_up(prepared, found, ready_loader(loader, prepared.names, prepared.alignment.modules, prepared.processes))
     return prepared

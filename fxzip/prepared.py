@@ -136,7 +136,7 @@ class Prepared:
     @undisturbed
     def load(
         cls, path: str | PathLike[str], *models: Any, loader: Iterable[Any] | None = None, verify: bool = True,
-        labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None,
+        labels: Mapping[str, Iterable[str]] | None = None, process_group: Any = None, linearise: bool = False,
     ) -> Prepared:  # fmt: skip
         """Take up again what `save` wrote, with the same models; they are not observed once more.
 
@@ -149,12 +149,13 @@ class Prepared:
             verify: As for `fxzip.zip`.
             labels: As for `fxzip.zip`.
             process_group: As for `fxzip.zip`.
+            linearise: As it was for `fxzip.prepare`.
 
         Raises:
             FileFormatError: There is no such file, or it is another one.
             OptionError: The models are others than those that were observed.
         """
-        return load_prepared(Path(path), models, loader, verify, labels, process_group)
+        return load_prepared(Path(path), models, loader, verify, labels, process_group, linearise)
 
     def merge_points(self, points: Points) -> dict[str, tuple[MergePoint, ...]]:
         """The merge points of each space, one or all of them."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fxzip.checks import check_merge, check_models
+from fxzip.checks import check_linear, check_merge, check_models, needs_linear
 from fxzip.data.bars import bar_of
 from fxzip.data.checks import first_batch, ready_loader
 from fxzip.errors import OptionError
@@ -77,7 +77,9 @@ def shrink(
         shown = bar or False
         if bar is not None:
             bar.phase("tracing and analysing")
-        prepared = prepared_of([model], first_batch(ready), (name,), verify, processes=processes)
+        linear = needs_linear(method)
+        prepared = prepared_of([model], first_batch(ready), (name,), verify, processes=processes, linear=linear)
+        check_linear(method, prepared.spec)
         prepared.place(cut, None, width, budget)
         prepared.observe(ready, points=points, hold_back=hold_back and refit is not False, progress=shown)
         return prepared.convert(**{**wanted, "progress": shown}, **options)

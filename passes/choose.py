@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
+from fxzip.channels import ChannelSpec
 from fxzip.errors import CutError
 from fxzip.fidelity import Fidelity
+from fxzip.matching import elsewhere, methods
 from fxzip.passes.align import Alignment
 from fxzip.settings import RefitOptions
 
@@ -87,9 +89,15 @@ class Tried:
         return f"{self.method} {shown}"
 
 
-def candidates(alignment: Alignment) -> tuple[str, ...]:
-    """The methods that are worth a trial, `average` first where the networks come from one checkpoint."""
-    return ("average", *CANDIDATES) if related(alignment) >= RELATED else CANDIDATES
+def candidates(alignment: Alignment, spec: ChannelSpec) -> tuple[str, ...]:
+    """The methods that are worth a trial.
+
+    `average` is the first where the networks come from one checkpoint; where spaces are linear, methods for these are
+    the last.
+    """
+    kin = len(alignment.modules) > 1 and related(alignment) >= RELATED
+    linear = any(space.linear for space in spec.spaces)
+    return (*["average"] * kin, *CANDIDATES, *(filter(elsewhere, methods()) if linear else ()))
 
 
 def related(alignment: Alignment) -> float:

@@ -47,7 +47,9 @@ class _Shrink(Merge):
         super()._check_first()
 
     def _prepared(self, models: list[Any], batch: Any, names: tuple[str, ...]) -> Any:
+        from fxzip.checks import needs_linear
         from fxzip.preparing import prepared_of
         from fxzip.processes import processes_of
 
-        return prepared_of(models, batch, names, self.given["verify"], self.labels, processes_of())
+        linear = needs_linear(self.method)
+        return prepared_of(models, batch, names, self.given["verify"], self.labels, processes_of(), linear)

@@ -134,9 +134,9 @@ class Functionaliser:
             self._aliases[node] = Alias(memory, None, node, None, node, 0)
             return
         first = self._memories.get(keys[0])
-        known_as = [*self._copies[keys[0]], *(() if first is None else (first.memory,))]
+        shared = [*self._copies[keys[0]], *(() if first is None else (first.memory,))]
         for source, alias in inputs.items():
-            if any(alias.memory is memory for memory in known_as):
+            if any(alias.memory is memory for memory in shared):
                 self._aliases[node] = Alias(alias.memory, alias, node, source, node, alias.memory.version)
                 return
         if not isinstance(self._values[node], Tensor):

@@ -58,10 +58,10 @@ def test_fine_tunes_of_one_checkpoint_are_known_by_their_weights() -> None:
             parameter.add_(0.2 * parameter.std().nan_to_num() * noise)
     kin = fxzip.prepare(base, tuned, example_inputs=X[:2])
     assert related(kin.alignment) > 0.9
-    assert candidates(kin.alignment)[0] == "average"
+    assert candidates(kin.alignment, kin.spec)[0] == "average"
     strangers = fxzip.prepare(*pair(Residual, X), example_inputs=X[:2])
     assert abs(related(strangers.alignment)) < 0.3
-    assert "average" not in candidates(strangers.alignment)
+    assert "average" not in candidates(strangers.alignment, strangers.spec)
     report = kin.observe([X], progress=False).convert(progress=False).report
     assert len(report.tried) == 3
     assert "method chosen from: average" in str(report)

@@ -115,6 +115,29 @@ class Once:
         yield self.x
 
 
+def test_what_was_observed_is_taken_up_again(tmp_path: Path) -> None:
+    models, x = [language_model(seed) for seed in range(2)], tokens()
+    prepared = fxzip.prepare(*models, example_inputs=x, linearise=True).observe([x], progress=False)
+    prepared.save(tmp_path / "seen")
+    again = fxzip.Prepared.load(tmp_path / "seen", *models, [x], linearise=True)
+    options = {"method": "pca", "refit": False, "progress": False}
+    assert all(map(torch.equal, prepared.convert(**options)(x), again.convert(**options)(x)))
+    with pytest.raises(fxzip.OptionError, match="observed"):
+        fxzip.Prepared.load(tmp_path / "seen", *models, [x])
+
+
+def test_one_network_is_shrunk_by_it() -> None:
+    """A bottleneck whose values lie in half as many directions as it has channels loses nothing."""
+    wide = nn.Linear(12, 10, bias=False)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), wide, nn.Linear(10, 12), nn.ReLU(), nn.Linear(12, 3)).double()
+    with torch.no_grad():
+        wide.weight.copy_(torch.randn(10, 5).double() @ torch.randn(5, 12).double())
+    x = torch.randn(64, 6, dtype=torch.float64)
+    small = fxzip.shrink(model, [x], width={"2": 0.5}, method="pca", refit=False, progress=False)
+    assert small.get_parameter("trunk.2.weight").shape == (5, 12)
+    assert difference(model(x), small(x)[0]) < EXACT
+
+
 def test_where_nothing_is_linear_it_is_refused_before_the_work() -> None:
     models = [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2)]
     with pytest.raises(fxzip.OptionError, match=r"pca.*linear.*in a way that is not linear; take .select"):

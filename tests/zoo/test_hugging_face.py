@@ -89,15 +89,25 @@ def causal(name: str) -> nn.Module:
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, tie_word_embeddings=True))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "qwen2"])
-def test_language_models_as_users_have_them(name: str) -> None:
-    """As they come, with their cache: padded batches go in, and what comes out generates."""
+def two_causal(name: str) -> list[Any]:
     models = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         models.append(causal(name).eval())
+    return models
+
+
+def padded() -> Tensor:
+    """The mask of `TOKENS`, of which every third sequence is short."""
     mask = torch.ones_like(TOKENS)
     mask[::3, 4:] = 0
+    return mask
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "qwen2"])
+def test_language_models_as_users_have_them(name: str) -> None:
+    """As they come, with their cache: padded batches go in, and what comes out generates."""
+    models, mask = two_causal(name), padded()
     places = (mask.cumsum(1) - 1).clamp(min=0)
     loader = [{"input_ids": TOKENS, "attention_mask": mask, "position_ids": places, "labels": TOKENS}]
     refit = fxzip.RefitOptions(biases=False, rounds=0, ridge=0.1)
@@ -118,12 +128,7 @@ def test_language_models_as_users_have_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_perplexity_is_what_the_models_own_loss_says(name: str, tmp_path: Path) -> None:
-    models = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        models.append(causal(name).eval())
-    mask = torch.ones_like(TOKENS)
-    mask[::3, 4:] = 0
+    models, mask = two_causal(name), padded()
     batch = {"input_ids": TOKENS, "attention_mask": mask, "use_cache": False}
     options: dict[str, Any] = {"method": "permute", "refit": False, "progress": False}
     fxzip.zip(*models, [batch], names=("prose", "code"), **options).save(tmp_path / "m")
